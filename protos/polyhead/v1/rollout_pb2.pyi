@@ -1,0 +1,168 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from polyhead.v1 import buffer_pb2 as _buffer_pb2
+from polyhead.v1 import sample_pb2 as _sample_pb2
+from polyhead.v1 import weights_pb2 as _weights_pb2
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PauseMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PAUSE_MODE_UNSPECIFIED: _ClassVar[PauseMode]
+    PAUSE_MODE_IN_PLACE: _ClassVar[PauseMode]
+    PAUSE_MODE_RETRACT: _ClassVar[PauseMode]
+    PAUSE_MODE_ABORT: _ClassVar[PauseMode]
+PAUSE_MODE_UNSPECIFIED: PauseMode
+PAUSE_MODE_IN_PLACE: PauseMode
+PAUSE_MODE_RETRACT: PauseMode
+PAUSE_MODE_ABORT: PauseMode
+
+class JoinWeightGroupRequest(_message.Message):
+    __slots__ = ("epoch", "group_name", "backend", "master_address", "master_port", "world_size", "rank_offset")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    MASTER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    RANK_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    group_name: str
+    backend: str
+    master_address: str
+    master_port: int
+    world_size: int
+    rank_offset: int
+    def __init__(self, epoch: _Optional[int] = ..., group_name: _Optional[str] = ..., backend: _Optional[str] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., world_size: _Optional[int] = ..., rank_offset: _Optional[int] = ...) -> None: ...
+
+class JoinWeightGroupResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveWeightGroupRequest(_message.Message):
+    __slots__ = ("epoch", "group_name")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    group_name: str
+    def __init__(self, epoch: _Optional[int] = ..., group_name: _Optional[str] = ...) -> None: ...
+
+class LeaveWeightGroupResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class BeginUpdateRequest(_message.Message):
+    __slots__ = ("epoch", "version", "manifest", "group_name", "pause_mode")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_MODE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    version: _sample_pb2.WeightVersion
+    manifest: _weights_pb2.WeightManifest
+    group_name: str
+    pause_mode: PauseMode
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., manifest: _Optional[_Union[_weights_pb2.WeightManifest, _Mapping]] = ..., group_name: _Optional[str] = ..., pause_mode: _Optional[_Union[PauseMode, str]] = ...) -> None: ...
+
+class BeginUpdateResponse(_message.Message):
+    __slots__ = ("running_requests",)
+    RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    running_requests: int
+    def __init__(self, running_requests: _Optional[int] = ...) -> None: ...
+
+class LoadBucketRequest(_message.Message):
+    __slots__ = ("epoch", "version", "bucket")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    version: _sample_pb2.WeightVersion
+    bucket: int
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., bucket: _Optional[int] = ...) -> None: ...
+
+class LoadBucketResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CommitUpdateRequest(_message.Message):
+    __slots__ = ("epoch", "version")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    version: _sample_pb2.WeightVersion
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ...) -> None: ...
+
+class CommitUpdateResponse(_message.Message):
+    __slots__ = ("pause", "requests_continued", "requests_aborted")
+    PAUSE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_CONTINUED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_ABORTED_FIELD_NUMBER: _ClassVar[int]
+    pause: _duration_pb2.Duration
+    requests_continued: int
+    requests_aborted: int
+    def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., requests_continued: _Optional[int] = ..., requests_aborted: _Optional[int] = ...) -> None: ...
+
+class AbortUpdateRequest(_message.Message):
+    __slots__ = ("epoch", "version", "reason")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    version: _sample_pb2.WeightVersion
+    reason: str
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class AbortUpdateResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: _buffer_pb2.ReplicaState
+    def __init__(self, state: _Optional[_Union[_buffer_pb2.ReplicaState, str]] = ...) -> None: ...
+
+class LoadVersionRequest(_message.Message):
+    __slots__ = ("epoch", "version", "directory")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    version: _sample_pb2.WeightVersion
+    directory: str
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., directory: _Optional[str] = ...) -> None: ...
+
+class LoadVersionResponse(_message.Message):
+    __slots__ = ("pause",)
+    PAUSE_FIELD_NUMBER: _ClassVar[int]
+    pause: _duration_pb2.Duration
+    def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("samples_returned",)
+    SAMPLES_RETURNED_FIELD_NUMBER: _ClassVar[int]
+    samples_returned: int
+    def __init__(self, samples_returned: _Optional[int] = ...) -> None: ...
+
+class RolloutServiceGetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RolloutServiceGetStatusResponse(_message.Message):
+    __slots__ = ("replica", "running_requests", "engine")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    replica: _buffer_pb2.Replica
+    running_requests: int
+    engine: str
+    def __init__(self, replica: _Optional[_Union[_buffer_pb2.Replica, _Mapping]] = ..., running_requests: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,162 @@
+"""The buffer's verbs as async methods: deadlines set, transport failures retried, refusals as typed errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import grpc
+import stamina
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import buffer_pb2_grpc, sample_pb2
+from services.common import rpc
+from services.common.errors import UnavailableError, from_rpc_error
+from services.common.versions import Version
+
+CALL_TIMEOUT_S = 10.0
+# A long poll is given this much on top of its wait before the transport is taken for broken.
+POLL_SLACK_S = 5.0
+RETRY_FOR_S = 60.0
+
+_TRANSIENT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    # gRPC sheds load with CANCELLED when thousands of calls are pending.
+    grpc.StatusCode.CANCELLED,
+}
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, UnavailableError):
+        return True
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _TRANSIENT
+
+
+class BufferClient:
+    """One channel to the buffer. Every verb is safe to repeat, so each is retried for up to `retry_for_s`.
+
+    Raises the typed errors of `services.common.errors`; UnavailableError when the buffer stays away.
+    """
+
+    def __init__(self, address: str, *, retry_for_s: float = RETRY_FOR_S, message_mb: int = 64) -> None:
+        self._channel = rpc.channel(address, message_mb=message_mb)
+        self._stub = buffer_pb2_grpc.BufferServiceStub(self._channel)
+        self._retry_for_s = retry_for_s
+        self._address = address
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def submit(self, request_id: str, prompts: Sequence[sample_pb2.Prompt]) -> pb.SubmitResponse:
+        return await self._call("Submit", pb.SubmitRequest(request_id=request_id, prompts=prompts))
+
+    async def lease(
+        self,
+        stage: sample_pb2.Stage,
+        replica_id: str,
+        *,
+        max_samples: int = 0,
+        wait_s: float = 0.0,
+        include_payload: bool = True,
+        weight_version: Version | None = None,
+        epoch: int = 0,
+        step: int = 0,
+    ) -> pb.LeaseResponse:
+        request = pb.LeaseRequest(
+            stage=stage,
+            replica_id=replica_id,
+            max_samples=max_samples,
+            include_payload=include_payload,
+            weight_version=weight_version.to_proto() if weight_version else None,
+            epoch=epoch,
+            step=step,
+        )
+        request.wait.CopyFrom(_duration(wait_s))
+        return await self._call("Lease", request, timeout_s=wait_s + POLL_SLACK_S)
+
+    async def fetch(self, sample_ids: Sequence[str]) -> pb.FetchResponse:
+        return await self._call("Fetch", pb.FetchRequest(sample_ids=sample_ids))
+
+    async def extend(self, replica_id: str, samples: Sequence[pb.ExtendedSample]) -> pb.ExtendResponse:
+        return await self._call("Extend", pb.ExtendRequest(replica_id=replica_id, samples=samples))
+
+    async def complete(
+        self, stage: sample_pb2.Stage, replica_id: str, samples: Sequence[pb.CompletedSample]
+    ) -> pb.CompleteResponse:
+        return await self._call("Complete", pb.CompleteRequest(stage=stage, replica_id=replica_id, samples=samples))
+
+    async def release(
+        self, stage: sample_pb2.Stage, replica_id: str, samples: Sequence[pb.ReleasedSample]
+    ) -> pb.ReleaseResponse:
+        return await self._call("Release", pb.ReleaseRequest(stage=stage, replica_id=replica_id, samples=samples))
+
+    async def commit_step(
+        self,
+        epoch: int,
+        step: int,
+        batch_lease_id: int,
+        outcome: pb.StepOutcome = pb.STEP_OUTCOME_TRAINED,
+    ) -> pb.CommitStepResponse:
+        request = pb.CommitStepRequest(epoch=epoch, step=step, batch_lease_id=batch_lease_id, outcome=outcome)
+        return await self._call("CommitStep", request)
+
+    async def publish_version(self, version: Version) -> pb.PublishVersionResponse:
+        return await self._call("PublishVersion", pb.PublishVersionRequest(version=version.to_proto()))
+
+    async def get_watermark(self, epoch: int, step: int) -> pb.Watermark:
+        response = await self._call("GetWatermark", pb.GetWatermarkRequest(epoch=epoch, step=step))
+        return response.watermark
+
+    async def confirm_checkpoint(self, epoch: int, oldest_kept_step: int) -> pb.ConfirmCheckpointResponse:
+        request = pb.ConfirmCheckpointRequest(epoch=epoch, oldest_kept_step=oldest_kept_step)
+        return await self._call("ConfirmCheckpoint", request)
+
+    async def acquire_epoch(self, holder: str) -> pb.AcquireEpochResponse:
+        return await self._call("AcquireEpoch", pb.AcquireEpochRequest(holder=holder))
+
+    async def recover(self, epoch: int, step: int, watermark: pb.Watermark | None = None) -> pb.RecoverResponse:
+        return await self._call("Recover", pb.RecoverRequest(epoch=epoch, step=step, watermark=watermark))
+
+    async def register_replica(self, replica: pb.Replica) -> pb.RegisterReplicaResponse:
+        return await self._call("RegisterReplica", pb.RegisterReplicaRequest(replica=replica))
+
+    async def list_replicas(self, role: pb.Role = pb.ROLE_UNSPECIFIED) -> list[pb.Replica]:
+        response = await self._call("ListReplicas", pb.ListReplicasRequest(role=role))
+        return list(response.replicas)
+
+    async def get_ledger(self) -> pb.GetLedgerResponse:
+        return await self._call("GetLedger", pb.GetLedgerRequest())
+
+    async def _call(self, verb: str, request: Message, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        method = getattr(self._stub, verb)
+        try:
+            async for attempt in stamina.retry_context(
+                on=_is_transient, attempts=None, timeout=self._retry_for_s, wait_initial=0.05, wait_max=2.0
+            ):
+                with attempt:
+                    try:
+                        return await method(request, timeout=timeout_s)
+                    except grpc.aio.AioRpcError as error:
+                        if (typed := from_rpc_error(error)) is not None:
+                            raise typed from None
+                        raise
+        except grpc.aio.AioRpcError as error:
+            raise UnavailableError(
+                f"buffer {verb} failed: {error.code().name} {error.details()}", field=self._address
+            ) from error
+        raise AssertionError("unreachable: the retry loop returns or raises")
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

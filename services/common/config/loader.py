@@ -1,0 +1,191 @@
+"""Reads the configuration: TOML file, then dotted overrides, then secrets from the environment.
+
+Every mistake becomes one `ConfigError` that names the key and, for an unknown key, the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from services.common.config.models import (
+    BatchConfig,
+    BufferConfig,
+    DataConfig,
+    ModelConfig,
+    PluginsConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    StalenessConfig,
+    StoreConfig,
+    TrainerConfig,
+)
+from services.common.errors import ConfigError
+
+
+class Config(BaseSettings):
+    """One run: every service reads the whole of it and uses its own part."""
+
+    model_config = SettingsConfigDict(extra="forbid", env_prefix="POLYHEAD_", env_nested_delimiter="__")
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    staleness: StalenessConfig = Field(default_factory=StalenessConfig)
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    buffer: BufferConfig = Field(default_factory=BufferConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    plugins: PluginsConfig = Field(default_factory=PluginsConfig)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Config:
+        if self.run.deterministic and self.staleness.max_staleness != 0:
+            raise ValueError(f"run.deterministic needs staleness.max_staleness = 0, not {self.staleness.max_staleness}")
+        return self
+
+
+def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The validated configuration of a run.
+
+    `overrides` maps dotted keys ("trainer.optimizer.lr") to values and wins over the file.
+    Raises ConfigError for an unreadable file, broken TOML, unknown keys and values that do not fit.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror}", field=str(path)) from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"is not valid TOML: {error}", field=str(path)) from error
+    if "password" in (tree.get("store") or {}):
+        raise ConfigError("comes from the environment only: POLYHEAD_STORE__PASSWORD", field="store.password")
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    try:
+        return Config(**tree)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Turns ``["--trainer.optimizer.lr", "1e-6", "--data.shuffle=true"]`` into a dict for `load`.
+
+    Values are read as TOML and fall back to plain strings. Raises ConfigError for anything not of this form.
+    """
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or "." not in flag:
+            raise ConfigError("expected --section.key VALUE", field=flag)
+        key, equals, text = flag.removeprefix("--").partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError("a value is missing", field=flag)
+            text = rest.pop(0)
+        overrides[key] = _parse_value(text)
+    return overrides
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as TOML, secrets left out: `load` reads it back to an equal `Config`."""
+    tree = config.model_dump(mode="json", exclude={"store": {"password"}}, exclude_none=True)
+    lines = ["# Resolved configuration of this run, written at its start."]
+    _write_table(lines, (), tree)
+    return "\n".join(lines) + "\n"
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for name in parents:
+        child = tree.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{name} is not a section", field=dotted)
+        tree = child
+    tree[leaf] = value
+
+
+def _write_table(lines: list[str], path: tuple[str, ...], table: Mapping[str, Any]) -> None:
+    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    if path and (plain or not table):
+        lines += ["", f"[{'.'.join(path)}]"]
+    lines += [f"{key} = {_toml_value(value)}" for key, value in plain.items()]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _write_table(lines, (*path, key), value)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    return repr(value)
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    dotted = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key{_nearest(location)}", field=dotted)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] not in ("value_error", "missing"):
+        message = f"{message}, not {first['input']!r}"
+    return ConfigError(message, field=dotted)
+
+
+def _nearest(location: Sequence[str]) -> str:
+    """The suggestion for an unknown key: in its own section first, then anywhere."""
+    *parents, leaf = location
+    section: type[BaseModel] = Config
+    for name in parents:
+        section = section.model_fields[name].annotation  # type: ignore[assignment]
+    if near := difflib.get_close_matches(leaf, section.model_fields, n=1):
+        return f"; did you mean {'.'.join([*parents, near[0]])}?"
+    everywhere = dict(_leaves(Config))
+    if near := difflib.get_close_matches(leaf, everywhere, n=1, cutoff=0.8):
+        return f"; did you mean {everywhere[near[0]]}?"
+    return f"; known here: {', '.join(section.model_fields)}"
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            found.append((name, f"{prefix}{name}"))
+    return found

@@ -1,0 +1,278 @@
+"""Every setting of every service, as one tree. The string under a field is its documentation.
+
+One TOML file holds one table per model below; `loader.py` reads it. Shared values are written once and checked
+against each other here, so that a wrong combination is refused before anything starts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A table of the file: unknown keys are errors, strings are not coerced into numbers."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """Names the run in logs and in the store; all keys of a run share it as hash tag."""
+    dir: Path = Path("runs/run")
+    """Everything a run writes goes here: logs, metrics, checkpoints, the embedded store's files."""
+    seed: int = 0
+    num_rollout: Positive = 100
+    """Training steps in all (slime: --num-rollout). One step trains one rollout batch."""
+    deterministic: bool = False
+    """With max_staleness = 0 and one trainer rank: bit-for-bit the plain synchronous loop (I9)."""
+    stall_limit_s: Seconds = 300.0
+    """If nothing changes state for this long, the run says what it waits for at warning level (I12)."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_plain(cls, value: str) -> str:
+        if not value or len(value) > 64 or not all(c.isalnum() or c in "-_." for c in value):
+            raise ValueError("must be 1 to 64 letters, digits, '-', '_' or '.'")
+        return value
+
+
+class ModelConfig(Section):
+    hf_checkpoint: Path = Path()
+    """A Hugging Face model directory: config.json, safetensors, tokenizer (slime: --hf-checkpoint)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class DataConfig(Section):
+    prompt_data: str = ""
+    """A .jsonl or .parquet file, with an optional slice: path@[start:end] (slime: --prompt-data)."""
+    input_key: str = "input"
+    label_key: str | None = None
+    metadata_key: str = "metadata"
+    tool_key: str = "tools"
+    apply_chat_template: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    shuffle: bool = False
+    """Permute the rows anew in each epoch, by `seed` (slime: --rollout-shuffle)."""
+    seed: int = 42
+    """slime: --rollout-seed"""
+
+
+class BatchConfig(Section):
+    rollout_batch_size: Positive = 8
+    """Groups (prompts) per step: B in the docs."""
+    n_samples_per_prompt: Positive = 8
+    """Group size."""
+    global_batch_size: Positive | None = None
+    """Samples per optimizer step. Default: the whole rollout batch over num_steps_per_rollout."""
+    num_steps_per_rollout: Positive | None = None
+    """Optimizer steps per rollout batch. Default: what global_batch_size says, else 1."""
+    over_sampling_batch_size: Positive | None = None
+    """Groups that may be in the works per step; the surplus over rollout_batch_size covers filtered groups."""
+    min_group_size: Positive | None = None
+    """A group with dead samples is trained if this many remain. Default: all are needed."""
+    dynamic_sampling_filter: Literal["none", "nonzero_std"] = "none"
+    """nonzero_std drops groups whose rewards are all equal: they carry no gradient under GRPO."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> BatchConfig:
+        samples = self.rollout_batch_size * self.n_samples_per_prompt
+        if self.global_batch_size is None:
+            steps = self.num_steps_per_rollout or 1
+            if samples % steps:
+                raise ValueError(
+                    f"rollout_batch_size × n_samples_per_prompt = {self.rollout_batch_size} × "
+                    f"{self.n_samples_per_prompt} = {samples} is not a multiple of num_steps_per_rollout = {steps}"
+                )
+            self.global_batch_size, self.num_steps_per_rollout = samples // steps, steps
+        elif self.num_steps_per_rollout is None:
+            self.num_steps_per_rollout = max(1, samples // self.global_batch_size)
+        trained = self.global_batch_size * self.num_steps_per_rollout
+        if samples != trained:
+            raise ValueError(
+                f"rollout_batch_size × n_samples_per_prompt = {self.rollout_batch_size} × "
+                f"{self.n_samples_per_prompt} = {samples} must equal global_batch_size × num_steps_per_rollout = "
+                f"{self.global_batch_size} × {self.num_steps_per_rollout} = {trained}"
+            )
+        if self.rollout_batch_size % self.num_steps_per_rollout:
+            raise ValueError(
+                f"rollout_batch_size = {self.rollout_batch_size} groups cannot be split over num_steps_per_rollout = "
+                f"{self.num_steps_per_rollout} optimizer steps: groups are never split"
+            )
+        if self.over_sampling_batch_size is not None and self.over_sampling_batch_size < self.rollout_batch_size:
+            raise ValueError(
+                f"over_sampling_batch_size = {self.over_sampling_batch_size} must be at least rollout_batch_size = "
+                f"{self.rollout_batch_size}"
+            )
+        if self.min_group_size is not None and self.min_group_size > self.n_samples_per_prompt:
+            raise ValueError(
+                f"min_group_size = {self.min_group_size} is above n_samples_per_prompt = {self.n_samples_per_prompt}"
+            )
+        return self
+
+
+class StalenessConfig(Section):
+    max_staleness: Annotated[int, Field(ge=0)] = 4
+    """Steps between the oldest token of a sample and the version it trains (I6). 0 is synchronous RL."""
+    on_stale: Literal["wait", "mask", "drop"] = "wait"
+    """What happens to a sample that would pass the bound."""
+    publish_interval: Positive = 1
+    """Push weights every so many steps."""
+
+    @model_validator(mode="after")
+    def _interval_fits(self) -> StalenessConfig:
+        if self.max_staleness < self.publish_interval - 1:
+            raise ValueError(
+                f"max_staleness = {self.max_staleness} must be at least publish_interval - 1 = "
+                f"{self.publish_interval - 1}, or no batch could ever be trained"
+            )
+        return self
+
+
+class StoreConfig(Section):
+    url: str = "embedded"
+    """"embedded" starts a Valkey of our own in the run directory; else redis://, rediss:// or unix://."""
+    password: SecretStr | None = None
+    """Only from the environment: POLYHEAD_STORE__PASSWORD."""
+    appendfsync: Literal["always", "everysec"] = "always"
+    """For the embedded store. "everysec" can lose the last acknowledged second on a crash."""
+    max_memory_mb: Positive = 2048
+    """The store's budget: admission of new prompts stops at 80% of it."""
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        if value != "embedded" and not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError('must be "embedded" or begin with redis://, rediss:// or unix://')
+        return value
+
+
+class LimitsConfig(Section):
+    message_mb: Positive = 64
+    sample_mb: Positive = 8
+    sample_tokens: Positive = 131_072
+    metadata_kb: Positive = 64
+    samples_per_rpc: Positive = 1_024
+
+
+class BufferConfig(Section):
+    address: str = "127.0.0.1:0"
+    """Where it listens; port 0 lets the launcher choose."""
+    lease_ttl_s: Seconds = 30.0
+    """Rollout and reward leases end after this long without a heartbeat."""
+    replica_ttl_s: Seconds = 10.0
+    max_attempts: Positive = 5
+    """Failures attributed to a sample before it becomes a dead letter."""
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+
+
+class SamplingConfig(Section):
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    max_response_len: Positive = 128
+    """slime: --rollout-max-response-len"""
+    max_prompt_len: Positive | None = None
+    """Longer prompts are dropped as OVERSIZE."""
+    stop: list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+
+
+class EngineConfig(Section):
+    kind: Literal["torch"] = "torch"
+    """"torch" is the in-house engine."""
+    max_running_requests: Positive = 64
+    """Slots of the continuous batch."""
+    context_length: Positive | None = None
+    """Tokens of KV cache per slot. Default: the model's, at most 2,048."""
+    prefill_chunk: Positive = 32
+    stream_interval: Positive = 8
+    """Tokens between two chunks of a stream."""
+    threads: Positive = 1
+    """torch threads."""
+    start_timeout_s: Seconds = 300.0
+
+
+class RolloutConfig(Section):
+    replicas: Positive = 1
+    address: str = "127.0.0.1:0"
+    max_inflight: Positive = 64
+    """Samples one replica works on at a time."""
+    save_interval_s: Seconds = 1.0
+    """How often partial tokens go to the buffer."""
+    pause_mode: Literal["in_place", "retract", "abort"] = "in_place"
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+
+
+class RewardConfig(Section):
+    replicas: Positive = 1
+    address: str = "127.0.0.1:0"
+    scorer: str = "math"
+    """"math", "exact", or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
+    processes: Positive = 1
+    """Size of the process pool."""
+    score_timeout_s: Seconds = 10.0
+    """A score that takes longer is killed, with its process."""
+    max_inflight: Positive = 256
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: Annotated[float, Field(gt=0)] = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Linear warm-up, then constant."""
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["grpo"] = "grpo"
+    normalize_std: bool = True
+    """Divide by the group's standard deviation (slime: not --disable-grpo-std-normalization)."""
+    eps_clip: Annotated[float, Field(gt=0)] = 0.2
+    eps_clip_high: Annotated[float, Field(gt=0)] | None = None
+    """Default: eps_clip."""
+    loss_reduction: Literal["per_sample", "per_token"] = "per_sample"
+    """per_sample: mean over samples of the token mean. per_token: mean over all tokens of the batch."""
+
+
+class CheckpointConfig(Section):
+    save_interval: Positive = 100
+    """Steps between checkpoints; the last step always writes one."""
+    keep_last: Positive = 2
+    export_hf: bool = True
+    """Write run.dir/hf at the end."""
+
+
+class WeightsConfig(Section):
+    backend: Literal["gloo", "nccl"] = "gloo"
+    bucket_mb: Positive = 2048
+    timeout_s: Seconds = 60.0
+    """Deadline of each call of a push; a replica that misses one is quarantined."""
+
+
+class TrainerConfig(Section):
+    address: str = "127.0.0.1:0"
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: Positive = 1
+    max_tokens_per_gpu: Positive = 4096
+    """Tokens packed into one micro-batch; a longer sample makes one of its own."""
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)
+
+
+class PluginsConfig(Section):
+    """Where user functions may come from: dotted paths are taken from this file only, never from data or RPCs."""
+
+    paths: list[Path] = Field(default_factory=list)
+    """Directories put on sys.path of the processes that run user functions."""

@@ -1,0 +1,104 @@
+"""The errors that cross service borders, and how each looks on the wire.
+
+A failure of one sample is data (an `Outcome`, a dead letter) and never one of these. An error here ends an RPC or a
+process: it names the field or the thing at fault and says why, in one line.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+
+class PolyheadError(Exception):
+    """Base of every error that a user or another service may see.
+
+    `code` is the gRPC status it becomes; `exit_code` is the process exit status when it ends a command.
+    """
+
+    code = grpc.StatusCode.INTERNAL
+    exit_code = 1
+
+    def __init__(self, reason: str, *, field: str = "") -> None:
+        self.reason = reason
+        self.field = field
+        super().__init__(f"{field}: {reason}" if field else reason)
+
+
+class ConfigError(PolyheadError, ValueError):
+    """The configuration cannot be run: unknown key, wrong type, values that do not fit together."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    exit_code = 2
+
+
+class InvalidArgumentError(PolyheadError, ValueError):
+    """A message is malformed; `field` names the part at fault. Nothing was stored."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    exit_code = 2
+
+
+class LimitError(PolyheadError):
+    """A message or the store is over a limit. Retrying the same thing at once does not help."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class FencedError(PolyheadError):
+    """The caller's epoch has been superseded (I4). Fatal to the process that gets it."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    exit_code = 3
+
+
+class PreconditionError(PolyheadError):
+    """The call does not fit the present state (a gap in steps, a push that was never begun)."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class UnavailableError(PolyheadError):
+    """Something this service depends on does not answer now. Retrying later is right."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class TrainingDivergedError(PolyheadError):
+    """Three steps in a row were not finite."""
+
+    exit_code = 4
+
+
+_BY_NAME: dict[str, type[PolyheadError]] = {
+    cls.__name__: cls
+    for cls in (
+        PolyheadError,
+        ConfigError,
+        InvalidArgumentError,
+        LimitError,
+        FencedError,
+        PreconditionError,
+        UnavailableError,
+        TrainingDivergedError,
+    )
+}
+
+# Trailing metadata that carries the typed error beside the gRPC status.
+ERROR_NAME_KEY = "polyhead-error"
+ERROR_FIELD_KEY = "polyhead-error-field"
+
+
+def to_metadata(error: PolyheadError) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata from which `from_rpc_error` rebuilds the error."""
+    return ((ERROR_NAME_KEY, type(error).__name__), (ERROR_FIELD_KEY, error.field))
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> PolyheadError | None:
+    """The typed error behind an RPC failure, or None when the transport itself failed."""
+    metadata = {str(key): value for key, value in error.trailing_metadata() or ()}
+    cls = _BY_NAME.get(str(metadata.get(ERROR_NAME_KEY, "")))
+    if cls is None:
+        return None
+    field = str(metadata.get(ERROR_FIELD_KEY, ""))
+    reason = error.details() or ""
+    return cls(reason.removeprefix(f"{field}: ") if field else reason, field=field)

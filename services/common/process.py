@@ -1,0 +1,62 @@
+"""Child processes that cannot outlive their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def spawn(
+    command: Sequence[str],
+    *,
+    log_path: Path,
+    env: Mapping[str, str] | None = None,
+    death_signal: signal.Signals = signal.SIGTERM,
+) -> subprocess.Popen[bytes]:
+    """Starts `command` with its output appended to `log_path`.
+
+    It leads a session of its own, so a terminal's Ctrl-C reaches only the parent, which forwards it; and the kernel
+    sends it `death_signal` when the parent ends, however that happens. Call it from a thread that lives as long as
+    the process: the kernel watches the thread.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+
+    def before_exec() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, death_signal)
+
+    with log_path.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+            preexec_fn=before_exec,
+        )
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port nobody listens on now. Another process may still take it first."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def last_lines(log_path: Path, count: int = 20) -> str:
+    """The end of a log, for an error message."""
+    try:
+        with log_path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - 65_536))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-count:])
+    except OSError:
+        return ""

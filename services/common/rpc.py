@@ -1,0 +1,160 @@
+"""gRPC the way every service here uses it: health and reflection on, errors typed, deadlines required.
+
+Channels are plaintext and therefore loopback or unix sockets only.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.common.errors import ConfigError, InvalidArgumentError, PolyheadError, to_metadata
+
+log = structlog.get_logger()
+
+MIB = 1 << 20
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # The server's default allows a ping every 5 minutes and closes channels that ask more often.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+def _options(message_mb: int) -> list[tuple[str, int]]:
+    return [
+        *_KEEPALIVE,
+        ("grpc.max_receive_message_length", message_mb * MIB),
+        ("grpc.max_send_message_length", message_mb * MIB),
+    ]
+
+
+class _Malformed:
+    """Stands in for a request that did not parse, so that the handler can answer INVALID_ARGUMENT."""
+
+    def __init__(self, error: DecodeError) -> None:
+        self.error = error
+
+
+class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Turns typed errors into gRPC statuses, and malformed requests into INVALID_ARGUMENT."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        inner, parse, method = handler.unary_unary, handler.request_deserializer, handler_call_details.method
+
+        def deserialize(data: bytes) -> Any:
+            try:
+                return parse(data)
+            except DecodeError as error:
+                return _Malformed(error)
+
+        async def behaviour(request: Any, context: Any) -> Any:
+            try:
+                if isinstance(request, _Malformed):
+                    raise InvalidArgumentError(f"cannot be parsed: {request.error}", field="request")
+                return await inner(request, context)
+            except PolyheadError as error:
+                await context.abort(error.code, str(error), to_metadata(error))
+            except (grpc.aio.AbortError, grpc.aio.AioRpcError):
+                raise
+            except Exception:
+                log.exception("rpc_failed", method=method)
+                raise
+
+        return grpc.unary_unary_rpc_method_handler(behaviour, deserialize, handler.response_serializer)
+
+
+class _DeadlineInterceptor(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+    """Refuses to send a call that could wait for ever."""
+
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        if client_call_details.timeout is None:
+            raise ValueError(f"{client_call_details.method!r} called without a deadline")
+        return await continuation(client_call_details, request)
+
+
+def channel(address: str, *, message_mb: int = 64) -> grpc.aio.Channel:
+    """A channel to another service. Raises ConfigError for an address that plaintext must not go to."""
+    _require_local(address)
+    return grpc.aio.insecure_channel(address, options=_options(message_mb), interceptors=[_DeadlineInterceptor()])
+
+
+@dataclass(frozen=True)
+class Server:
+    """A serving gRPC server. `address` holds the real port."""
+
+    address: str
+    _server: grpc.aio.Server
+    _health: health.aio.HealthServicer
+
+    async def set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set("", status)
+
+    async def stop(self, grace_s: float) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+async def serve(
+    address: str,
+    register: Callable[[grpc.aio.Server], None],
+    services: Sequence[str],
+    *,
+    message_mb: int = 64,
+    max_concurrent: int | None = None,
+) -> Server:
+    """Starts a server with health and reflection. `services` are the full names it answers for.
+
+    Raises ConfigError when the address cannot be bound or is not local.
+    """
+    _require_local(address)
+    server = grpc.aio.server(
+        interceptors=[_ErrorInterceptor()],
+        # Without this a second server could bind the same port unnoticed.
+        options=[*_options(message_mb), ("grpc.so_reuseport", 0)],
+        maximum_concurrent_rpcs=max_concurrent,
+    )
+    register(server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError("cannot be bound: is another process listening there?", field=address) from error
+    await server.start()
+    host = address.rpartition(":")[0]
+    started = Server(address if address.startswith("unix:") else f"{host}:{port}", server, health_servicer)
+    await started.set_serving(True)
+    return replace(started)
+
+
+def _require_local(address: str) -> None:
+    if address.startswith("unix:"):
+        return
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        raise ConfigError("plaintext gRPC is for loopback addresses only", field=address)
