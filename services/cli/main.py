@@ -1,0 +1,104 @@
+"""The `polyhead` command. Each verb imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.common.errors import PolyheadError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; the return value is the exit status. A typed error becomes one line on standard error."""
+    arguments, rest = _parser().parse_known_args(argv)
+    try:
+        return int(arguments.verb(arguments, rest))
+    except PolyheadError as error:
+        print(f"polyhead: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="polyhead", description="Asynchronous RL post-training of language models as four decoupled services."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    up = verbs.add_parser("up", help="run what a TOML file describes, until it is done")
+    up.add_argument("-c", "--config", type=Path, required=True, help="the run's TOML file")
+    up.add_argument("--dry-run", action="store_true", help="check everything, print the resolved run, start nothing")
+    up.set_defaults(verb=_up)
+
+    train = verbs.add_parser(
+        "train",
+        help="the same from flags, slime's names accepted",
+        usage="polyhead train --hf-checkpoint DIR --prompt-data FILE [--flag VALUE ...] [--section.key VALUE ...]",
+    )
+    train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved run, start nothing")
+    train.add_argument("--list-flags", action="store_true", help="print every flag and the key it sets")
+    train.set_defaults(verb=_train)
+
+    status = verbs.add_parser("status", help="ask a running system how it is")
+    status.add_argument("run_dir", type=Path, nargs="?", default=None, help="default: the newest run under runs/")
+    status.set_defaults(verb=_status)
+
+    down = verbs.add_parser("down", help="stop a running system; it can be resumed")
+    down.add_argument("run_dir", type=Path, nargs="?", default=None, help="default: the newest run under runs/")
+    down.set_defaults(verb=_down)
+
+    demo = verbs.add_parser("demo", help="a language model learns addition on this machine, in two minutes")
+    demo.add_argument("task", nargs="?", choices=("addition", "smollm2"), default="addition")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(verb=_demo)
+    return parser
+
+
+def _up(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.cli.run import run
+    from services.common.config import load, parse_overrides
+
+    return run(load(arguments.config, parse_overrides(rest)), dry_run=arguments.dry_run)
+
+
+def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.cli import slime_flags
+    from services.cli.run import run
+    from services.common.config import load
+
+    if arguments.list_flags:
+        print(slime_flags.describe())
+        return 0
+    return run(load(None, slime_flags.to_overrides(rest)), dry_run=arguments.dry_run)
+
+
+def _status(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.cli.status import print_status
+
+    _refuse_rest(rest)
+    return print_status(arguments.run_dir)
+
+
+def _down(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.cli.status import stop_run
+
+    _refuse_rest(rest)
+    return stop_run(arguments.run_dir)
+
+
+def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.cli.demo import addition, smollm2
+    from services.common.config import parse_overrides
+
+    task = smollm2 if arguments.task == "smollm2" else addition
+    return task.run(arguments.seed, parse_overrides(rest))
+
+
+def _refuse_rest(rest: list[str]) -> None:
+    if rest:
+        raise PolyheadError("unknown argument", field=rest[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

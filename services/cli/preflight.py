@@ -1,0 +1,85 @@
+"""Everything that can be known to be wrong before a run starts, and before it has written anything."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import redis
+
+from services.buffer.prompts import PromptSource
+from services.common.config import Config
+from services.common.errors import ConfigError, UnavailableError
+
+
+def check(config: Config) -> None:
+    """Raises the ConfigError or UnavailableError of the first thing that is wrong."""
+    _check_model(config.model.hf_checkpoint)
+    PromptSource(config.data)
+    for field, address in (("buffer.address", config.buffer.address), ("trainer.address", config.trainer.address)):
+        _check_port(field, address)
+    if config.store.url != "embedded":
+        _check_store(config)
+    _check_scorer(config)
+
+
+def _check_model(directory: Path) -> None:
+    field = "model.hf_checkpoint"
+    if directory == Path():
+        raise ConfigError("is needed: a Hugging Face model directory", field=field)
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory", field=field)
+    config = directory / "config.json"
+    if not config.exists():
+        raise ConfigError(f"{directory} has no config.json", field=field)
+    try:
+        json.loads(config.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{config} is not valid JSON: {error}", field=field) from error
+    if not any(directory.glob("*.safetensors")):
+        raise ConfigError(f"{directory} has no *.safetensors", field=field)
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(f"{directory} has no tokenizer", field=field)
+
+
+def _check_port(field: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if address.startswith("unix:") or port == "0":
+        return
+    if not port.isdigit():
+        raise ConfigError(f"{address!r} is not host:port", field=field)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # As the server will: a port in TIME_WAIT may be taken again.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise ConfigError(f"{address} cannot be bound: {error.strerror}", field=field) from error
+
+
+def _check_store(config: Config) -> None:
+    """The server answers and takes a write."""
+    password = config.store.password.get_secret_value() if config.store.password else None
+    client = redis.Redis.from_url(config.store.url, password=password, socket_timeout=5, socket_connect_timeout=5)
+    try:
+        key = f"{{{config.run.name}}}:preflight"
+        client.set(key, "1", ex=60)
+        client.delete(key)
+    except redis.AuthenticationError as error:
+        raise ConfigError(f"refused the password: {error}", field="store.url") from error
+    except redis.ConnectionError as error:
+        raise UnavailableError(f"does not answer: {error}", field="store.url") from error
+    except redis.RedisError as error:
+        raise UnavailableError(f"refuses writes: {error}", field="store.url") from error
+    finally:
+        client.close()
+
+
+def _check_scorer(config: Config) -> None:
+    """The scorer imports, and scores the first prompt's own label without raising or hanging."""
+    import asyncio
+
+    from services.reward.check import check_scorer
+
+    asyncio.run(check_scorer(config, PromptSource(config.data).prompt(0)))

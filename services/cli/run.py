@@ -1,0 +1,176 @@
+"""One run, from a checked configuration to its summary: start the services, watch them, end them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import structlog
+
+from services.cli.observe import Observer
+from services.cli.preflight import check
+from services.cli.progress import Progress
+from services.cli.summary import write_results
+from services.cli.supervisor import Child, Supervisor
+from services.common import embedded_store
+from services.common.config import Config, dump
+from services.common.errors import ConfigError
+from services.common.process import free_port
+from services.common.telemetry import configure_logging
+
+log = structlog.get_logger()
+
+# What a role may take to give its work back and leave.
+GRACE_S = 30.0
+# The trainer finishes its step and writes a checkpoint first.
+TRAINER_GRACE_S = 120.0
+
+
+def run(config: Config, *, dry_run: bool = False) -> int:
+    """Runs `config` to its end. Returns 0 when the trainer finished, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Raises ConfigError before anything is written when the run cannot work, PolyheadError when a service fails for good.
+    """
+    check(config)
+    if dry_run:
+        print(dump(config), end="")
+        return 0
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    with _sole_launcher(config.run.dir) as lock, tempfile.TemporaryDirectory(prefix="polyhead-") as socket_dir:
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        resolved = _resolve(config, Path(socket_dir))
+        return asyncio.run(Launcher(resolved, embedded=config.store.url == "embedded").run())
+
+
+class Launcher:
+    """Starts the processes of one run on this machine and keeps them running."""
+
+    def __init__(self, config: Config, *, embedded: bool) -> None:
+        self._config = config
+        self._embedded = embedded
+        self._dir = config.run.dir
+        self._stop = asyncio.Event()
+        self._signal: signal.Signals | None = None
+        self._progress = Progress(config)
+        self._supervisor = Supervisor(self._stop, self._progress.restarted)
+        self._observer = Observer(config, self._supervisor)
+
+    async def run(self) -> int:
+        self._catch_signals()
+        self._log_to_file()
+        (self._dir / "config.toml").write_text(dump(self._config))
+        started = time.time()
+        watching: asyncio.Task[None] | None = None
+        try:
+            trainer = await self._start_all()
+            watching = asyncio.create_task(self._observer.watch(self._progress))
+            finished = await self._supervisor.watch(trainer)
+            await self._end_all(trainer, watching)
+        except BaseException:
+            self._supervisor.kill_all()
+            raise
+        finally:
+            if watching is not None:
+                watching.cancel()
+            self._progress.close()
+        if finished:
+            write_results(self._config, self._observer, started)
+            return 0
+        assert self._signal is not None
+        self._progress.say(f"stopped; the same command resumes {self._dir}")
+        return 128 + self._signal
+
+    async def _start_all(self) -> Child:
+        if self._embedded:
+            self._start_store()
+        self._start("buffer")
+        for index in range(self._config.reward.replicas):
+            self._start("reward", index)
+        for index in range(self._config.rollout.replicas):
+            self._start("rollout", index)
+        return self._start("trainer")
+
+    def _start_store(self) -> None:
+        directory = self._dir / "store"
+        directory.mkdir(exist_ok=True)
+        command = embedded_store.command(
+            directory,
+            Path(self._config.store.url.removeprefix("unix://")),
+            self._config.store.appendfsync,
+            self._config.store.max_memory_mb,
+        )
+        self._supervisor.add(Child("store", command, self._dir / "logs" / "store.log"))
+
+    def _start(self, role: str, index: int = 0) -> Child:
+        command = [
+            sys.executable,
+            "-m",
+            f"services.{role}",
+            "-c",
+            str(self._dir / "config.toml"),
+            "--index",
+            str(index),
+        ]
+        return self._supervisor.add(Child(role, command, self._dir / "logs" / f"{role}-{index}.log"))
+
+    async def _end_all(self, trainer: Child, watching: asyncio.Task[None]) -> None:
+        """Consumers before the buffer, the buffer before its store."""
+        await self._supervisor.end([trainer], TRAINER_GRACE_S)
+        await self._supervisor.end(self._children("rollout", "reward"), GRACE_S)
+        watching.cancel()
+        await self._observer.look()
+        await self._supervisor.end(self._children("buffer"), GRACE_S)
+        await self._supervisor.end(self._children("store"), GRACE_S)
+
+    def _children(self, *roles: str) -> Sequence[Child]:
+        return [child for child in self._supervisor.children if child.role in roles]
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: signal.Signals) -> None:
+            if self._stop.is_set():
+                self._supervisor.kill_all()
+                os._exit(128 + number)
+            self._signal = number
+            self._progress.say("stopping: the trainer writes a checkpoint; once more to kill at once")
+            self._stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal, number)
+
+    def _log_to_file(self) -> None:
+        (self._dir / "logs").mkdir(exist_ok=True)
+        configure_logging("launcher", stream=(self._dir / "logs" / "launcher.log").open("a"))
+
+
+def _resolve(config: Config, socket_dir: Path) -> Config:
+    """The configuration every process reads: real ports, and the embedded store's socket."""
+    resolved = config.model_copy(deep=True)
+    resolved.run.dir = config.run.dir.resolve()
+    if config.store.url == "embedded":
+        # In a short private directory: socket paths are limited to 107 bytes, and a run directory may be anywhere.
+        resolved.store.url = f"unix://{socket_dir / 'store.sock'}"
+    if resolved.buffer.address.endswith(":0"):
+        resolved.buffer.address = f"127.0.0.1:{free_port()}"
+    return resolved
+
+
+def _sole_launcher(run_dir: Path) -> IO[str]:
+    lock = (run_dir / "launcher.lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ConfigError(f"is already running (process {lock.read().strip() or '?'})", field=str(run_dir)) from None
+    lock.truncate(0)
+    return lock

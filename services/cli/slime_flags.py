@@ -1,0 +1,138 @@
+"""slime's command-line flags, as keys of our configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from services.common.config import parse_overrides
+from services.common.errors import ConfigError
+
+# flag -> key. A flag that takes a value.
+VALUE_FLAGS: dict[str, str] = {
+    "--hf-checkpoint": "model.hf_checkpoint",
+    "--prompt-data": "data.prompt_data",
+    "--input-key": "data.input_key",
+    "--label-key": "data.label_key",
+    "--metadata-key": "data.metadata_key",
+    "--tool-key": "data.tool_key",
+    "--apply-chat-template-kwargs": "data.chat_template_kwargs",
+    "--rollout-seed": "data.seed",
+    "--seed": "run.seed",
+    "--num-rollout": "run.num_rollout",
+    "--run-dir": "run.dir",
+    "--rollout-batch-size": "batch.rollout_batch_size",
+    "--n-samples-per-prompt": "batch.n_samples_per_prompt",
+    "--global-batch-size": "batch.global_batch_size",
+    "--num-steps-per-rollout": "batch.num_steps_per_rollout",
+    "--over-sampling-batch-size": "batch.over_sampling_batch_size",
+    "--max-staleness": "staleness.max_staleness",
+    "--update-weights-interval": "staleness.publish_interval",
+    "--rollout-max-response-len": "rollout.sampling.max_response_len",
+    "--rollout-max-prompt-len": "rollout.sampling.max_prompt_len",
+    "--rollout-max-context-len": "rollout.engine.context_length",
+    "--rollout-temperature": "rollout.sampling.temperature",
+    "--rollout-top-p": "rollout.sampling.top_p",
+    "--rollout-top-k": "rollout.sampling.top_k",
+    "--rm-type": "reward.scorer",
+    "--custom-rm-path": "reward.scorer",
+    "--advantage-estimator": "trainer.algorithm.advantage",
+    "--eps-clip": "trainer.algorithm.eps_clip",
+    "--eps-clip-high": "trainer.algorithm.eps_clip_high",
+    "--max-tokens-per-gpu": "trainer.max_tokens_per_gpu",
+    "--lr": "trainer.optimizer.lr",
+    "--lr-warmup-iters": "trainer.optimizer.warmup_steps",
+    "--weight-decay": "trainer.optimizer.weight_decay",
+    "--adam-beta1": "trainer.optimizer.beta1",
+    "--adam-beta2": "trainer.optimizer.beta2",
+    "--adam-eps": "trainer.optimizer.eps",
+    "--clip-grad": "trainer.optimizer.clip_grad",
+    "--save-interval": "trainer.checkpoint.save_interval",
+}
+
+# Flags that take several values.
+LIST_FLAGS: dict[str, str] = {
+    "--rollout-stop": "rollout.sampling.stop",
+    "--rollout-stop-token-ids": "rollout.sampling.stop_token_ids",
+}
+
+# Flags without a value -> (key, what they set it to).
+SWITCHES: dict[str, tuple[str, Any]] = {
+    "--apply-chat-template": ("data.apply_chat_template", True),
+    "--rollout-shuffle": ("data.shuffle", True),
+    "--calculate-per-token-loss": ("trainer.algorithm.loss_reduction", "per_token"),
+    "--disable-grpo-std-normalization": ("trainer.algorithm.normalize_std", False),
+}
+
+# Dotted paths that name what is built in here.
+_FILTERS = {
+    "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": "nonzero_std",
+    "check_reward_nonzero_std": "nonzero_std",
+}
+
+
+def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Dotted overrides for `services.common.config.load`. Our own --section.key flags are accepted among slime's.
+
+    Raises ConfigError for an unknown flag, naming the nearest known one, and for a missing value.
+    """
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        flag, equals, inline = rest.pop(0).partition("=")
+        if "." in flag and flag.startswith("--"):
+            overrides |= parse_overrides(
+                [f"{flag}={inline}" if equals else flag, *([] if equals else _values(flag, rest, 1))]
+            )
+        elif flag in SWITCHES:
+            key, value = SWITCHES[flag]
+            overrides[key] = value
+        elif flag in LIST_FLAGS:
+            overrides[LIST_FLAGS[flag]] = _values(flag, rest)
+        elif flag == "--dynamic-sampling-filter-path":
+            overrides["batch.dynamic_sampling_filter"] = _filter(inline if equals else _values(flag, rest, 1)[0])
+        elif flag in VALUE_FLAGS:
+            text = inline if equals else _values(flag, rest, 1)[0]
+            overrides |= parse_overrides([f"--{VALUE_FLAGS[flag]}={text}"])
+        else:
+            raise ConfigError(f"unknown flag{_nearest(flag)}", field=flag)
+    overrides.setdefault("run.dir", _default_dir(overrides))
+    return overrides
+
+
+def describe() -> str:
+    """Every flag with the key it sets, a line each."""
+    rows = {**VALUE_FLAGS, **LIST_FLAGS, **{flag: f"{key} = {value}" for flag, (key, value) in SWITCHES.items()}}
+    rows["--dynamic-sampling-filter-path"] = "batch.dynamic_sampling_filter"
+    return "\n".join(f"{flag:36} {key}" for flag, key in sorted(rows.items()))
+
+
+def _values(flag: str, rest: list[str], count: int | None = None) -> list[str]:
+    """The next `count` values, or all up to the next flag. A negative number is a value."""
+    taken: list[str] = []
+    while rest and (count is None or len(taken) < count) and not (rest[0].startswith("--")):
+        taken.append(rest.pop(0))
+    if not taken or (count is not None and len(taken) < count):
+        raise ConfigError("a value is missing", field=flag)
+    return taken
+
+
+def _filter(path: str) -> str:
+    if path not in _FILTERS:
+        raise ConfigError(
+            f"{path!r} is not built in; known: {', '.join(_FILTERS)}", field="--dynamic-sampling-filter-path"
+        )
+    return _FILTERS[path]
+
+
+def _nearest(flag: str) -> str:
+    known = [*VALUE_FLAGS, *LIST_FLAGS, *SWITCHES, "--dynamic-sampling-filter-path"]
+    near = difflib.get_close_matches(flag, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; polyhead train --list-flags prints the known ones"
+
+
+def _default_dir(overrides: dict[str, Any]) -> str:
+    model = Path(str(overrides.get("model.hf_checkpoint", "model"))).name or "model"
+    return f"runs/{model}"

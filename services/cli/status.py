@@ -1,0 +1,94 @@
+"""`polyhead status` and `polyhead down`: talk to the run that a directory belongs to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+from services.cli.progress import queues, waiting
+from services.common.buffer_client import BufferClient
+from services.common.config import load
+from services.common.errors import ConfigError, UnavailableError
+from services.common.versions import Version
+
+RUNS = Path("runs")
+STOP_WITHIN_S = 180.0
+
+
+def print_status(run_dir: Path | None) -> int:
+    """Prints the ledger and the replicas of a running system. Raises UnavailableError when it does not answer."""
+    run_dir = _find(run_dir)
+    config = load(run_dir / "config.toml")
+    ledger, replicas = asyncio.run(_ask(config.buffer.address))
+    console = Console(highlight=False)
+    console.print(
+        f"{config.run.name}: step {ledger.step}/{config.run.num_rollout}, epoch {ledger.epoch}, "
+        f"published {Version.from_proto(ledger.published)}, "
+        f"live groups {ledger.live_groups}/{ledger.live_groups_limit}, ledger imbalance {ledger.imbalance}",
+        soft_wrap=True,
+    )
+    console.print(queues(ledger))
+    for phrase in waiting(ledger):
+        console.print(f"waiting  {phrase}", soft_wrap=True)
+    console.print(_replica_table(replicas))
+    return 0
+
+
+def stop_run(run_dir: Path | None) -> int:
+    """Asks the launcher to stop and waits until it is gone."""
+    run_dir = _find(run_dir)
+    try:
+        pid = int((run_dir / "launcher.lock").read_text())
+        os.kill(pid, signal.SIGTERM)
+    except (OSError, ValueError):
+        raise UnavailableError("no launcher is running", field=str(run_dir)) from None
+    deadline = time.monotonic() + STOP_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return 0
+        time.sleep(0.2)
+    raise UnavailableError(f"process {pid} did not stop within {STOP_WITHIN_S:.0f} s", field=str(run_dir))
+
+
+async def _ask(address: str) -> tuple[pb.GetLedgerResponse, list[pb.Replica]]:
+    async with BufferClient(address, retry_for_s=2.0) as buffer:
+        return await buffer.get_ledger(), await buffer.list_replicas()
+
+
+def _replica_table(replicas: list[pb.Replica]) -> Table:
+    table = Table("replica", "state", "version", "pid", "address", "helpers", box=None)
+    for replica in sorted(replicas, key=lambda one: one.replica_id):
+        table.add_row(
+            replica.replica_id,
+            pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower(),
+            _version(replica.weight_version) if replica.HasField("weight_version") else "",
+            str(replica.pid),
+            replica.address,
+            " ".join(f"{name}:{pid}" for name, pid in sorted(replica.child_pids.items())),
+        )
+    return table
+
+
+def _version(message: sample_pb2.WeightVersion) -> str:
+    return str(Version.from_proto(message))
+
+
+def _find(run_dir: Path | None) -> Path:
+    if run_dir is None:
+        runs = sorted(RUNS.glob("*/config.toml"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise ConfigError("holds no run", field=str(RUNS))
+        return runs[-1].parent
+    if not (run_dir / "config.toml").exists():
+        raise ConfigError("holds no run (no config.toml)", field=str(run_dir))
+    return run_dir

@@ -1,0 +1,114 @@
+"""What a finished run leaves behind: summary.json, curve.png, report.html."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+from services.cli.observe import Observer
+from services.common.config import Config
+
+# The first and the last steps that reward_first and reward_last average over.
+FIRST_STEPS = 20
+LAST_STEPS = 50
+
+
+def write_results(config: Config, seen: Observer, started: float) -> None:
+    """Writes the summary and, where matplotlib is installed, the report with its curves."""
+    summary = summarise(config, seen, wall_s=time.time() - started)
+    path = config.run.dir / "summary.json"
+    path.write_bytes(orjson.dumps(summary, option=orjson.OPT_INDENT_2) + b"\n")
+    lines = [seen.steps[step] for step in sorted(seen.steps)]
+    try:
+        from services.cli import report
+    except ModuleNotFoundError as error:
+        print(f"{path} (no report: {error.name} is not installed)")
+        return
+    report.write(config.run.dir, summary, lines)
+    print(
+        f"reward {summary['reward_first']:.3f} → {summary['reward_last']:.3f} in {summary['steps']} steps, "
+        f"{summary['wall_s']:.0f} s; {path.parent / 'report.html'}"
+    )
+
+
+def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any]:
+    """The run in one JSON object. Figures over the whole history of the run directory, resumed parts included."""
+    steps = [seen.steps[step] for step in sorted(seen.steps)]
+    staleness = Counter[str]()
+    for line in steps:
+        staleness.update(line["staleness"])
+    pauses = [1000 * push["pause_s"] for push in seen.pushes if push["ok"]]
+    ledger = seen.ledger or pb.GetLedgerResponse()
+    trained_tokens = sum(line["completion_tokens"] for line in steps)
+    return {
+        "reward_first": _mean([line["reward_mean"] for line in steps[:FIRST_STEPS]]),
+        "reward_last": _mean([line["reward_mean"] for line in steps[-LAST_STEPS:]]),
+        "steps": len(steps),
+        "wall_s": round(wall_s, 1),
+        "install_s": _install_seconds(),
+        "weight_pushes": len(pauses),
+        "push_pause_ms": {"p50": _median(pauses), "max": max(pauses, default=0.0)},
+        "requests_aborted": int(sum(push["requests_aborted"] for push in seen.pushes if push["ok"])),
+        "staleness": {steps: staleness[steps] for steps in sorted(staleness, key=int)},
+        "max_staleness": max((int(steps) for steps in staleness), default=0),
+        "length_bias": dict(ledger.length_bias),
+        "bubble": _bubble(seen),
+        "ledger": _ledger(ledger),
+        "ledger_imbalance": ledger.imbalance,
+        "tokens_generated": int(ledger.counters.get("tokens_generated", 0)),
+        "tokens_discarded": int(ledger.counters.get("tokens_discarded", 0)),
+        "tokens_per_s": round(ledger.counters.get("tokens_generated", 0) / wall_s, 1),
+        "overlap": round(sum(line["overlap_tokens"] for line in steps) / max(1, trained_tokens), 4),
+        "multi_span_samples": sum(line["multi_span_samples"] for line in steps),
+        "mismatch_kl": _mean([line["mismatch_kl"] for line in steps[-LAST_STEPS:]]),
+        "mismatch_kl_fresh": _mean(
+            [line["mismatch_kl_fresh"] for line in steps if line.get("mismatch_kl_fresh") is not None][-LAST_STEPS:]
+        ),
+        "step_s": _median([line["step_s"] for line in steps]),
+        "processes": {"launcher": [os.getpid()], **seen.pids},
+        "config": str(config.run.dir / "config.toml"),
+    }
+
+
+def _ledger(ledger: pb.GetLedgerResponse) -> dict[str, Any]:
+    states: dict[str, Any] = {"accepted": ledger.accepted, "dropped": {}}
+    for row in ledger.counts:
+        name = sample_pb2.SampleState.Name(row.state).removeprefix("SAMPLE_STATE_").lower()
+        if row.state == sample_pb2.SAMPLE_STATE_DROPPED:
+            reason = sample_pb2.DropReason.Name(row.drop_reason).removeprefix("DROP_REASON_").lower()
+            states["dropped"][reason] = row.samples
+        else:
+            states[name] = row.samples
+    return states
+
+
+def _bubble(seen: Observer) -> dict[str, float]:
+    """Share of its time that each role was not busy."""
+    roles = {"rollout": pb.ROLE_ROLLOUT, "reward": pb.ROLE_REWARD, "trainer": pb.ROLE_TRAINER}
+    bubble = {}
+    for name, role in roles.items():
+        if uptime := seen.total(role, "uptime_seconds"):
+            bubble[name] = round(1 - seen.total(role, "busy_seconds") / uptime, 4)
+    return bubble
+
+
+def _install_seconds() -> float | None:
+    """Measured by the Makefile, which made the environment."""
+    text = os.environ.get("POLYHEAD_INSTALL_S", "")
+    return float(text) if text else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(statistics.fmean(values), 6) if values else 0.0
+
+
+def _median(values: Sequence[float]) -> float:
+    return round(statistics.median(values), 4) if values else 0.0

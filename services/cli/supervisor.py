@@ -1,0 +1,128 @@
+"""Keeps a set of child processes running: restarts what dies, with back-off, and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from services.common.errors import PolyheadError
+from services.common.process import last_lines, spawn
+
+log = structlog.get_logger()
+
+POLL_S = 0.05
+# Exit statuses after which a restart would only fail again: bad configuration, fenced, diverged.
+FATAL_STATUSES = {2, 3, 4}
+# A child that dies this often without staying up for STABLE_S ends the run.
+MAX_RESTARTS = 8
+STABLE_S = 20.0
+
+
+@dataclass
+class Child:
+    """One process slot. `pids` lists every process that has filled it."""
+
+    role: str
+    command: Sequence[str]
+    log_path: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    pids: list[int] = field(default_factory=list)
+    restarts: int = 0
+    """In a row, without a stable time between."""
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    restart_at: float = 0.0
+
+    def start(self) -> None:
+        # SIGKILL: a launcher that crashed can no longer end anything in order, and every service survives it.
+        self.process = spawn(self.command, log_path=self.log_path, env=self.env, death_signal=signal.SIGKILL)
+        self.pids.append(self.process.pid)
+        self.started_at = time.monotonic()
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+class Supervisor:
+    """Watches children until `leader` ends with status 0 or `stop` is set.
+
+    Raises PolyheadError, with the child's last line, when one fails for good.
+    """
+
+    def __init__(self, stop: asyncio.Event, on_restart: Callable[[Child, int], None]) -> None:
+        self.children: list[Child] = []
+        self._stop = stop
+        self._on_restart = on_restart
+
+    def add(self, child: Child) -> Child:
+        child.start()
+        self.children.append(child)
+        return child
+
+    async def watch(self, leader: Child) -> bool:
+        """True when the leader finished its work, False when stopped."""
+        while not self._stop.is_set():
+            for child in self.children:
+                if child.running:
+                    continue
+                assert child.process is not None
+                if child is leader and child.process.returncode == 0:
+                    return True
+                self._bring_back(child, child.process.returncode)
+            await asyncio.sleep(POLL_S)
+        return False
+
+    async def end(self, children: Sequence[Child], grace_s: float) -> None:
+        """SIGTERM, then SIGKILL after `grace_s`. Returns when all are gone."""
+        deadline = time.monotonic() + grace_s
+        for child in children:
+            if child.running and child.process is not None:
+                child.process.send_signal(signal.SIGTERM)
+        while any(child.running for child in children) and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+        for child in children:
+            if child.process is not None:
+                if child.running:
+                    log.warning("killed", role=child.role, pid=child.process.pid, grace_s=grace_s)
+                    child.process.kill()
+                child.process.wait()
+            if child in self.children:
+                self.children.remove(child)
+
+    def kill_all(self) -> None:
+        for child in self.children:
+            if child.process is not None and child.running:
+                child.process.kill()
+                child.process.wait()
+
+    def _bring_back(self, child: Child, status: int) -> None:
+        now = time.monotonic()
+        if child.restart_at <= child.started_at:
+            if now - child.started_at > STABLE_S:
+                child.restarts = 0
+            child.restarts += 1
+            if status in FATAL_STATUSES or child.restarts > MAX_RESTARTS:
+                raise _failure(child, status)
+            # The first restart is immediate: one crash is no pattern.
+            child.restart_at = now + (0.0 if child.restarts == 1 else min(10.0, 0.2 * 2**child.restarts))
+            self._on_restart(child, status)
+        if now >= child.restart_at:
+            child.start()
+
+
+def _failure(child: Child, status: int) -> PolyheadError:
+    """The child's own one-line error where it wrote one, else the end of its log."""
+    lines = [line for line in last_lines(child.log_path, 40).splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("polyhead ")]
+    reason = own[-1].partition(": ")[2] if own else f"exit status {status}; {child.log_path}: {' | '.join(lines[-3:])}"
+    error = PolyheadError(reason, field=f"{child.role} failed")
+    error.exit_code = status if status in FATAL_STATUSES else 1
+    return error

@@ -1,0 +1,244 @@
+"""The one way this service talks to an engine: SGLang's HTTP API, which the in-house engine speaks too."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import aiohttp
+import orjson
+
+from polyhead.v1 import weights_pb2
+from services.rollout.engines.messages import (
+    Chunk,
+    EngineRefusedError,
+    EngineUnavailableError,
+    GenerateRequest,
+    RequestRefusedError,
+    ServerInfo,
+)
+from services.rollout.engines.stream import ChunkReader, error_text, events
+
+PauseModeName = Literal["in_place", "retract", "abort"]
+
+CALL_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
+# A stream may be silent while the engine is paused for a push, or has more requests than slots.
+IDLE_TIMEOUT_S = 180.0
+# The engine gives up first, so that its own reason arrives.
+COLLECTIVE_SLACK_S = 5.0
+# Below the 5 s after which common servers close an idle connection, which would look like an engine that died.
+_KEEPALIVE_S = 2.0
+_JSON = {"Content-Type": "application/json"}
+
+
+class EngineClient:
+    """One HTTP session to one engine. Close it when the engine ends.
+
+    Every call has a deadline. Raises EngineUnavailableError when the engine does not answer within it,
+    EngineRefusedError when it refuses an administrative call, RequestRefusedError when it refuses a generation.
+    """
+
+    def __init__(self, url: str, admin_key: str = "", *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> None:
+        self._url = url
+        self._stream_timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+            headers={"Authorization": f"Bearer {admin_key}"} if admin_key else {},
+            # A cumulative event of a long completion is larger than the default of 64 KiB.
+            read_bufsize=1 << 20,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def generate(self, batch: Sequence[GenerateRequest], extra_key: str) -> AsyncIterator[tuple[int, Chunk]]:
+        """Streams the batch as one request: (index in the batch, new tokens), as they come, until all have finished.
+
+        `extra_key` sets these requests' prefix cache apart from that of other weights. Close the iterator to abort.
+        """
+        body = orjson.dumps(
+            {
+                "rid": [request.rid for request in batch],
+                "input_ids": [list(request.input_ids) for request in batch],
+                "sampling_params": [_sampling_params(request) for request in batch],
+                "extra_key": extra_key,
+                "return_logprob": True,
+                "stream": True,
+            }
+        )
+        reader = ChunkReader(len(batch))
+        try:
+            async with self._session.post(
+                f"{self._url}/generate", data=body, headers=_JSON, timeout=self._stream_timeout
+            ) as response:
+                if response.status in (400, 413, 422):
+                    raise RequestRefusedError(_refusal(await response.read()), field="engine /generate")
+                if response.status != 200:
+                    raise EngineUnavailableError(f"HTTP {response.status}", field="engine /generate")
+                async for event in events(response.content):
+                    yield reader.read(event)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineUnavailableError(_transport(error), field="engine /generate") from error
+
+    async def health(self, timeout_s: float = CALL_TIMEOUT_S) -> bool:
+        """Whether the engine can generate now."""
+        try:
+            async with self._session.get(f"{self._url}/health_generate", timeout=_total(timeout_s)) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def server_info(self) -> ServerInfo:
+        info = await self._get("/server_info")
+        context_length = info.get("context_length")
+        name = f"{info.get('kind', 'sglang')}/{info.get('version', 'unknown')}"
+        return ServerInfo(name, context_length if isinstance(context_length, int) else None)
+
+    async def model_info(self) -> Mapping[str, Any]:
+        """Among others `model_path` and `weight_version`."""
+        return await self._get("/model_info")
+
+    async def pause(self, mode: PauseModeName) -> None:
+        """Stops generation and returns when no forward pass is running.
+
+        Pausing in place only sets a flag in some engines; /server_info is answered between two passes, so it
+        confirms that the pass that was running has ended.
+        """
+        await self._post("/pause_generation", {"mode": mode})
+        await self._get("/server_info")
+
+    async def resume(self) -> None:
+        await self._post("/continue_generation", {})
+
+    async def abort(self, rid: str) -> None:
+        """Ends one request; one that is not there is no error."""
+        await self._post("/abort_request", {"rid": rid, "abort_all": False})
+
+    async def abort_all(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        await self._post("/abort_request", {"rid": "", "abort_all": True}, timeout_s)
+
+    async def flush(self) -> None:
+        """Empties the prefix cache. Raises EngineRefusedError while requests run."""
+        await self._post("/flush_cache", {})
+
+    async def init_group(
+        self,
+        *,
+        name: str,
+        backend: str,
+        master_address: str,
+        master_port: int,
+        world_size: int,
+        rank_offset: int,
+        timeout_s: float,
+    ) -> None:
+        """Joins a collective; returns when every member has."""
+        body = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": name,
+            "backend": backend,
+            "timeout_s": timeout_s,
+        }
+        await self._post("/init_weights_update_group", body, timeout_s + COLLECTIVE_SLACK_S)
+
+    async def destroy_group(self, name: str) -> None:
+        await self._post("/destroy_weights_update_group", {"group_name": name})
+
+    async def begin_update(self) -> None:
+        """Opens a session of weight updates. Engines without sessions are fine."""
+        await self._post("/begin_weight_update", {}, missing_ok=True)
+
+    async def end_update(self) -> None:
+        """Closes the session; quantised weights are finalised here."""
+        await self._post("/end_weight_update", {}, missing_ok=True)
+
+    async def update_from_distributed(
+        self, bucket: weights_pb2.WeightBucket, *, group_name: str, version: str | None, timeout_s: float
+    ) -> None:
+        """Receives one flattened bucket from rank 0 and loads it. `version` goes with the last bucket only."""
+        body = {
+            "names": [tensor.name for tensor in bucket.tensors],
+            "dtypes": [tensor.dtype for tensor in bucket.tensors],
+            "shapes": [list(tensor.shape) for tensor in bucket.tensors],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+            "weight_version": version,
+        }
+        await self._post("/update_weights_from_distributed", body, timeout_s + COLLECTIVE_SLACK_S)
+
+    async def update_from_disk(self, directory: str, *, version: str, timeout_s: float) -> None:
+        body = {"model_path": directory, "weight_version": version, "flush_cache": False}
+        await self._post("/update_weights_from_disk", body, timeout_s)
+
+    async def _get(self, path: str) -> Mapping[str, Any]:
+        try:
+            async with self._session.get(self._url + path, timeout=_total(CALL_TIMEOUT_S)) as response:
+                if response.status != 200:
+                    raise EngineUnavailableError(f"HTTP {response.status}", field=f"engine {path}")
+                return orjson.loads(await response.read())  # type: ignore[no-any-return]
+        except (aiohttp.ClientError, TimeoutError, OSError, orjson.JSONDecodeError) as error:
+            raise EngineUnavailableError(_transport(error), field=f"engine {path}") from error
+
+    async def _post(
+        self, path: str, body: Mapping[str, Any], timeout_s: float = CALL_TIMEOUT_S, *, missing_ok: bool = False
+    ) -> None:
+        try:
+            async with self._session.post(
+                self._url + path, data=orjson.dumps(body), headers=_JSON, timeout=_total(timeout_s)
+            ) as response:
+                content = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineUnavailableError(_transport(error), field=f"engine {path}") from error
+        if response.status == 200 or (missing_ok and response.status == 404):
+            return
+        if response.status >= 500:
+            raise EngineUnavailableError(f"HTTP {response.status}: {_refusal(content)}", field=f"engine {path}")
+        touched = _object(content).get("weights_touched", True)
+        raise EngineRefusedError(_refusal(content), field=f"engine {path}", weights_touched=touched is not False)
+
+
+def _sampling_params(request: GenerateRequest) -> dict[str, Any]:
+    params: dict[str, Any] = {
+        "max_new_tokens": request.max_new_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "sampling_seed": request.sampling_seed,
+    }
+    if request.stop:
+        params["stop"] = list(request.stop)
+    if request.stop_token_ids:
+        params["stop_token_ids"] = list(request.stop_token_ids)
+    return params
+
+
+def _total(seconds: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_TIMEOUT_S)
+
+
+def _transport(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _refusal(content: bytes) -> str:
+    answer = _object(content)
+    return error_text(answer.get("error") or answer.get("message") or content[:500].decode(errors="replace"))

@@ -1,0 +1,85 @@
+"""What goes to an engine and what comes back, whichever engine it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from services.common.errors import PolyheadError, UnavailableError
+
+
+class EngineUnavailableError(UnavailableError):
+    """The engine does not answer, answers nonsense, or broke off in the middle of an answer."""
+
+
+class EngineRefusedError(PolyheadError):
+    """The engine understood an administrative call and refused it."""
+
+    def __init__(self, reason: str, *, field: str = "", weights_touched: bool = True) -> None:
+        super().__init__(reason, field=field)
+        self.weights_touched = weights_touched
+        """Whether bytes of a weight update may have reached the model. True when the engine does not say."""
+
+
+class RequestRefusedError(PolyheadError):
+    """The engine refused a generation request as malformed: the request is at fault, not the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One completion. `rid` is unique among all requests the engine has ever seen."""
+
+    rid: str
+    input_ids: Sequence[int]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    sampling_seed: int
+
+
+class Finish(Enum):
+    """Why the engine ended a request. ABORT: unfinished, to be resumed. ERROR: the request can never be served."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpan:
+    """Completion tokens [start, end) of one request, by the version text the engine was given."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens of one request that are new since the chunk before."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    """Nats, temperature-scaled and untruncated; NaN where the engine had none."""
+    total: int
+    """Completion tokens of the request so far, these included."""
+    spans: Sequence[EngineSpan] | None
+    """Cover [0, total); None when the engine does not say yet."""
+    finish: Finish | None
+    message: str
+    """Why, for ABORT and ERROR."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What an engine says about itself."""
+
+    name: str
+    """For example "torch_engine/0.1.0"."""
+    context_length: int | None
+    """Tokens of prompt and completion together; None when the engine does not say."""

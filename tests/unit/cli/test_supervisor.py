@@ -1,0 +1,57 @@
+import asyncio
+import sys
+
+import psutil
+import pytest
+
+from services.cli.supervisor import Child, Supervisor
+from services.common.errors import PolyheadError
+
+
+def child(tmp_path, role, code):
+    return Child(role, [sys.executable, "-c", code], tmp_path / f"{role}.log")
+
+
+def supervisor():
+    restarted = []
+    return Supervisor(asyncio.Event(), lambda one, status: restarted.append((one.role, status))), restarted
+
+
+async def test_a_child_that_dies_is_restarted_until_the_leader_is_done(tmp_path):
+    watcher, restarted = supervisor()
+    victim = watcher.add(child(tmp_path, "victim", "import time; time.sleep(60)"))
+    leader = watcher.add(child(tmp_path, "leader", "import time; time.sleep(1.5)"))
+    watching = asyncio.create_task(watcher.watch(leader))
+    await asyncio.sleep(0.3)
+    victim.process.kill()
+    assert await watching
+    assert restarted == [("victim", -9)]
+    assert len(victim.pids) == 2
+    await watcher.end([victim], grace_s=5)
+    assert not psutil.pid_exists(victim.pids[-1])
+
+
+async def test_a_bad_configuration_is_not_retried_and_its_line_is_shown(tmp_path):
+    watcher, restarted = supervisor()
+    code = "import sys; print('polyhead reward: reward.scorer: no such function', file=sys.stderr); sys.exit(2)"
+    leader = watcher.add(child(tmp_path, "reward", code))
+    with pytest.raises(PolyheadError, match=r"reward failed: reward.scorer: no such function") as caught:
+        await watcher.watch(leader)
+    assert caught.value.exit_code == 2
+    assert restarted == []
+
+
+async def test_one_that_ignores_sigterm_is_killed_after_the_grace(tmp_path):
+    watcher, _ = supervisor()
+    stubborn = watcher.add(
+        child(
+            tmp_path,
+            "stubborn",
+            "import signal,time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)",
+        )
+    )
+    while not stubborn.log_path.read_text():
+        await asyncio.sleep(0.05)
+    await watcher.end([stubborn], grace_s=0.5)
+    assert stubborn.process.returncode == -9
+    assert watcher.children == []
