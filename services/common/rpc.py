@@ -82,19 +82,28 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.unary_unary_rpc_method_handler(behaviour, deserialize, handler.response_serializer)
 
 
-class _DeadlineInterceptor(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
-    """Refuses to send a call that could wait for ever."""
-
-    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        if client_call_details.timeout is None:
-            raise ValueError(f"{client_call_details.method!r} called without a deadline")
-        return await continuation(client_call_details, request)
-
-
 def channel(address: str, *, message_mb: int = 64) -> grpc.aio.Channel:
-    """A channel to another service. Raises ConfigError for an address that plaintext must not go to."""
+    """A channel to another service. Its unary calls raise ValueError when they are made without a deadline.
+
+    Raises ConfigError for an address that plaintext must not go to.
+    """
     _require_local(address)
-    return grpc.aio.insecure_channel(address, options=_options(message_mb), interceptors=[_DeadlineInterceptor()])
+    opened = grpc.aio.insecure_channel(address, options=_options(message_mb))
+    plain = opened.unary_unary
+
+    # Not an interceptor: that costs 0.15 ms a call, half as much as the call itself.
+    def unary_unary(method: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        call = plain(method, *args, **kwargs)
+
+        def with_deadline(request: Any, *, timeout: float | None = None, **options: Any) -> Any:
+            if timeout is None:
+                raise ValueError(f"{method!r} called without a deadline")
+            return call(request, timeout=timeout, **options)
+
+        return with_deadline
+
+    opened.unary_unary = unary_unary  # type: ignore[method-assign, assignment]
+    return opened
 
 
 @dataclass(frozen=True)

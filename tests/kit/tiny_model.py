@@ -1,6 +1,6 @@
 """Tiny random Hugging Face model directories: config, safetensors, and a real character-level tokenizer.
 
-The vocabulary is printable ASCII, one token a character, plus `<pad>`, `<bos>` and `<eos>`: 128 ids in all.
+The vocabulary has 128 ids: `<pad>`, `<bos>`, `<eos>`, then printable ASCII and some Greek, one token a character.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-_CHARACTERS = "".join(c for c in string.printable if c not in "\r\x0b\x0c")
+_ASCII = "".join(c for c in string.printable if c not in "\r\x0b\x0c")
+# So that every id a random model draws is text.
+_GREEK = "".join(map(chr, range(0x3B1, 0x3B1 + VOCAB_SIZE - 3 - len(_ASCII))))
+_CHARACTERS = _ASCII + _GREEK
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE without merges over printable ASCII: as many tokens as characters, decode is the exact inverse."""
+    """A BPE without merges: as many tokens as characters, decode is the exact inverse."""
     vocab = {"<pad>": PAD_ID, "<bos>": BOS_ID, "<eos>": EOS_ID}
     for character in _CHARACTERS:
         vocab[character] = len(vocab)
@@ -55,19 +58,23 @@ def build_tiny_qwen3(directory: Path, seed: int = 0, hidden: int = 64, layers: i
 
     `overrides` are fields of Qwen3Config.
     """
-    return _save(Qwen3ForCausalLM, Qwen3Config(**_common(hidden, layers), **_qwen3(overrides)), directory, seed)
+    fields = {**_common(hidden, layers), "head_dim": 32, "tie_word_embeddings": True, **overrides}
+    return _save(Qwen3ForCausalLM, Qwen3Config(**fields), directory, seed)
 
 
 def build_tiny_qwen2(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **overrides: Any) -> Path:
-    """Writes a random Qwen2 (bias on q, k and v; the biases are random too) and returns `directory`."""
-    config = Qwen2Config(**_common(hidden, layers), **{"tie_word_embeddings": True, **overrides})
-    return _save(Qwen2ForCausalLM, config, directory, seed)
+    """Writes a random Qwen2 (bias on q, k and v; the biases are random too) and returns `directory`.
+
+    Load its tokenizer with PreTrainedTokenizerFast: AutoTokenizer replaces the pre-tokenizer of Qwen2 models.
+    """
+    fields = {**_common(hidden, layers), "tie_word_embeddings": True, **overrides}
+    return _save(Qwen2ForCausalLM, Qwen2Config(**fields), directory, seed)
 
 
 def build_tiny_llama(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **overrides: Any) -> Path:
     """Writes a random Llama (untied embeddings) and returns `directory`."""
-    config = LlamaConfig(**_common(hidden, layers), **{"tie_word_embeddings": False, **overrides})
-    return _save(LlamaForCausalLM, config, directory, seed)
+    fields = {**_common(hidden, layers), "tie_word_embeddings": False, **overrides}
+    return _save(LlamaForCausalLM, LlamaConfig(**fields), directory, seed)
 
 
 def _common(hidden: int, layers: int) -> dict[str, Any]:
@@ -83,10 +90,6 @@ def _common(hidden: int, layers: int) -> dict[str, Any]:
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
     }
-
-
-def _qwen3(overrides: dict[str, Any]) -> dict[str, Any]:
-    return {"head_dim": 32, "tie_word_embeddings": True, **overrides}
 
 
 def _save(cls: type[PreTrainedModel], config: Any, directory: Path, seed: int) -> Path:

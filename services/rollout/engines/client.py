@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import aiohttp
@@ -41,7 +41,9 @@ class EngineClient:
 
     def __init__(self, url: str, admin_key: str = "", *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> None:
         self._url = url
-        self._stream_timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s)
+        self._stream_timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s
+        )
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
             headers={"Authorization": f"Bearer {admin_key}"} if admin_key else {},
@@ -58,7 +60,9 @@ class EngineClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def generate(self, batch: Sequence[GenerateRequest], extra_key: str) -> AsyncIterator[tuple[int, Chunk]]:
+    async def generate(
+        self, batch: Sequence[GenerateRequest], extra_key: str
+    ) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Streams the batch as one request: (index in the batch, new tokens), as they come, until all have finished.
 
         `extra_key` sets these requests' prefix cache apart from that of other weights. Close the iterator to abort.

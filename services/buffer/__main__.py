@@ -1,0 +1,73 @@
+"""``python -m services.buffer -c run.toml``: one buffer process. Any number of them may serve one store."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import stamina
+import structlog
+
+from polyhead.v1 import buffer_pb2, buffer_pb2_grpc
+from services.buffer.memory_watch import MemoryWatch
+from services.buffer.prompts import PromptSource
+from services.buffer.redis_store import RedisStore
+from services.buffer.service import BufferService
+from services.buffer.settings import run_params
+from services.buffer.store import Store
+from services.common import rpc
+from services.common.config import Config
+from services.common.errors import ConfigError, UnavailableError
+from services.common.lifecycle import Process, run_service
+
+log = structlog.get_logger()
+
+CONNECT_LIMIT_S = 30.0
+STOP_GRACE_S = 2.0
+
+
+async def serve(config: Config, process: Process) -> None:
+    """Opens the run in the store, serves until told to stop."""
+    source = PromptSource(config.data) if config.data.prompt_data else None
+    store = _connect(config)
+    try:
+        await _open(store, config, source)
+        watch = MemoryWatch(store, config.store.max_memory_mb)
+        await watch.look()
+        service = BufferService(store, source, watch, config.buffer, config.batch.n_samples_per_prompt)
+        server = await rpc.serve(
+            config.buffer.address,
+            lambda server: buffer_pb2_grpc.add_BufferServiceServicer_to_server(service, server),
+            [buffer_pb2.DESCRIPTOR.services_by_name["BufferService"].full_name],
+            message_mb=config.buffer.limits.message_mb,
+        )
+        log.info("serving", address=server.address, prompts=len(source) if source else 0)
+        watching = asyncio.create_task(watch.run())
+        await process.stop.wait()
+        watching.cancel()
+        await server.stop(STOP_GRACE_S)
+    finally:
+        await store.close()
+
+
+def _connect(config: Config) -> RedisStore:
+    if config.store.url == "embedded":
+        raise ConfigError(
+            '"embedded" is started by "polyhead up"; a buffer of its own needs redis://, rediss:// or unix://',
+            field="store.url",
+        )
+    password = config.store.password.get_secret_value() if config.store.password else None
+    return RedisStore(config.store.url, password=password, run_name=config.run.name)
+
+
+async def _open(store: Store, config: Config, source: PromptSource | None) -> None:
+    """Waits for a store that is still starting. Raises UnavailableError when it stays away."""
+    async for attempt in stamina.retry_context(
+        on=UnavailableError, attempts=None, timeout=CONNECT_LIMIT_S, wait_initial=0.05, wait_max=1.0
+    ):
+        with attempt:
+            await store.open(run_params(config, source))
+
+
+if __name__ == "__main__":
+    sys.exit(run_service("buffer", serve))

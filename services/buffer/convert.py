@@ -1,0 +1,130 @@
+"""Records of the store as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from polyhead.v1 import buffer_pb2 as pb
+from services.buffer import partials, policy
+from services.buffer.ids import group_id, sample_id
+from services.buffer.records import (
+    NO_ORDINAL,
+    Extension,
+    Fetched,
+    Generated,
+    LeasedGroup,
+    LeasedSample,
+    LedgerRecord,
+    Released,
+    Report,
+    Scored,
+    Waiting,
+    WatermarkRecord,
+)
+
+_SUBMITTED = 1 << 63
+"""Submitted groups have no place in the data set; theirs is made of their order, and no data set reaches so far."""
+
+
+def fill_group(message: pb.LeasedGroup, group: LeasedGroup, group_size: int) -> None:
+    message.group_id = group_id(group.order)
+    message.group_size = group_size
+    message.order = group.order
+    message.prompt_ordinal = _SUBMITTED | group.order if group.ordinal == NO_ORDINAL else group.ordinal
+    message.staleness = max(0, group.staleness)
+    if group.prompt:
+        message.prompt.MergeFromString(group.prompt)
+    for sample in group.samples:
+        _fill_sample(message.samples.add(), group.order, sample)
+
+
+def _fill_sample(message: pb.LeasedSample, order: int, sample: LeasedSample) -> None:
+    message.sample_id = sample_id(order, sample.index)
+    message.index = sample.index
+    message.lease_id = sample.lease_id
+    message.attempt = sample.attempt
+    facts, record = sample.facts, message.record
+    record.num_tokens = facts.num_tokens
+    record.completion_tokens = facts.completion_tokens
+    record.finish_reason = _enum(facts.finish_reason)
+    record.reward = facts.reward
+    if facts.oldest.epoch:
+        record.oldest_version.epoch, record.oldest_version.step = facts.oldest
+    for delta in partials.split(sample.partial):
+        message.partial.add().MergeFromString(delta)
+    message.sample = sample.payload
+    if sample.score:
+        message.score.MergeFromString(sample.score)
+
+
+def waiting_for(stage: int, waiting: Waiting) -> pb.WaitingFor:
+    reason, count = policy.describe(waiting)
+    return pb.WaitingFor(stage=_enum(stage), reason=reason, count=count)
+
+
+def results(samples: Iterable[Extension | Generated | Scored | Released], report: Report) -> Iterable[pb.SampleResult]:
+    for each, result in zip(samples, report.results, strict=True):
+        yield pb.SampleResult(
+            sample_id=sample_id(*each.ref),
+            outcome=_enum(result.outcome),
+            saved_tokens=result.saved_tokens,
+        )
+
+
+def fetched(sample_ids: Sequence[str], records: Sequence[Fetched]) -> pb.FetchResponse:
+    response = pb.FetchResponse()
+    for each, record in zip(sample_ids, records, strict=True):
+        message = response.samples.add(sample_id=each, state=_enum(record.state), sample=record.payload)
+        for delta in partials.split(record.partial):
+            message.partial.add().MergeFromString(delta)
+        if record.score:
+            message.score.MergeFromString(record.score)
+    return response
+
+
+def watermark(record: WatermarkRecord) -> pb.Watermark:
+    return pb.Watermark(
+        step=record.step,
+        low_water=record.low_water,
+        closed_ordinals=record.closed,
+        dataset_digest=record.dataset_digest,
+        seed=record.seed,
+    )
+
+
+def watermark_record(message: pb.Watermark) -> WatermarkRecord:
+    return WatermarkRecord(
+        message.step, message.low_water, tuple(message.closed_ordinals), message.dataset_digest, message.seed
+    )
+
+
+def ledger(record: LedgerRecord) -> pb.GetLedgerResponse:
+    """`imbalance` is computed here: what was accepted minus what was counted."""
+    return pb.GetLedgerResponse(
+        accepted=record.accepted,
+        counts=[
+            pb.LedgerCount(
+                state=_enum(each.state),
+                drop_reason=_enum(each.drop_reason),
+                samples=each.samples,
+                completion_tokens=each.completion_tokens,
+            )
+            for each in record.counts
+        ],
+        imbalance=record.accepted - sum(each.samples for each in record.counts),
+        epoch=record.epoch,
+        step=record.step,
+        published=record.published.to_proto() if record.published else None,
+        prompt_cursor=record.cursor,
+        live_groups=record.live_groups,
+        live_groups_limit=record.live_groups_limit,
+        waiting_for=[waiting_for(stage, record.waiting[stage]) for stage in sorted(record.waiting)],
+        counters=record.counters,
+        length_bias=policy.length_bias(record.counts),
+    )
+
+
+def _enum(value: int) -> Any:
+    """Records hold enums as numbers, which is what messages store."""
+    return value

@@ -1,0 +1,293 @@
+"""The reference store's state, in plain dicts, and the transitions of samples and groups that its verbs share.
+
+Nothing is indexed: who is pending, live or ready is read off the samples each time, so that this stays the model that
+the Redis store is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from polyhead.v1 import sample_pb2
+from services.buffer import policy
+from services.buffer.ids import SampleRef
+from services.buffer.records import NO_ORDINAL, RunParams, SampleFacts, Waiting
+from services.common.errors import FencedError, PreconditionError
+from services.common.versions import Version
+
+State = sample_pb2.SampleState
+PENDING, GENERATING = State.SAMPLE_STATE_PENDING, State.SAMPLE_STATE_GENERATING
+GENERATED, SCORING = State.SAMPLE_STATE_GENERATED, State.SAMPLE_STATE_SCORING
+SCORED, READY = State.SAMPLE_STATE_SCORED, State.SAMPLE_STATE_READY
+TRAINING, CONSUMED = State.SAMPLE_STATE_TRAINING, State.SAMPLE_STATE_CONSUMED
+RETIRED, DROPPED, DEAD = State.SAMPLE_STATE_RETIRED, State.SAMPLE_STATE_DROPPED, State.SAMPLE_STATE_DEAD
+LEASED = (GENERATING, SCORING)
+NOTHING_APPENDED = -1
+
+
+@dataclass(slots=True, eq=False)
+class SampleRow:
+    state: int = PENDING
+    lease_id: int = 0
+    due_ms: int = 0
+    attempt: int = 0
+    saved: int = 0
+    appended_from: int = NOTHING_APPENDED
+    """from_token of the last delta saved under the present lease."""
+    num_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: int = 0
+    versions: tuple[tuple[int, int, int], ...] = ()
+    reward: float = 0.0
+    generate_lease: int = 0
+    score_lease: int = 0
+    released_lease: int = 0
+    error: str = ""
+    partial: bytes = b""
+    payload: bytes = b""
+    score: bytes = b""
+
+    @property
+    def length(self) -> int:
+        return self.completion_tokens or self.saved
+
+    def facts(self) -> SampleFacts:
+        oldest = Version(*self.versions[0][:2]) if self.versions else Version(0, 0)
+        return SampleFacts(self.num_tokens, self.length, self.finish_reason, oldest, self.reward)
+
+
+@dataclass(slots=True, eq=False)
+class GroupRow:
+    order: int
+    ordinal: int
+    prompt: bytes
+    samples: list[SampleRow]
+    reissued: bool = False
+    birth: Version | None = None
+    """The published version at its first lease; None until then."""
+    bound_step: int = 0
+    """The step it has to be replayed at, after a recovery."""
+    closed: bool = False
+
+    @property
+    def alive(self) -> list[SampleRow]:
+        return [row for row in self.samples if row.state != DEAD]
+
+    @property
+    def live(self) -> bool:
+        return self.birth is not None and not self.closed
+
+    @property
+    def ready(self) -> bool:
+        return self.live and not self.bound_step and all(row.state == READY for row in self.alive)
+
+
+@dataclass(slots=True)
+class Batch:
+    """The groups a step was leased with, in position order."""
+
+    epoch: int
+    lease_id: int
+    orders: list[int]
+    committed: bool = False
+
+
+@dataclass(slots=True)
+class MemoryState:
+    params: RunParams
+    clock_ms: Callable[[], int]
+    groups: dict[int, GroupRow] = field(default_factory=dict)
+    batches: dict[int, Batch] = field(default_factory=dict)
+    closed_ordinals: dict[int, int] = field(default_factory=dict)
+    """Ordinal to the last committed step when it was closed."""
+    submits: dict[str, list[int]] = field(default_factory=dict)
+    replicas: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+    tallies: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    """Samples, completion tokens and samples with a token in closed states, by (state, drop reason)."""
+    forks: dict[int, int] = field(default_factory=dict)
+    trained: dict[int, int] = field(default_factory=dict)
+    """Groups consumed by each step above the published one."""
+    answers: dict[int, int] = field(default_factory=dict)
+    """Groups that the Recover of an epoch returned."""
+    accepted: int = 0
+    cursor: int = 0
+    next_order: int = 0
+    last_lease: int = 0
+    epoch: int = 0
+    step: int = 0
+    retired_step: int = 0
+    low_water: int = 0
+    published: Version | None = None
+    floor: Version | None = None
+
+    # Reading
+
+    def row(self, ref: SampleRef) -> SampleRow | None:
+        group = self.groups.get(ref.order)
+        if group is None or ref.index >= len(group.samples):
+            return None
+        return group.samples[ref.index]
+
+    def in_order(self) -> Iterator[GroupRow]:
+        return (self.groups[order] for order in sorted(self.groups))
+
+    def effective(self, version: Version) -> int:
+        return policy.effective_step(version, self.forks, self.epoch)
+
+    def tokens_effective(self, rows: Iterable[SampleRow]) -> int | None:
+        """The effective step of the oldest token among `rows`, None while they have none."""
+        ends = (Version(epoch, step) for row in rows for epoch, *steps in row.versions for step in steps)
+        return min((self.effective(end) for end in ends), default=None)
+
+    def deadline(self, group: GroupRow) -> int:
+        assert group.birth is not None
+        birth, tokens = self.effective(group.birth), self.tokens_effective(group.samples)
+        return policy.deadline(birth if tokens is None else min(birth, tokens), self.params.max_staleness)
+
+    def live(self) -> list[GroupRow]:
+        return [group for group in self.groups.values() if group.live]
+
+    def unpublished(self) -> int:
+        """Groups consumed by steps that are not published yet."""
+        return sum(self.trained.values())
+
+    def occupied(self) -> int:
+        return len(self.live()) + self.unpublished()
+
+    def room(self) -> int:
+        return max(0, policy.live_limit(self.params) - self.occupied())
+
+    def count(self, *states: int) -> int:
+        """Samples of open groups in these states, those of groups never leased aside."""
+        return sum(row.state in states for group in self.live() for row in group.samples)
+
+    def why_no_generate(self, version: Version | None, *, admit: bool) -> Waiting:
+        if refused := self.refuses(version):
+            return refused
+        if not self.room():
+            return Waiting("bound", (self.occupied(), policy.live_limit(self.params)))
+        return Waiting("prompts") if admit else Waiting("memory")
+
+    def refuses(self, version: Version | None) -> Waiting | None:
+        """Why a replica at `version` gets nothing to generate; None for no particular replica."""
+        if self.published is None:
+            return Waiting("unpublished")
+        if version is None:
+            return None
+        if version < self.published:
+            return Waiting("below", tuple(self.published))
+        return Waiting("abandoned") if self.effective(version) != version.step else None
+
+    def why_no_score(self) -> Waiting:
+        if generating := self.count(GENERATING):
+            return Waiting("generating", (generating,))
+        pending = sum(any(row.state == PENDING for row in group.samples) for group in self.live())
+        return Waiting("pending", (pending,)) if pending else Waiting("idle")
+
+    def why_no_batch(self, have: int) -> Waiting:
+        figures = (have, self.params.batch_groups, self.count(GENERATING), self.count(GENERATED, SCORING))
+        return Waiting("groups", figures)
+
+    def fence(self, epoch: int) -> None:
+        if epoch < self.epoch:
+            raise FencedError(f"{epoch} was superseded by {self.epoch}", field="epoch")
+        if epoch > self.epoch:
+            raise PreconditionError(f"{epoch} was never acquired: the last one is {self.epoch}", field="epoch")
+
+    # Changing
+
+    def bump(self, counter: str, by: int = 1) -> None:
+        if by:
+            self.counters[counter] = self.counters.get(counter, 0) + by
+
+    def tally(self, row: SampleRow, state: int, reason: int = 0, sign: int = 1) -> None:
+        figures = self.tallies.setdefault((state, reason), [0, 0, 0])
+        figures[0] += sign
+        figures[1] += sign * row.length
+        figures[2] += sign * bool(row.length)
+
+    def next_lease(self) -> int:
+        self.last_lease += 1
+        return self.last_lease
+
+    def new_group(self, ordinal: int, prompt: bytes, *, reissued: bool = False) -> int:
+        order, size = self.next_order, self.params.group_size
+        self.groups[order] = GroupRow(order, ordinal, prompt, [SampleRow() for _ in range(size)], reissued)
+        self.next_order += 1
+        self.accepted += size
+        return order
+
+    def close_ordinal(self, group: GroupRow) -> None:
+        group.closed = True
+        group.bound_step = 0
+        if group.ordinal != NO_ORDINAL:
+            self.closed_ordinals[group.ordinal] = self.step
+
+    def drop(self, group: GroupRow, reason: int) -> None:
+        """Closes a whole group. A STALE one is issued again, ahead of all others."""
+        for row in group.alive:
+            row.state = DROPPED
+            self.tally(row, DROPPED, reason)
+            row.partial = row.payload = row.score = b""
+        if reason == sample_pb2.DROP_REASON_STALE:
+            group.closed, group.bound_step = True, 0
+            self.new_group(group.ordinal, group.prompt, reissued=True)
+        else:
+            self.close_ordinal(group)
+        group.prompt = b""
+
+    def kill(self, group: GroupRow, row: SampleRow, error: str) -> None:
+        """Makes a dead letter of a sample; its group goes on without it or is dropped."""
+        self.tally(row, DEAD)
+        row.state, row.error = DEAD, error
+        row.partial = row.payload = row.score = b""
+        if len(group.alive) < self.params.min_group_size:
+            self.drop(group, sample_pb2.DROP_REASON_GROUP_DEAD)
+        else:
+            self.finish(group)
+
+    def finish(self, group: GroupRow) -> None:
+        """If all samples are scored: READY together, or dropped by the filter."""
+        if any(row.state != SCORED for row in group.alive):
+            return
+        if self.params.drop_zero_variance and policy.has_zero_variance([row.reward for row in group.alive]):
+            self.drop(group, sample_pb2.DROP_REASON_ZERO_VARIANCE)
+            return
+        for row in group.alive:
+            row.state = READY
+
+    def fail(self, group: GroupRow, row: SampleRow, error: str) -> None:
+        """Counts a failure of the sample; returns it to its mailbox, or kills it."""
+        row.attempt += 1
+        if row.attempt >= self.params.max_attempts:
+            self.kill(group, row, error)
+        else:
+            self.give_back(row)
+
+    @staticmethod
+    def give_back(row: SampleRow) -> None:
+        row.state = PENDING if row.state == GENERATING else GENERATED
+
+    def take_back_expired(self, state: int) -> int:
+        """Ends leases of samples in `state` that are over. Returns the number of groups this closed."""
+        now, closed = self.clock_ms(), 0
+        expired = [
+            (row.due_ms, group.order, index)
+            for group in self.live()
+            for index, row in enumerate(group.samples)
+            if row.state == state and row.due_ms <= now
+        ]
+        for _, order, index in sorted(expired):
+            group = self.groups[order]
+            row = group.samples[index]
+            if row.state != state:
+                continue
+            self.bump("leases_expired")
+            if row.appended_from == NOTHING_APPENDED:
+                self.fail(group, row, "the lease expired without progress")
+            else:
+                self.give_back(row)
+            closed += group.closed
+        return closed

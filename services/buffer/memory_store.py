@@ -1,0 +1,352 @@
+"""The reference store: plain dicts in one process. The property tests hold the Redis store to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+from services.buffer import memory_train as train
+from services.buffer import policy
+from services.buffer.ids import SampleRef
+from services.buffer.memory_state import (
+    DEAD,
+    GENERATED,
+    GENERATING,
+    LEASED,
+    NOTHING_APPENDED,
+    PENDING,
+    SCORED,
+    SCORING,
+    TRAINING,
+    GroupRow,
+    MemoryState,
+    SampleRow,
+)
+from services.buffer.records import (
+    Extension,
+    Fetched,
+    Generated,
+    IssuedPrompt,
+    Lease,
+    LeasedGroup,
+    LeasedSample,
+    LedgerRecord,
+    Recovered,
+    Released,
+    Report,
+    Result,
+    RunParams,
+    Scored,
+    StateCount,
+    Waiting,
+    WatermarkRecord,
+)
+from services.buffer.store import Store
+from services.common.versions import Version
+
+OK, DUPLICATE = Result(pb.OUTCOME_OK), Result(pb.OUTCOME_DUPLICATE)
+LEASE_LOST, GONE = Result(pb.OUTCOME_LEASE_LOST), Result(pb.OUTCOME_GONE)
+
+
+def _wall_clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class MemoryStore(Store):
+    """`clock_ms` can be injected: leases and replicas end by it."""
+
+    def __init__(self, clock_ms: Callable[[], int] = _wall_clock_ms) -> None:
+        self._clock_ms = clock_ms
+        self._state: MemoryState | None = None
+
+    @property
+    def state(self) -> MemoryState:
+        assert self._state is not None, "open comes first"
+        return self._state
+
+    async def open(self, params: RunParams) -> None:
+        if self._state is None or not self._state.next_order:
+            self._state = self._state or MemoryState(params, self._clock_ms)
+        else:
+            policy.check_same_run(self._state.params, params)
+        self._state.params = params
+
+    async def close(self) -> None:
+        """Nothing is held open."""
+
+    async def used_memory(self) -> int:
+        rows = (row for group in self.state.groups.values() for row in group.samples)
+        return sum(len(row.payload) + len(row.partial) + len(row.score) for row in rows)
+
+    async def issue(self, cursor: int, prompts: Sequence[IssuedPrompt]) -> int:
+        if cursor != self.state.cursor or not prompts:
+            return 0
+        for each in prompts:
+            self.state.new_group(each.ordinal, each.prompt)
+        self.state.cursor = prompts[-1].ordinal + 1
+        return len(prompts)
+
+    async def submit(self, request_id: str, prompts: Sequence[bytes]) -> list[int]:
+        if request_id not in self.state.submits:
+            self.state.submits[request_id] = [self.state.new_group(-1, prompt) for prompt in prompts]
+        return list(self.state.submits[request_id])
+
+    async def lease_generate(self, replica_id: str, max_samples: int, version: Version, *, admit: bool) -> Lease:
+        state = self.state
+        closed = state.take_back_expired(GENERATING)
+        if refused := state.refuses(version):
+            return Lease((), refused, closed_groups=closed)
+        leased: list[LeasedGroup] = []
+        left = max_samples
+        for group in sorted(state.live(), key=lambda group: group.order):
+            left -= self._take(group, PENDING, GENERATING, left, leased)
+        fresh = [group for group in state.groups.values() if group.birth is None and not group.closed]
+        for group in sorted(fresh, key=lambda group: (not group.reissued, group.order)):
+            if not admit or not left or not state.room():
+                break
+            group.birth = state.published
+            left -= self._take(group, PENDING, GENERATING, left, leased)
+        groups_missing = min(-(-left // state.params.group_size), state.room()) if admit else 0
+        return Lease(
+            leased,
+            None if leased else state.why_no_generate(version, admit=admit),
+            closed_groups=closed,
+            cursor=state.cursor,
+            wanted=self._next_ordinals(groups_missing),
+        )
+
+    def _next_ordinals(self, groups_missing: int) -> tuple[int, ...]:
+        if groups_missing <= 0:
+            return ()
+        ordinals: list[int] = []
+        ordinal = self.state.cursor
+        while len(ordinals) < max(groups_missing, self.state.params.batch_groups):
+            if ordinal not in self.state.closed_ordinals:
+                ordinals.append(ordinal)
+            ordinal += 1
+        return tuple(ordinals)
+
+    async def lease_score(self, replica_id: str, max_samples: int, *, payload: bool) -> Lease:
+        state = self.state
+        closed = state.take_back_expired(SCORING)
+        leased: list[LeasedGroup] = []
+        left = max_samples
+        for group in sorted(state.live(), key=lambda group: group.order):
+            left -= self._take(group, GENERATED, SCORING, left, leased, payload=payload)
+        return Lease(leased, None if leased else state.why_no_score(), closed_groups=closed)
+
+    def _take(
+        self, group: GroupRow, source: int, target: int, limit: int, leased: list[LeasedGroup], *, payload: bool = False
+    ) -> int:
+        """Leases up to `limit` samples of the group. Returns how many."""
+        found = [(index, row) for index, row in enumerate(group.samples) if row.state == source][:limit]
+        for _, row in found:
+            row.state, row.lease_id, row.appended_from = target, self.state.next_lease(), NOTHING_APPENDED
+            row.due_ms = self._clock_ms() + self.state.params.lease_ttl_ms
+        if found:
+            samples = [_leased(index, row, payload=payload) for index, row in found]
+            leased.append(LeasedGroup(group.order, group.ordinal, 0, group.prompt, samples))
+        return len(found)
+
+    async def lease_train(self, epoch: int, step: int, *, payload: bool) -> Lease:
+        state = self.state
+        batch, closed = train.leased_batch(state, epoch, step), 0
+        if batch is None:
+            closed = train.close_stale(state)
+            chosen, waiting = train.plan_batch(state)
+            if waiting is not None:
+                return Lease((), waiting, closed_groups=closed)
+            batch = train.record_batch(state, epoch, step, chosen)
+        groups = [self._leased_whole(state.groups[order], step, payload=payload) for order in batch.orders]
+        return Lease(groups, batch_lease_id=batch.lease_id, closed_groups=closed)
+
+    def _leased_whole(self, group: GroupRow, step: int, *, payload: bool) -> LeasedGroup:
+        oldest = self.state.tokens_effective(group.alive)
+        samples = [
+            _leased(index, row, payload=payload, score=True)
+            for index, row in enumerate(group.samples)
+            if row.state != DEAD
+        ]
+        return LeasedGroup(group.order, group.ordinal, 0 if oldest is None else step - 1 - oldest, b"", samples)
+
+    async def fetch(self, refs: Sequence[SampleRef]) -> list[Fetched]:
+        rows = (self.state.row(ref) for ref in refs)
+        return [Fetched(row.state, row.partial, row.payload, row.score) if row else Fetched(0) for row in rows]
+
+    async def extend(self, samples: Sequence[Extension]) -> Report:
+        return Report([self._extend(each) for each in samples])
+
+    def _extend(self, each: Extension) -> Result:
+        if lost := self._lost(each.ref, each.lease_id, LEASED):
+            return lost
+        row = self.state.groups[each.ref.order].samples[each.ref.index]
+        row.due_ms = self._clock_ms() + self.state.params.lease_ttl_ms
+        if not each.num_tokens:
+            return OK
+        if row.state != GENERATING:
+            return LEASE_LOST
+        if each.from_token == row.appended_from and each.from_token + each.num_tokens == row.saved:
+            return Result(pb.OUTCOME_DUPLICATE, row.saved)
+        if each.from_token != row.saved:
+            return Result(pb.OUTCOME_CONFLICT, row.saved)
+        row.appended_from, row.saved, row.attempt = row.saved, row.saved + each.num_tokens, 0
+        row.partial += each.delta
+        self.state.bump("tokens_generated", each.num_tokens)
+        return Result(pb.OUTCOME_OK, row.saved)
+
+    async def complete_generate(self, samples: Sequence[Generated]) -> Report:
+        return Report([self._complete_generate(each) for each in samples])
+
+    def _complete_generate(self, each: Generated) -> Result:
+        row = self.state.row(each.ref)
+        if row is not None and row.generate_lease == each.lease_id:
+            return DUPLICATE
+        if lost := self._lost(each.ref, each.lease_id, (GENERATING,)):
+            self.state.bump("tokens_discarded", max(0, each.completion_tokens - (row.saved if row else 0)))
+            return lost
+        assert row is not None
+        self.state.bump("tokens_generated", max(0, each.completion_tokens - row.saved))
+        row.state, row.generate_lease, row.attempt = GENERATED, each.lease_id, 0
+        row.num_tokens, row.completion_tokens = each.num_tokens, each.completion_tokens
+        row.finish_reason, row.versions, row.payload = each.finish_reason, each.versions, each.payload
+        row.partial, row.saved = b"", 0
+        return OK
+
+    async def complete_score(self, samples: Sequence[Scored]) -> Report:
+        before = {each.ref.order: self._standing(each.ref.order) for each in samples}
+        results = [self._complete_score(each) for each in samples]
+        return self._report(results, before)
+
+    def _complete_score(self, each: Scored) -> Result:
+        row = self.state.row(each.ref)
+        if row is not None and row.score_lease == each.lease_id:
+            return DUPLICATE
+        if lost := self._lost(each.ref, each.lease_id, (SCORING,)):
+            return lost
+        assert row is not None
+        row.state, row.score_lease, row.attempt = SCORED, each.lease_id, 0
+        row.reward, row.score = each.reward, each.score
+        self.state.finish(self.state.groups[each.ref.order])
+        return OK
+
+    def _lost(self, ref: SampleRef, lease_id: int, states: tuple[int, ...]) -> Result | None:
+        """Why a lease does not hold, None when it does."""
+        row = self.state.row(ref)
+        if row is None or self.state.groups[ref.order].closed or row.state == DEAD:
+            return GONE
+        return None if row.state in states and row.lease_id == lease_id else LEASE_LOST
+
+    async def release(self, stage: int, samples: Sequence[Released]) -> Report:
+        before = {each.ref.order: self._standing(each.ref.order) for each in samples}
+        state = GENERATING if stage == sample_pb2.STAGE_GENERATE else SCORING
+        return self._report([self._release(state, each) for each in samples], before)
+
+    def _release(self, state: int, each: Released) -> Result:
+        row = self.state.row(each.ref)
+        if row is not None and row.released_lease == each.lease_id:
+            return DUPLICATE
+        if lost := self._lost(each.ref, each.lease_id, (state,)):
+            return lost
+        assert row is not None
+        group = self.state.groups[each.ref.order]
+        row.released_lease = each.lease_id
+        self.state.bump("tokens_discarded", each.tokens_discarded)
+        if each.reason == pb.RELEASE_REASON_DROP:
+            self.state.drop(group, each.drop_reason)
+        elif each.reason == pb.RELEASE_REASON_FATAL:
+            self.state.kill(group, row, each.error)
+        elif each.reason == pb.RELEASE_REASON_SAMPLE_ERROR:
+            self.state.fail(group, row, each.error)
+        else:
+            self.state.give_back(row)
+        return OK
+
+    def _standing(self, order: int) -> tuple[bool, bool]:
+        group = self.state.groups.get(order)
+        return (group.ready, group.closed) if group else (False, True)
+
+    def _report(self, results: list[Result], before: dict[int, tuple[bool, bool]]) -> Report:
+        ready = closed = 0
+        for order, (was_ready, was_closed) in before.items():
+            is_ready, is_closed = self._standing(order)
+            ready += is_ready and not was_ready
+            closed += is_closed and not was_closed
+        return Report(results, ready, closed)
+
+    async def commit_step(self, epoch: int, step: int, batch_lease_id: int, *, trained: bool) -> bool:
+        return train.commit_step(self.state, epoch, step, batch_lease_id, trained=trained)
+
+    async def publish_version(self, version: Version) -> None:
+        train.publish_version(self.state, version)
+
+    async def watermark(self, epoch: int, step: int) -> WatermarkRecord:
+        return train.watermark(self.state, epoch, step)
+
+    async def confirm_checkpoint(self, epoch: int, oldest_kept_step: int) -> int:
+        return train.confirm_checkpoint(self.state, epoch, oldest_kept_step)
+
+    async def acquire_epoch(self) -> tuple[int, int]:
+        self.state.epoch += 1
+        return self.state.epoch, self.state.step
+
+    async def recover(self, epoch: int, step: int, watermark: WatermarkRecord | None) -> Recovered:
+        return train.recover(self.state, epoch, step, watermark)
+
+    async def register_replica(self, replica_id: str, replica: bytes, ttl_ms: int) -> Version | None:
+        self.state.replicas[replica_id] = (self._clock_ms() + ttl_ms, replica)
+        return self.state.floor
+
+    async def list_replicas(self) -> list[bytes]:
+        now = self._clock_ms()
+        self.state.replicas = {key: entry for key, entry in self.state.replicas.items() if entry[0] > now}
+        return [self.state.replicas[key][1] for key in sorted(self.state.replicas)]
+
+    async def ledger(self, *, admit: bool) -> LedgerRecord:
+        state = self.state
+        counts: dict[tuple[int, int], list[int]] = {key: list(figures) for key, figures in state.tallies.items()}
+        rows = (row for group in state.groups.values() if not group.closed for row in group.alive)
+        for row in rows:
+            figures = counts.setdefault((row.state, 0), [0, 0, 0])
+            figures[0] += 1
+            figures[1] += row.length
+            figures[2] += bool(row.length)
+        return LedgerRecord(
+            state.accepted,
+            [StateCount(*key, *counts[key]) for key in sorted(counts) if counts[key][0]],
+            state.epoch,
+            state.step,
+            state.published,
+            state.cursor,
+            state.occupied(),
+            policy.live_limit(state.params),
+            self._waiting(admit=admit),
+            dict(state.counters),
+        )
+
+    def _waiting(self, *, admit: bool) -> dict[int, Waiting]:
+        """Per stage what a lease would wait for; nothing for a stage that has work."""
+        state, waiting = self.state, {}
+        fresh = any(group.birth is None and not group.closed for group in state.groups.values())
+        can_start = state.published is not None and admit and state.room() and fresh
+        if state.published is None or not (state.count(PENDING) or can_start):
+            waiting[int(sample_pb2.STAGE_GENERATE)] = state.why_no_generate(None, admit=admit)
+        if not state.count(GENERATED):
+            waiting[int(sample_pb2.STAGE_SCORE)] = state.why_no_score()
+        reason = None if state.count(TRAINING) else train.plan_batch(state)[1]
+        if reason:
+            waiting[int(sample_pb2.STAGE_TRAIN)] = reason
+        return waiting
+
+
+def _leased(index: int, row: SampleRow, *, payload: bool, score: bool = False) -> LeasedSample:
+    return LeasedSample(
+        index,
+        row.lease_id,
+        row.attempt,
+        row.facts(),
+        row.partial,
+        row.payload if payload else b"",
+        row.score if score else b"",
+    )

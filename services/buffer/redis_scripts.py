@@ -1,0 +1,135 @@
+"""Lua scripts on a Redis connection: loaded once, called by digest, and every failure as one typed error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from redis import exceptions as failures
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from services.common import errors
+from services.common.errors import ConfigError, LimitError, PolyheadError, UnavailableError
+
+_DIRECTORY = Path(__file__).parent / "scripts"
+_MAX_CONNECTIONS = 32
+_CONNECT_TIMEOUT_S = 5.0
+_CALL_TIMEOUT_S = 10.0
+
+# Scripts by name, with the files that stand between common.lua and their own.
+_PARTS: dict[str, tuple[str, ...]] = {
+    "open": (),
+    "issue": (),
+    "submit": (),
+    "lease_generate": ("leases",),
+    "lease_score": ("leases",),
+    "lease_train": ("leases", "plan"),
+    "fetch": (),
+    "extend": ("batch",),
+    "complete_generate": ("batch",),
+    "complete_score": ("batch",),
+    "release": ("batch",),
+    "commit_step": (),
+    "publish_version": (),
+    "watermark": (),
+    "confirm_checkpoint": (),
+    "acquire_epoch": (),
+    "recover": (),
+    "replicas": (),
+    "ledger": ("leases", "plan"),
+}
+# In a full store these are refused; everything else frees memory or leads to it.
+_NEEDS_ROOM = {"issue", "submit", "lease_generate", "lease_score", "extend", "complete_generate", "complete_score"}
+# A run that another client wiped out is created again before anything else is done with it.
+_GUARD = "if not M then return fail('RunMissing', '', '') end\n"
+
+
+@cache
+def source(name: str) -> str:
+    """The whole text of a script."""
+    shebang = "#!lua\n" if name in _NEEDS_ROOM else "#!lua flags=allow-oom\n"
+    common = (_DIRECTORY / "common.lua").read_text()
+    guard = "" if name == "open" else _GUARD
+    parts = "".join((_DIRECTORY / f"{part}.lua").read_text() for part in (*_PARTS[name], name))
+    return shebang + common + guard + parts
+
+
+class RunMissing(PolyheadError):  # noqa: N818 - a condition that the store heals, not a failure its callers see
+    """The store holds no such run."""
+
+
+class ScriptRunner:
+    """Calls scripts under the keys of one run. `where` names the store in errors."""
+
+    def __init__(self, url: str, password: str | None, run_name: str) -> None:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            password=password,
+            max_connections=_MAX_CONNECTIONS,
+            timeout=_CALL_TIMEOUT_S,
+            socket_timeout=_CALL_TIMEOUT_S,
+            socket_connect_timeout=_CONNECT_TIMEOUT_S,
+            # The callers retry: a script must not run twice behind their back.
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._redis = Redis.from_pool(pool)
+        self._prefix = f"{{{run_name}}}:"
+        self._where = url.rpartition("@")[2]
+        self._digests: dict[str, str] = {}
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def run(self, name: str, arguments: object, blobs: Sequence[bytes] = ()) -> tuple[Any, list[bytes]]:
+        """One script call: its body and the byte strings that follow it. Raises what the script refused with."""
+        packed = msgpack.packb(arguments, use_bin_type=False)
+        try:
+            answer = await self._call(name, packed, blobs)
+        except (failures.RedisError, OSError) as error:
+            raise translate(error, self._where) from error
+        body = msgpack.unpackb(answer[0], strict_map_key=False)
+        if isinstance(body, dict) and "error" in body:
+            if body["error"] == "RunMissing":
+                raise RunMissing("the store holds no such run", field=self._where)
+            kind: type[PolyheadError] = getattr(errors, body["error"])
+            raise kind(body["reason"], field=body["field"])
+        return body, answer[1:]
+
+    async def used_memory(self) -> int:
+        """Bytes the server has allocated."""
+        try:
+            info = await self._redis.info("memory")
+        except (failures.RedisError, OSError) as error:
+            raise translate(error, self._where) from error
+        return int(info["used_memory"])
+
+    async def _call(self, name: str, packed: bytes, blobs: Sequence[bytes]) -> list[bytes]:
+        digest = self._digests.get(name)
+        if digest is not None:
+            try:
+                return await self._redis.evalsha(digest, 1, self._prefix, packed, *blobs)
+            except failures.NoScriptError:
+                pass
+        self._digests[name] = digest = await self._redis.script_load(source(name))
+        return await self._redis.evalsha(digest, 1, self._prefix, packed, *blobs)
+
+
+def translate(error: Exception, where: str) -> PolyheadError:
+    """A failure of the server or the connection as one clear line."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, failures.AuthenticationError | failures.AuthorizationError | failures.NoPermissionError):
+        return ConfigError(f"refused: {text}", field=f"store {where}")
+    if isinstance(error, failures.OutOfMemoryError) or "OOM " in text:
+        return LimitError("out of memory: raise store.max_memory_mb or retire checkpoints", field=f"store {where}")
+    if isinstance(error, failures.ConnectionError | failures.TimeoutError | OSError):
+        return UnavailableError(f"does not answer: {text}", field=f"store {where}")
+    if "NOAUTH" in text or "WRONGPASS" in text or "NOPERM" in text:
+        return ConfigError(f"refused: {text}", field=f"store {where}")
+    if isinstance(error, failures.ReadOnlyError) or any(word in text for word in ("MISCONF", "READONLY", "NOREPLICAS")):
+        return UnavailableError(f"refuses writes: {text}", field=f"store {where}")
+    return PolyheadError(f"failed: {text}", field=f"store {where}")

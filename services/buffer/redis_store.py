@@ -1,0 +1,223 @@
+"""The store on a Redis-protocol server (Redis >= 7.0, Valkey >= 8): every method is one call of one Lua script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from polyhead.v1 import sample_pb2
+from services.buffer.ids import SampleRef
+from services.buffer.policy import check_same_run
+from services.buffer.records import (
+    Extension,
+    Fetched,
+    Generated,
+    IssuedPrompt,
+    Lease,
+    LeasedGroup,
+    LeasedSample,
+    LedgerRecord,
+    Recovered,
+    Released,
+    Report,
+    Result,
+    RunParams,
+    SampleFacts,
+    Scored,
+    StateCount,
+    Waiting,
+    WatermarkRecord,
+)
+from services.buffer.redis_scripts import RunMissing, ScriptRunner
+from services.buffer.store import Store
+from services.common.versions import Version
+
+_CLOSED_STATES = {
+    "consumed": sample_pb2.SAMPLE_STATE_CONSUMED,
+    "retired": sample_pb2.SAMPLE_STATE_RETIRED,
+    "dropped": sample_pb2.SAMPLE_STATE_DROPPED,
+    "dead": sample_pb2.SAMPLE_STATE_DEAD,
+}
+_LEASED_STATES: dict[int, int] = {
+    sample_pb2.STAGE_GENERATE: int(sample_pb2.SAMPLE_STATE_GENERATING),
+    sample_pb2.STAGE_SCORE: int(sample_pb2.SAMPLE_STATE_SCORING),
+}
+
+
+class RedisStore(Store):
+    """`run_name` is the hash tag of all keys; it comes from the validated configuration."""
+
+    def __init__(self, url: str, *, password: str | None = None, run_name: str) -> None:
+        self._scripts = ScriptRunner(url, password, run_name)
+        self._params: RunParams | None = None
+
+    async def open(self, params: RunParams) -> None:
+        body, _ = await self._scripts.run("open", asdict(params))
+        if not body["same"]:
+            check_same_run(replace(params, **body["had"]), params)
+        self._params = params
+
+    async def close(self) -> None:
+        await self._scripts.close()
+
+    async def used_memory(self) -> int:
+        return await self._scripts.used_memory()
+
+    async def issue(self, cursor: int, prompts: Sequence[IssuedPrompt]) -> int:
+        ordinals = [each.ordinal for each in prompts]
+        body, _ = await self._run("issue", [cursor, ordinals], [each.prompt for each in prompts])
+        return int(body[0])
+
+    async def submit(self, request_id: str, prompts: Sequence[bytes]) -> list[int]:
+        body, _ = await self._run("submit", [request_id], prompts)
+        return list(body)
+
+    async def lease_generate(self, replica_id: str, max_samples: int, version: Version, *, admit: bool) -> Lease:
+        return _lease(*await self._run("lease_generate", [replica_id, max_samples, *version, admit]))
+
+    async def lease_score(self, replica_id: str, max_samples: int, *, payload: bool) -> Lease:
+        return _lease(*await self._run("lease_score", [replica_id, max_samples, payload]))
+
+    async def lease_train(self, epoch: int, step: int, *, payload: bool) -> Lease:
+        return _lease(*await self._run("lease_train", [epoch, step, payload]), train=True)
+
+    async def fetch(self, refs: Sequence[SampleRef]) -> list[Fetched]:
+        states, blobs = await self._run("fetch", refs)
+        parts = iter(blobs)
+        return [Fetched(state, next(parts), next(parts), next(parts)) for state in states]
+
+    async def extend(self, samples: Sequence[Extension]) -> Report:
+        rows = [(*each.ref, each.lease_id, each.from_token, each.num_tokens) for each in samples]
+        return _report(await self._run("extend", rows, [each.delta for each in samples]))
+
+    async def complete_generate(self, samples: Sequence[Generated]) -> Report:
+        rows = [
+            (
+                *each.ref,
+                each.lease_id,
+                each.num_tokens,
+                each.completion_tokens,
+                each.finish_reason,
+                [figure for versions in each.versions for figure in versions],
+            )
+            for each in samples
+        ]
+        return _report(await self._run("complete_generate", rows, [each.payload for each in samples]))
+
+    async def complete_score(self, samples: Sequence[Scored]) -> Report:
+        rows = [(*each.ref, each.lease_id, each.reward) for each in samples]
+        return _report(await self._run("complete_score", rows, [each.score for each in samples]))
+
+    async def release(self, stage: int, samples: Sequence[Released]) -> Report:
+        state = _LEASED_STATES[stage]
+        rows = [
+            (*each.ref, each.lease_id, state, each.reason, each.drop_reason, each.error, each.tokens_discarded)
+            for each in samples
+        ]
+        return _report(await self._run("release", rows))
+
+    async def commit_step(self, epoch: int, step: int, batch_lease_id: int, *, trained: bool) -> bool:
+        body, _ = await self._run("commit_step", [epoch, step, batch_lease_id, trained])
+        return bool(body[0])
+
+    async def publish_version(self, version: Version) -> None:
+        await self._run("publish_version", list(version))
+
+    async def watermark(self, epoch: int, step: int) -> WatermarkRecord:
+        body, _ = await self._run("watermark", [epoch, step])
+        assert self._params is not None, "open comes first"
+        return WatermarkRecord(step, body[0], tuple(body[1]), self._params.dataset_digest, self._params.seed)
+
+    async def confirm_checkpoint(self, epoch: int, oldest_kept_step: int) -> int:
+        body, _ = await self._run("confirm_checkpoint", [epoch, oldest_kept_step])
+        return int(body[0])
+
+    async def acquire_epoch(self) -> tuple[int, int]:
+        body, _ = await self._run("acquire_epoch", [])
+        return body[0], body[1]
+
+    async def recover(self, epoch: int, step: int, watermark: WatermarkRecord | None) -> Recovered:
+        mark: list[Any] = []
+        if watermark is not None:
+            mark = [watermark.low_water, watermark.closed, watermark.dataset_digest, watermark.seed]
+        body, _ = await self._run("recover", [epoch, step, mark])
+        return Recovered(body[0], tuple(body[1]))
+
+    async def register_replica(self, replica_id: str, replica: bytes, ttl_ms: int) -> Version | None:
+        body, _ = await self._run("replicas", [replica_id, ttl_ms], [replica])
+        return Version(*body) if body[0] else None
+
+    async def list_replicas(self) -> list[bytes]:
+        _, blobs = await self._run("replicas", [])
+        return blobs
+
+    async def ledger(self, *, admit: bool) -> LedgerRecord:
+        body, _ = await self._run("ledger", [admit])
+        accepted, counts, epoch, step, pub_epoch, pub_step, cursor, live, limit, waiting, counters = body
+        return LedgerRecord(
+            accepted,
+            sorted(_counts(counts), key=lambda each: (each.state, each.drop_reason)),
+            epoch,
+            step,
+            Version(pub_epoch, pub_step) if pub_epoch else None,
+            cursor,
+            live,
+            limit,
+            {int(stage): Waiting(code, tuple(figures)) for stage, (code, *figures) in _items(waiting)},
+            dict(_items(counters)),
+        )
+
+    async def _run(self, name: str, arguments: object, blobs: Sequence[bytes] = ()) -> tuple[Any, list[bytes]]:
+        try:
+            return await self._scripts.run(name, arguments, blobs)
+        except RunMissing:
+            assert self._params is not None, "open comes first"
+            await self.open(self._params)
+            return await self._scripts.run(name, arguments, blobs)
+
+
+def _items(table: Any) -> list[tuple[Any, Any]]:
+    """Items of a Lua table with string keys: an empty one arrives as a list."""
+    return list(table.items()) if isinstance(table, dict) else []
+
+
+def _lease(body: Any, blobs: list[bytes], *, train: bool = False) -> Lease:
+    rows, waiting, closed_groups, cursor, wanted, *batch_lease_id = body
+    parts = iter(blobs)
+    return Lease(
+        [_group(row, parts, train=train) for row in rows],
+        Waiting(waiting[0], tuple(waiting[1:])) if waiting else None,
+        batch_lease_id[0] if batch_lease_id else 0,
+        closed_groups,
+        cursor,
+        tuple(wanted),
+    )
+
+
+def _group(row: Any, parts: Iterator[bytes], *, train: bool) -> LeasedGroup:
+    order, ordinal, staleness, samples = row
+    prompt = next(parts)
+    return LeasedGroup(order, ordinal, staleness, prompt, [_sample(each, parts, train=train) for each in samples])
+
+
+def _sample(row: Any, parts: Iterator[bytes], *, train: bool) -> LeasedSample:
+    index, lease_id, attempt, (num_tokens, completion_tokens, finish_reason, epoch, step, reward) = row
+    facts = SampleFacts(num_tokens, completion_tokens, finish_reason, Version(epoch, step), float(reward))
+    if train:
+        return LeasedSample(index, lease_id, attempt, facts, payload=next(parts), score=next(parts))
+    return LeasedSample(index, lease_id, attempt, facts, partial=next(parts), payload=next(parts))
+
+
+def _report(answer: tuple[Any, list[bytes]]) -> Report:
+    results, ready_groups, closed_groups = answer[0]
+    return Report([Result(outcome, saved) for outcome, saved in results], ready_groups, closed_groups)
+
+
+def _counts(counts: Any) -> Iterator[StateCount]:
+    """Open states come by number, closed ones by the name of their bitmap: ``dropped:2``."""
+    for name, (samples, tokens, lengths) in _items(counts):
+        if not samples:
+            continue
+        state, _, reason = name.partition(":")
+        yield StateCount(int(_CLOSED_STATES.get(state) or state), int(reason or 0), samples, tokens, lengths)

@@ -1,0 +1,293 @@
+-- What every script shares. It stands before each of them when they are loaded.
+--
+-- One record per run (M) and one per group are read, changed in memory and written once, at the end. KEYS[1] is the
+-- run's prefix "{name}:". Every other key is made of it and of numbers, so that all have the same hash tag:
+--   meta          the run (msgpack)                  g:<order>          a group and its samples (msgpack)
+--   p:<order>     prompt, payloads, scores (hash)    d:<order>:<index>  partial sample (append-only string)
+--   batch:<step>  groups a step was leased with      b:<state>          bitmap of samples in a closed state
+--   fresh         groups never leased                pending, scorable  live groups that have such samples
+--   live, ready   live groups by effective step      bound              groups to be replayed, by step
+--   lease:<stage> leased samples by deadline (ms)    closed             closed ordinals by step
+-- Groups are members as 12 digits, so that equal scores sort by order.
+local P = KEYS[1]
+local call = redis.call
+
+-- SampleState
+local PENDING, GENERATING, GENERATED, SCORING, SCORED, READY = 1, 2, 3, 4, 5, 6
+local TRAINING, CONSUMED, RETIRED, DROPPED, DEAD = 7, 8, 9, 10, 11
+-- Stage
+local GENERATE, SCORE, TRAIN = 1, 2, 3
+-- Outcome
+local OK, DUPLICATE, LEASE_LOST, CONFLICT, GONE = 1, 2, 3, 4, 5
+-- DropReason
+local STALE, ZERO_VARIANCE, GROUP_DEAD, INVALID = 1, 2, 4, 7
+
+-- Places in a sample's record. OWNER is the replica that leased it; VERSIONS is {epoch, lowest, highest, ...}.
+local STATE, LEASE, OWNER, ATTEMPT, SAVED, APPENDED_FROM = 1, 2, 3, 4, 5, 6
+local TOKENS, COMPLETION, FINISH, VERSIONS, REWARD = 7, 8, 9, 10, 11
+local GENERATE_LEASE, SCORE_LEASE, RELEASED_LEASE, ERROR = 12, 13, 14, 15
+
+-- A closed group is remembered this long, to tell repeated calls from unknown samples.
+local CLOSED_TTL_MS = 3600000
+-- Groups issued again sort before all others.
+local REISSUED = -1099511627776
+
+local function fail(kind, field, reason)
+  return { cmsgpack.pack({ error = kind, field = field, reason = reason }) }
+end
+
+local M
+local meta_changed = false
+do
+  local raw = call('GET', P .. 'meta')
+  if raw then M = cmsgpack.unpack(raw) end
+end
+
+local now = call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+
+local groups, touched = {}, {}
+local closed_groups, ready_groups = 0, 0
+
+local function member(order) return string.format('%012d', order) end
+
+local function group(order)
+  local g = groups[order]
+  if g == nil then
+    local raw = call('GET', P .. 'g:' .. order)
+    g = raw and cmsgpack.unpack(raw) or false
+    groups[order] = g
+  end
+  return g
+end
+
+local function touch(g) touched[g.order] = g end
+
+local function bump(counter, by)
+  if by > 0 then
+    M.counters[counter] = (M.counters[counter] or 0) + by
+    meta_changed = true
+  end
+end
+
+local function next_lease()
+  M.last_lease = M.last_lease + 1
+  meta_changed = true
+  return M.last_lease
+end
+
+-- The step on today's history that is as far from its tip as the version is (policy.effective_step).
+local function effective(epoch, step)
+  local shared = step
+  for e = epoch + 1, M.epoch do
+    local fork = M.forks[tostring(e)]
+    if fork and fork < shared then shared = fork end
+  end
+  return 2 * shared - step
+end
+
+-- The effective step of the oldest token of a sample, nil while it has none.
+local function tokens_effective(s)
+  local oldest
+  local versions = s[VERSIONS]
+  for at = 1, #versions, 3 do
+    local low = math.min(effective(versions[at], versions[at + 1]), effective(versions[at], versions[at + 2]))
+    if not oldest or low < oldest then oldest = low end
+  end
+  return oldest
+end
+
+local function group_effective(g)
+  local oldest = effective(g.birth_epoch, g.birth_step)
+  for _, s in ipairs(g.samples) do
+    oldest = math.min(oldest, tokens_effective(s) or oldest)
+  end
+  return oldest
+end
+
+local function limit() return (M.max_staleness + 1) * M.batch_groups + M.surplus_groups end
+
+local function occupied()
+  local total = call('ZCARD', P .. 'live') + call('ZCARD', P .. 'bound')
+  for _, trained in pairs(M.trained) do total = total + trained end
+  return total
+end
+
+local function serial(g, i) return string.format('%d', g.order * M.group_size + i - 1) end
+
+local function partial_key(g, i) return P .. 'd:' .. g.order .. ':' .. (i - 1) end
+
+local function length(s) return s[COMPLETION] > 0 and s[COMPLETION] or s[SAVED] end
+
+-- Enters sample i into the closed state `name`, or takes it out again.
+local function tally(name, g, i, entered)
+  call('SETBIT', P .. 'b:' .. name, serial(g, i), entered and 1 or 0)
+  local sums = M.sums[name] or { 0, 0 }
+  local sign = entered and 1 or -1
+  local tokens = length(g.samples[i])
+  sums[1] = sums[1] + sign * tokens
+  if tokens > 0 then sums[2] = sums[2] + sign end
+  M.sums[name] = sums
+  meta_changed = true
+end
+
+local function end_lease(g, i)
+  local state = g.samples[i][STATE]
+  if state == GENERATING then call('ZREM', P .. 'lease:1', serial(g, i)) end
+  if state == SCORING then call('ZREM', P .. 'lease:2', serial(g, i)) end
+end
+
+local function new_group(ordinal, prompt, reissued)
+  local g = { order = M.next_order, ordinal = ordinal, birth_epoch = 0, birth_step = 0, bound = 0, closed = '',
+              pending = false, scorable = false, samples = {} }
+  for i = 1, M.group_size do g.samples[i] = { PENDING, 0, '', 0, 0, -1, 0, 0, 0, {}, 0, 0, 0, 0, '' } end
+  M.next_order = M.next_order + 1
+  M.accepted = M.accepted + M.group_size
+  meta_changed = true
+  groups[g.order] = g
+  touch(g)
+  call('HSET', P .. 'p:' .. g.order, 'prompt', prompt)
+  call('ZADD', P .. 'fresh', g.order + (reissued and REISSUED or 0), member(g.order))
+  return g.order
+end
+
+-- Takes a group out of every index but its samples' leases.
+local function unlist(g)
+  local m = member(g.order)
+  if g.birth_epoch == 0 then
+    call('ZREM', P .. 'fresh', m)
+  elseif g.bound > 0 then
+    call('ZREM', P .. 'bound', m)
+  else
+    call('ZREM', P .. 'live', m)
+    call('ZREM', P .. 'ready', m)
+  end
+  g.bound = 0
+end
+
+local function close_ordinal(g)
+  if g.ordinal >= 0 then call('ZADD', P .. 'closed', M.step, string.format('%d', g.ordinal)) end
+end
+
+-- Closes a whole group. A STALE one is issued again, ahead of all others.
+local function drop(g, reason)
+  local name = 'dropped:' .. reason
+  for i, s in ipairs(g.samples) do
+    if s[STATE] ~= DEAD then
+      end_lease(g, i)
+      if s[SAVED] > 0 then call('UNLINK', partial_key(g, i)) end
+      tally(name, g, i, true)
+      s[STATE] = DROPPED
+    end
+  end
+  unlist(g)
+  if reason == STALE then
+    new_group(g.ordinal, call('HGET', P .. 'p:' .. g.order, 'prompt'), true)
+  else
+    close_ordinal(g)
+  end
+  call('UNLINK', P .. 'p:' .. g.order)
+  g.closed = name
+  closed_groups = closed_groups + 1
+  touch(g)
+end
+
+-- If all samples are scored: READY together, or dropped by the filter.
+local function finish(g)
+  local low, high
+  for _, s in ipairs(g.samples) do
+    if s[STATE] == SCORED then
+      if not low or s[REWARD] < low then low = s[REWARD] end
+      if not high or s[REWARD] > high then high = s[REWARD] end
+    elseif s[STATE] ~= DEAD then
+      return
+    end
+  end
+  if M.drop_zero_variance and low == high then return drop(g, ZERO_VARIANCE) end
+  for _, s in ipairs(g.samples) do
+    if s[STATE] == SCORED then s[STATE] = READY end
+  end
+  call('ZADD', P .. 'ready', group_effective(g), member(g.order))
+  ready_groups = ready_groups + 1
+  touch(g)
+end
+
+-- Makes a dead letter of a sample; its group goes on without it or is dropped.
+local function kill(g, i, message)
+  local s = g.samples[i]
+  end_lease(g, i)
+  if s[SAVED] > 0 then call('UNLINK', partial_key(g, i)) end
+  call('HDEL', P .. 'p:' .. g.order, 's' .. (i - 1), 'v' .. (i - 1))
+  tally('dead', g, i, true)
+  s[STATE], s[ERROR] = DEAD, message
+  local alive = 0
+  for _, each in ipairs(g.samples) do
+    if each[STATE] ~= DEAD then alive = alive + 1 end
+  end
+  touch(g)
+  if alive < M.min_group_size then drop(g, GROUP_DEAD) else finish(g) end
+end
+
+local function give_back(g, i)
+  local s = g.samples[i]
+  end_lease(g, i)
+  s[STATE] = s[STATE] == GENERATING and PENDING or GENERATED
+  touch(g)
+end
+
+-- Counts a failure of the sample; returns it to its mailbox, or kills it.
+local function count_failure(g, i, message)
+  local s = g.samples[i]
+  s[ATTEMPT] = s[ATTEMPT] + 1
+  if s[ATTEMPT] >= M.max_attempts then kill(g, i, message) else give_back(g, i) end
+end
+
+local function relist(g, index, wanted)
+  if wanted == g[index] then return end
+  if wanted then
+    call('ZADD', P .. index, g.order, member(g.order))
+  else
+    call('ZREM', P .. index, member(g.order))
+  end
+  g[index] = wanted
+end
+
+-- Brings the indexes of mailboxes up to date with the groups that were touched.
+local function reindex()
+  for _, g in pairs(touched) do
+    local pending, scorable = false, false
+    if g.closed == '' and g.birth_epoch > 0 then
+      for _, s in ipairs(g.samples) do
+        pending = pending or s[STATE] == PENDING
+        scorable = scorable or s[STATE] == GENERATED
+      end
+    end
+    relist(g, 'pending', pending)
+    relist(g, 'scorable', scorable)
+  end
+end
+
+-- Writes what was changed and answers. `blobs` are byte strings that follow the body.
+local function answer(body, blobs)
+  reindex()
+  for order, g in pairs(touched) do
+    if g.closed == '' or g.closed == 'consumed' then
+      call('SET', P .. 'g:' .. order, cmsgpack.pack(g))
+    else
+      call('SET', P .. 'g:' .. order, cmsgpack.pack(g), 'PX', CLOSED_TTL_MS)
+    end
+  end
+  if meta_changed then call('SET', P .. 'meta', cmsgpack.pack(M)) end
+  local out = { cmsgpack.pack(body) }
+  for k, blob in ipairs(blobs or {}) do out[k + 1] = blob end
+  return out
+end
+
+-- The refusal of an epoch that is not the current one, nil for the current one.
+local function fence(epoch)
+  if epoch < M.epoch then
+    return fail('FencedError', 'epoch', epoch .. ' was superseded by ' .. M.epoch)
+  elseif epoch > M.epoch then
+    return fail('PreconditionError', 'epoch', epoch .. ' was never acquired: the last one is ' .. M.epoch)
+  end
+end

@@ -1,0 +1,62 @@
+-- ARGV[1]: {epoch, step, payload}. Blobs: per group '', then per sample payload, score.
+local epoch, step, payload = unpack(cmsgpack.unpack(ARGV[1]))
+local fenced = fence(epoch)
+if fenced then return fenced end
+if not M.forks[tostring(epoch)] then
+  return fail('PreconditionError', 'epoch', 'epoch ' .. epoch .. ' has to Recover first')
+end
+
+local function leased_group(order, blobs)
+  local g = group(order)
+  local samples, fields, oldest = {}, {}, nil
+  for i, s in ipairs(g.samples) do
+    if s[STATE] ~= DEAD then
+      samples[#samples + 1] = { i - 1, s[LEASE], s[ATTEMPT], facts(s) }
+      fields[#fields + 1] = 's' .. (i - 1)
+      fields[#fields + 1] = 'v' .. (i - 1)
+      oldest = math.min(oldest or math.huge, tokens_effective(s) or math.huge)
+    end
+  end
+  blobs[#blobs + 1] = ''
+  local stored = call('HMGET', P .. 'p:' .. order, unpack(fields))
+  for k = 1, #fields, 2 do
+    blobs[#blobs + 1] = payload and stored[k] or ''
+    blobs[#blobs + 1] = stored[k + 1] or ''
+  end
+  return { g.order, g.ordinal, oldest < math.huge and step - 1 - oldest or 0, samples }
+end
+
+local function leased_batch(orders)
+  local leased, blobs = {}, {}
+  for _, order in ipairs(orders) do leased[#leased + 1] = leased_group(order, blobs) end
+  return answer({ leased, {}, closed_groups, 0, {}, M.batch_lease }, blobs)
+end
+
+if M.batch_lease > 0 and M.batch_epoch == epoch and M.batch_step == step then
+  return leased_batch(cmsgpack.unpack(call('GET', P .. 'batch:' .. step)).orders)
+end
+if step ~= M.step + 1 then
+  return fail('PreconditionError', 'step', step .. ' does not follow the last committed step ' .. M.step)
+end
+
+if M.on_stale ~= 'mask' then
+  -- The deadline of a group is its effective step + 1 + max_staleness.
+  for _, m in ipairs(call('ZRANGEBYSCORE', P .. 'live', '-inf', step - 2 - M.max_staleness)) do
+    drop(group(tonumber(m)), STALE)
+  end
+end
+local chosen, waiting = plan_batch()
+if not chosen then return answer({ {}, waiting, closed_groups, 0, {}, 0 }) end
+
+for _, order in ipairs(chosen) do
+  local g = group(order)
+  for _, s in ipairs(g.samples) do
+    if s[STATE] == READY then s[STATE] = TRAINING end
+  end
+  call('ZREM', P .. 'ready', member(order))
+  touch(g)
+end
+M.batch_epoch, M.batch_step, M.batch_lease = epoch, step, next_lease()
+call('SET', P .. 'batch:' .. step,
+  cmsgpack.pack({ epoch = epoch, lease = M.batch_lease, orders = chosen, committed = false }))
+return leased_batch(chosen)

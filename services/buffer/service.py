@@ -1,0 +1,240 @@
+# ruff: noqa: N802 - gRPC names the methods
+"""The buffer's gRPC face: checks requests, issues prompts, lets leases wait. Keeps nothing that the store does not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+from google.protobuf.duration_pb2 import Duration
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import buffer_pb2_grpc, sample_pb2
+from services.buffer import convert, records, validation
+from services.buffer.ids import SampleRef, group_id, parse_sample_id
+from services.buffer.memory_watch import MemoryWatch
+from services.buffer.prompts import PromptSource
+from services.buffer.records import IssuedPrompt, LeasedGroup, Released
+from services.buffer.store import Store
+from services.buffer.wakeups import Wakeups
+from services.common.config.models import BufferConfig
+from services.common.errors import InvalidArgumentError, LimitError
+from services.common.rpc import MIB
+from services.common.versions import Version
+
+log = structlog.get_logger()
+
+# A waiting lease looks again this often: leases expire unannounced, and other buffer processes wake nobody here.
+RECHECK_S = 0.25
+MAX_WAIT_S = 60.0
+_STAGES = (sample_pb2.STAGE_GENERATE, sample_pb2.STAGE_SCORE, sample_pb2.STAGE_TRAIN)
+
+
+class BufferService(buffer_pb2_grpc.BufferServiceServicer):
+    """`source` is None for a run that only gets submitted prompts."""
+
+    def __init__(
+        self, store: Store, source: PromptSource | None, watch: MemoryWatch, config: BufferConfig, group_size: int
+    ) -> None:
+        self._store = store
+        self._source = source
+        self._watch = watch
+        self._config = config
+        self._group_size = group_size
+        self._wakeups = Wakeups()
+        self._lease_ttl = _duration(config.lease_ttl_s)
+        self._returning: set[asyncio.Task[None]] = set()
+
+    async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitResponse:
+        prompts = validation.prompts(request, self._config.limits)
+        orders = await self._store.submit(request.request_id, prompts)
+        self._wakeups.wake(sample_pb2.STAGE_GENERATE)
+        return pb.SubmitResponse(group_ids=[group_id(order) for order in orders])
+
+    async def Lease(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseResponse:
+        validation.check_lease(request, self._config.limits)
+        clock = asyncio.get_running_loop().time
+        until = clock() + min(request.wait.ToNanoseconds() / 1e9, MAX_WAIT_S)
+        while True:
+            with self._wakeups.queue(request.stage) as ticket:
+                lease = await self._lease_unless_cancelled(request)
+                left_s = until - clock()
+                if lease.groups or left_s <= 0:
+                    return self._lease_response(request, lease)
+                await ticket.wait(min(left_s, RECHECK_S))
+
+    async def _lease_unless_cancelled(self, request: pb.LeaseRequest) -> records.Lease:
+        """Leases; what a caller who hung up meanwhile was given goes back at once instead of when its time is over."""
+        leasing = asyncio.ensure_future(self._lease(request))
+        try:
+            return await asyncio.shield(leasing)
+        except asyncio.CancelledError:
+            if request.stage != sample_pb2.STAGE_TRAIN:
+                task = asyncio.ensure_future(self._return(request.stage, leasing))
+                self._returning.add(task)
+                task.add_done_callback(self._returning.discard)
+            raise
+
+    async def _return(self, stage: sample_pb2.Stage, leasing: asyncio.Future[records.Lease]) -> None:
+        lease = await leasing
+        samples = [
+            Released(SampleRef(group.order, sample.index), sample.lease_id, pb.RELEASE_REASON_DRAIN)
+            for group in lease.groups
+            for sample in group.samples
+        ]
+        if samples:
+            await self._store.release(stage, samples)
+            self._wakeups.wake(stage)
+
+    async def _lease(self, request: pb.LeaseRequest) -> records.Lease:
+        if request.stage == sample_pb2.STAGE_TRAIN:
+            lease = await self._store.lease_train(request.epoch, request.step, payload=request.include_payload)
+        elif request.stage == sample_pb2.STAGE_SCORE:
+            lease = await self._store.lease_score(
+                request.replica_id, request.max_samples, payload=request.include_payload
+            )
+        else:
+            lease = await self._lease_generate(request)
+        if lease.closed_groups:
+            self._wakeups.wake(sample_pb2.STAGE_GENERATE)
+        if lease.groups and _count(lease.groups) == request.max_samples:
+            self._wakeups.wake(request.stage)  # there may be more than this caller wanted
+        return lease
+
+    async def _lease_generate(self, request: pb.LeaseRequest) -> records.Lease:
+        """Leases, issuing prompts as long as there is room for more groups than the store holds."""
+        version = Version.from_proto(request.weight_version)
+        groups: list[LeasedGroup] = []
+        while True:
+            left = request.max_samples - _count(groups)
+            admit = self._watch.admit
+            lease = await self._store.lease_generate(request.replica_id, left, version, admit=admit)
+            groups += lease.groups
+            if not lease.wanted or self._source is None:
+                return records.Lease(groups, lease.waiting, closed_groups=lease.closed_groups)
+            prompts = [IssuedPrompt(at, self._source.prompt(at).SerializeToString()) for at in lease.wanted]
+            await self._store.issue(lease.cursor, prompts)
+
+    def _lease_response(self, request: pb.LeaseRequest, lease: records.Lease) -> pb.LeaseResponse:
+        response = pb.LeaseResponse(batch_lease_id=lease.batch_lease_id)
+        for group in lease.groups:
+            convert.fill_group(response.groups.add(), group, self._group_size)
+        if not lease.groups and lease.waiting is not None:
+            response.waiting_for.CopyFrom(convert.waiting_for(request.stage, lease.waiting))
+        if request.stage != sample_pb2.STAGE_TRAIN:
+            response.lease_ttl.CopyFrom(self._lease_ttl)
+        return response
+
+    async def Fetch(self, request: pb.FetchRequest, context: Any) -> pb.FetchResponse:
+        ids = validation.check_count(request.sample_ids, self._config.limits, "sample_ids")
+        refs = [parse_sample_id(each, f"sample_ids[{number}]") for number, each in enumerate(ids)]
+        found = await self._store.fetch(refs)
+        size = sum(len(each.payload) + len(each.partial) for each in found)
+        if size > self._config.limits.message_mb * MIB:
+            raise LimitError(f"{size} bytes in one answer: fetch fewer samples at a time", field="sample_ids")
+        return convert.fetched(ids, found)
+
+    async def Extend(self, request: pb.ExtendRequest, context: Any) -> pb.ExtendResponse:
+        samples = validation.extensions(request, self._config.limits)
+        report = await self._store.extend(samples)
+        return pb.ExtendResponse(results=convert.results(samples, report))
+
+    async def Complete(self, request: pb.CompleteRequest, context: Any) -> pb.CompleteResponse:
+        if request.stage == sample_pb2.STAGE_GENERATE:
+            samples = validation.generated(request, self._config.limits)
+            report = await self._store.complete_generate(samples)
+            self._wakeups.wake(sample_pb2.STAGE_SCORE)
+            return pb.CompleteResponse(results=convert.results(samples, report))
+        if request.stage == sample_pb2.STAGE_SCORE:
+            scored = validation.scored(request, self._config.limits)
+            report = await self._store.complete_score(scored)
+            self._wake(report.ready_groups, report.closed_groups)
+            return pb.CompleteResponse(results=convert.results(scored, report))
+        raise InvalidArgumentError("must be GENERATE or SCORE: a batch is completed by CommitStep", field="stage")
+
+    async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:
+        samples = validation.released(request, self._config.limits)
+        report = await self._store.release(request.stage, samples)
+        for each in samples:
+            if each.error:
+                log.warning("sample_released", order=each.ref.order, index=each.ref.index, error=each.error)
+        self._wakeups.wake(request.stage)
+        self._wake(report.ready_groups, report.closed_groups)
+        return pb.ReleaseResponse(results=convert.results(samples, report))
+
+    async def CommitStep(self, request: pb.CommitStepRequest, context: Any) -> pb.CommitStepResponse:
+        if not request.outcome or request.outcome not in pb.StepOutcome.values():
+            raise InvalidArgumentError("must be TRAINED or SKIPPED", field="outcome")
+        trained = request.outcome == pb.STEP_OUTCOME_TRAINED
+        applied = await self._store.commit_step(request.epoch, request.step, request.batch_lease_id, trained=trained)
+        if not trained:
+            log.warning("step_skipped", epoch=request.epoch, step=request.step)
+            self._wakeups.wake(sample_pb2.STAGE_GENERATE)
+        return pb.CommitStepResponse(applied=applied)
+
+    async def PublishVersion(self, request: pb.PublishVersionRequest, context: Any) -> pb.PublishVersionResponse:
+        if not request.HasField("version"):
+            raise InvalidArgumentError("must be given", field="version")
+        await self._store.publish_version(Version.from_proto(request.version))
+        self._wakeups.wake_all(sample_pb2.STAGE_GENERATE)
+        return pb.PublishVersionResponse()
+
+    async def GetWatermark(self, request: pb.GetWatermarkRequest, context: Any) -> pb.GetWatermarkResponse:
+        record = await self._store.watermark(request.epoch, request.step)
+        return pb.GetWatermarkResponse(watermark=convert.watermark(record))
+
+    async def ConfirmCheckpoint(
+        self, request: pb.ConfirmCheckpointRequest, context: Any
+    ) -> pb.ConfirmCheckpointResponse:
+        retired = await self._store.confirm_checkpoint(request.epoch, request.oldest_kept_step)
+        return pb.ConfirmCheckpointResponse(retired_samples=retired)
+
+    async def AcquireEpoch(self, request: pb.AcquireEpochRequest, context: Any) -> pb.AcquireEpochResponse:
+        validation.check_name(request.holder, "holder")
+        epoch, step = await self._store.acquire_epoch()
+        log.info("epoch_acquired", epoch=epoch, step=step, holder=request.holder)
+        return pb.AcquireEpochResponse(epoch=epoch, step=step)
+
+    async def Recover(self, request: pb.RecoverRequest, context: Any) -> pb.RecoverResponse:
+        watermark = convert.watermark_record(request.watermark) if request.HasField("watermark") else None
+        if watermark is not None and watermark.step != request.step:
+            raise InvalidArgumentError(f"is {watermark.step}, the checkpoint is {request.step}", field="watermark.step")
+        recovered = await self._store.recover(request.epoch, request.step, watermark)
+        log.info("recovered", epoch=request.epoch, step=request.step, returned_groups=recovered.returned_groups)
+        for stage in _STAGES:
+            self._wakeups.wake_all(stage)
+        return pb.RecoverResponse(returned_groups=recovered.returned_groups, replayed_steps=recovered.replayed_steps)
+
+    async def RegisterReplica(self, request: pb.RegisterReplicaRequest, context: Any) -> pb.RegisterReplicaResponse:
+        replica, ttl_s = request.replica, self._config.replica_ttl_s
+        validation.check_replica(replica, self._config.limits)
+        data = replica.SerializeToString()
+        floor = await self._store.register_replica(replica.replica_id, data, int(ttl_s * 1000))
+        return pb.RegisterReplicaResponse(ttl=_duration(ttl_s), floor_version=floor.to_proto() if floor else None)
+
+    async def ListReplicas(self, request: pb.ListReplicasRequest, context: Any) -> pb.ListReplicasResponse:
+        replicas = [pb.Replica.FromString(data) for data in await self._store.list_replicas()]
+        return pb.ListReplicasResponse(
+            replicas=[each for each in replicas if request.role in (pb.ROLE_UNSPECIFIED, each.role)]
+        )
+
+    async def GetLedger(self, request: pb.GetLedgerRequest, context: Any) -> pb.GetLedgerResponse:
+        return convert.ledger(await self._store.ledger(admit=self._watch.admit))
+
+    def _wake(self, ready_groups: int, closed_groups: int) -> None:
+        if ready_groups:
+            self._wakeups.wake(sample_pb2.STAGE_TRAIN)
+        if closed_groups:
+            self._wakeups.wake(sample_pb2.STAGE_GENERATE)
+
+
+def _count(groups: Sequence[LeasedGroup]) -> int:
+    return sum(len(group.samples) for group in groups)
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

@@ -1,0 +1,26 @@
+"""The run's settings as the store takes them."""
+
+from __future__ import annotations
+
+from services.buffer.prompts import PromptSource
+from services.buffer.records import RunParams
+from services.common.config import Config
+
+
+def run_params(config: Config, source: PromptSource | None) -> RunParams:
+    """Times in milliseconds, defaults resolved."""
+    batch, staleness = config.batch, config.staleness
+    surplus = (batch.over_sampling_batch_size or batch.rollout_batch_size) - batch.rollout_batch_size
+    return RunParams(
+        group_size=batch.n_samples_per_prompt,
+        min_group_size=batch.min_group_size or batch.n_samples_per_prompt,
+        batch_groups=batch.rollout_batch_size,
+        surplus_groups=surplus,
+        max_staleness=staleness.max_staleness,
+        on_stale=staleness.on_stale,
+        drop_zero_variance=batch.dynamic_sampling_filter == "nonzero_std",
+        max_attempts=config.buffer.max_attempts,
+        lease_ttl_ms=int(config.buffer.lease_ttl_s * 1000),
+        dataset_digest=source.digest if source else "",
+        seed=source.seed if source else 0,
+    )

@@ -1,0 +1,132 @@
+"""The interface of the store. One conformance suite holds for every implementation (tests/contract)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from services.buffer.ids import SampleRef
+from services.buffer.records import (
+    Extension,
+    Fetched,
+    Generated,
+    IssuedPrompt,
+    Lease,
+    LedgerRecord,
+    Recovered,
+    Released,
+    Report,
+    RunParams,
+    Scored,
+    WatermarkRecord,
+)
+from services.common.versions import Version
+
+
+class Store(ABC):
+    """Durable mailboxes of one run. Every method is atomic and, but for leases, safe to repeat.
+
+    All raise UnavailableError when the store does not answer, LimitError when it is full, FencedError for an epoch
+    that was superseded and PreconditionError for a call that does not fit the present state.
+    """
+
+    @abstractmethod
+    async def open(self, params: RunParams) -> None:
+        """Creates the run, or joins it with new settings.
+
+        Raises ConfigError naming both values when the group size, the data set or its seed differ from the run's.
+        """
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+    @abstractmethod
+    async def used_memory(self) -> int:
+        """Bytes."""
+
+    @abstractmethod
+    async def issue(self, cursor: int, prompts: Sequence[IssuedPrompt]) -> int:
+        """Makes a group of each prompt and moves the cursor behind the last. Returns how many groups were made.
+
+        0 when the cursor is no longer at `cursor`: another buffer process was first.
+        """
+
+    @abstractmethod
+    async def submit(self, request_id: str, prompts: Sequence[bytes]) -> list[int]:
+        """Makes a group of each prompt (serialized Prompt), once per `request_id`. Returns their orders."""
+
+    @abstractmethod
+    async def lease_generate(self, replica_id: str, max_samples: int, version: Version, *, admit: bool) -> Lease:
+        """Leases PENDING samples: admitted groups first, by order; then new groups while the bound and `admit` let.
+
+        Expired leases are taken back first. `Lease.wanted` may be set beside `Lease.groups`.
+        """
+
+    @abstractmethod
+    async def lease_score(self, replica_id: str, max_samples: int, *, payload: bool) -> Lease:
+        """Leases GENERATED samples, oldest group first. Expired leases are taken back first."""
+
+    @abstractmethod
+    async def lease_train(self, epoch: int, step: int, *, payload: bool) -> Lease:
+        """Leases the batch of a step, whole groups, the same one when asked again."""
+
+    @abstractmethod
+    async def fetch(self, refs: Sequence[SampleRef]) -> list[Fetched]:
+        """One record per reference, in order."""
+
+    @abstractmethod
+    async def extend(self, samples: Sequence[Extension]) -> Report:
+        """Moves deadlines; appends deltas. A lease that expired but was not yet taken back may still be extended."""
+
+    @abstractmethod
+    async def complete_generate(self, samples: Sequence[Generated]) -> Report:
+        """GENERATING to GENERATED; the partial is replaced by the payload."""
+
+    @abstractmethod
+    async def complete_score(self, samples: Sequence[Scored]) -> Report:
+        """SCORING to SCORED; a group whose samples are all scored becomes READY or is dropped by the filter."""
+
+    @abstractmethod
+    async def release(self, stage: int, samples: Sequence[Released]) -> Report:
+        """Ends leases of `stage` (GENERATE or SCORE) by their reasons."""
+
+    @abstractmethod
+    async def commit_step(self, epoch: int, step: int, batch_lease_id: int, *, trained: bool) -> bool:
+        """TRAINING to CONSUMED, or to DROPPED(INVALID) when not `trained`. False when it had been done before."""
+
+    @abstractmethod
+    async def publish_version(self, version: Version) -> None:
+        """Records that every serving replica has `version`: the floor of what is leased from now on."""
+
+    @abstractmethod
+    async def watermark(self, epoch: int, step: int) -> WatermarkRecord:
+        """What was closed when `step` was committed. O(ordinals closed since the last confirmed checkpoint)."""
+
+    @abstractmethod
+    async def confirm_checkpoint(self, epoch: int, oldest_kept_step: int) -> int:
+        """CONSUMED to RETIRED up to that step, payloads deleted. Returns the number of samples retired."""
+
+    @abstractmethod
+    async def acquire_epoch(self) -> tuple[int, int]:
+        """A new epoch, which fences all earlier ones, and the last committed step."""
+
+    @abstractmethod
+    async def recover(self, epoch: int, step: int, watermark: WatermarkRecord | None) -> Recovered:
+        """Undoes history above `step`; what it consumed is READY again, bound to its step and position.
+
+        A bound group whose staleness at its step would pass the bound is closed as STALE and issued again, unless
+        on_stale is mask. An older or empty store takes `watermark` over. Raises ConfigError when the watermark is of
+        another data set.
+        """
+
+    @abstractmethod
+    async def register_replica(self, replica_id: str, replica: bytes, ttl_ms: int) -> Version | None:
+        """Stores a serialized Replica for `ttl_ms`. Returns the version a rollout replica has to reach to serve."""
+
+    @abstractmethod
+    async def list_replicas(self) -> list[bytes]:
+        """Replicas whose time has not run out, by id."""
+
+    @abstractmethod
+    async def ledger(self, *, admit: bool) -> LedgerRecord:
+        """Where every sample is. O(open samples)."""

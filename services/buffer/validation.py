@@ -1,0 +1,194 @@
+"""Requests as records: every field is checked before the store sees it, and named when it is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+from services.buffer import partials, policy
+from services.buffer.ids import SampleRef, group_id, parse_sample_id
+from services.buffer.records import Extension, Generated, Released, Scored
+from services.common import wire
+from services.common.config.models import LimitsConfig
+from services.common.errors import InvalidArgumentError, LimitError
+from services.common.rpc import MIB
+from services.common.versions import Version
+
+_MAX_NAME = 128
+_MAX_ERROR = 500
+_KIB = 1024
+
+T = TypeVar("T")
+
+
+class _Leased(Protocol):
+    sample_id: str
+    lease_id: int
+
+
+def check_name(text: str, field: str) -> str:
+    """A client's own name for itself or its call: 1 to 128 printable characters."""
+    if not 0 < len(text) <= _MAX_NAME or not text.isprintable():
+        raise InvalidArgumentError(f"must be 1 to {_MAX_NAME} printable characters", field=field)
+    return text
+
+
+def check_count(items: Sequence[T], limits: LimitsConfig, field: str) -> Sequence[T]:
+    if len(items) > limits.samples_per_rpc:
+        raise LimitError(f"{len(items)} in one call, at most {limits.samples_per_rpc}", field=field)
+    return items
+
+
+def check_lease(request: pb.LeaseRequest, limits: LimitsConfig) -> None:
+    """What `Lease` needs for its stage is there and within limits."""
+    check_name(request.replica_id, "replica_id")
+    if request.wait.ToNanoseconds() < 0:
+        raise InvalidArgumentError("must not be negative", field="wait")
+    if request.stage == sample_pb2.STAGE_TRAIN:
+        if not request.epoch or not request.step:
+            raise InvalidArgumentError("a TRAIN lease names both, from 1", field="step" if request.epoch else "epoch")
+        return
+    if request.stage not in (sample_pb2.STAGE_GENERATE, sample_pb2.STAGE_SCORE):
+        raise InvalidArgumentError("must be GENERATE, SCORE or TRAIN", field="stage")
+    if not 0 < request.max_samples <= limits.samples_per_rpc:
+        raise InvalidArgumentError(
+            f"{request.max_samples} is not between 1 and {limits.samples_per_rpc}", field="max_samples"
+        )
+    if request.stage == sample_pb2.STAGE_GENERATE and not request.HasField("weight_version"):
+        raise InvalidArgumentError("a GENERATE lease names the version that is served", field="weight_version")
+
+
+def prompts(request: pb.SubmitRequest, limits: LimitsConfig) -> list[bytes]:
+    """The serialized prompts of a Submit."""
+    check_name(request.request_id, "request_id")
+    found = []
+    for number, prompt in enumerate(check_count(request.prompts, limits, "prompts")):
+        field = f"prompts[{number}]"
+        if not prompt.WhichOneof("input"):
+            raise InvalidArgumentError("has neither text nor messages", field=f"{field}.input")
+        metadata_bytes = len(prompt.metadata_json.encode())
+        if metadata_bytes > limits.metadata_kb * _KIB:
+            raise LimitError(
+                f"{metadata_bytes} bytes, at most {limits.metadata_kb * _KIB}", field=f"{field}.metadata_json"
+            )
+        data = prompt.SerializeToString()
+        if len(data) > limits.sample_mb * MIB:
+            raise LimitError(f"{len(data)} bytes, at most {limits.sample_mb * MIB}", field=field)
+        found.append(data)
+    return found
+
+
+def extensions(request: pb.ExtendRequest, limits: LimitsConfig) -> list[Extension]:
+    check_name(request.replica_id, "replica_id")
+    found = []
+    for number, each in enumerate(check_count(request.samples, limits, "samples")):
+        field = f"samples[{number}]"
+        ref, lease_id = _leased(each, field)
+        count = _check_delta(each.delta, limits, f"{field}.delta")
+        if count:
+            data = partials.frame(each.delta.SerializeToString())
+            found.append(Extension(ref, lease_id, each.delta.from_token, count, data))
+        else:
+            found.append(Extension(ref, lease_id))
+    return found
+
+
+def generated(request: pb.CompleteRequest, limits: LimitsConfig) -> list[Generated]:
+    """Checks each serialized Sample against its id and the limits."""
+    check_name(request.replica_id, "replica_id")
+    found = []
+    for number, each in enumerate(check_count(request.samples, limits, "samples")):
+        field = f"samples[{number}]"
+        ref, lease_id = _leased(each, field)
+        try:
+            sample = wire.parse_sample(
+                each.sample,
+                max_bytes=limits.sample_mb * MIB,
+                max_tokens=limits.sample_tokens,
+                max_metadata_bytes=limits.metadata_kb * _KIB,
+            )
+        except (InvalidArgumentError, LimitError) as error:
+            raise type(error)(error.reason, field=f"{field}.{error.field}") from None
+        if sample.sample_id != each.sample_id or sample.index != ref.index or sample.group_id != group_id(ref.order):
+            raise InvalidArgumentError(
+                f"is {sample.sample_id!r}, number {sample.index} of {sample.group_id!r}", field=f"{field}.sample"
+            )
+        if sample.finish_reason == sample_pb2.FINISH_REASON_UNSPECIFIED:
+            raise InvalidArgumentError("must be given", field=f"{field}.sample.finish_reason")
+        spans = (span for segment in sample.segments for span in segment.spans)
+        found.append(
+            Generated(
+                ref,
+                lease_id,
+                sum(segment.num_tokens for segment in sample.segments),
+                sum(wire.completion_length(segment) for segment in sample.segments),
+                sample.finish_reason,
+                policy.merge_versions(Version.from_proto(span.version) for span in spans),
+                each.sample,
+            )
+        )
+    return found
+
+
+def scored(request: pb.CompleteRequest, limits: LimitsConfig) -> list[Scored]:
+    check_name(request.replica_id, "replica_id")
+    found = []
+    for number, each in enumerate(check_count(request.samples, limits, "samples")):
+        field = f"samples[{number}]"
+        ref, lease_id = _leased(each, field)
+        if not each.HasField("score"):
+            raise InvalidArgumentError("a SCORE completion carries a score", field=f"{field}.score")
+        if not math.isfinite(each.score.reward):
+            raise InvalidArgumentError(f"{each.score.reward} is not finite", field=f"{field}.score.reward")
+        found.append(Scored(ref, lease_id, each.score.reward, each.score.SerializeToString()))
+    return found
+
+
+def released(request: pb.ReleaseRequest, limits: LimitsConfig) -> list[Released]:
+    check_name(request.replica_id, "replica_id")
+    if request.stage not in (sample_pb2.STAGE_GENERATE, sample_pb2.STAGE_SCORE):
+        raise InvalidArgumentError("must be GENERATE or SCORE: batches end by CommitStep or Recover", field="stage")
+    found = []
+    for number, each in enumerate(check_count(request.samples, limits, "samples")):
+        field = f"samples[{number}]"
+        ref, lease_id = _leased(each, field)
+        if each.reason not in pb.ReleaseReason.values() or not each.reason:
+            raise InvalidArgumentError("must be given", field=f"{field}.reason")
+        names_drop = each.drop_reason in sample_pb2.DropReason.values() and bool(each.drop_reason)
+        if names_drop != (each.reason == pb.RELEASE_REASON_DROP):
+            raise InvalidArgumentError("goes with reason DROP, and only with it", field=f"{field}.drop_reason")
+        error = each.error[:_MAX_ERROR]
+        found.append(Released(ref, lease_id, each.reason, each.drop_reason, error, each.tokens_discarded))
+    return found
+
+
+def check_replica(replica: pb.Replica, limits: LimitsConfig) -> None:
+    check_name(replica.replica_id, "replica.replica_id")
+    if not replica.role or replica.role not in pb.Role.values():
+        raise InvalidArgumentError("must be given", field="replica.role")
+    if replica.ByteSize() > limits.metadata_kb * _KIB:
+        raise LimitError(f"{replica.ByteSize()} bytes, at most {limits.metadata_kb * _KIB}", field="replica")
+
+
+def _leased(each: _Leased, field: str) -> tuple[SampleRef, int]:
+    if not each.lease_id:
+        raise InvalidArgumentError("must be given", field=f"{field}.lease_id")
+    return parse_sample_id(each.sample_id, f"{field}.sample_id"), each.lease_id
+
+
+def _check_delta(delta: sample_pb2.TokenDelta, limits: LimitsConfig, field: str) -> int:
+    """The number of tokens in a delta whose parts fit together."""
+    itemsize = wire.TOKEN_DTYPE.itemsize
+    if len(delta.token_ids) % itemsize:
+        raise InvalidArgumentError(f"{len(delta.token_ids)} bytes of int32", field=f"{field}.token_ids")
+    count = len(delta.token_ids) // itemsize
+    if delta.from_token + count > limits.sample_tokens:
+        raise LimitError(f"{delta.from_token + count} tokens, at most {limits.sample_tokens}", field=field)
+    wire.check_array(delta.rollout_logprobs, wire.LOGPROB_DTYPE.itemsize, count, f"{field}.rollout_logprobs")
+    wire.check_token_ids(delta.token_ids, f"{field}.token_ids")
+    wire.check_logprobs(wire.decode_logprobs(delta.rollout_logprobs), f"{field}.rollout_logprobs")
+    wire.check_spans(delta.spans, delta.from_token, delta.from_token + count, f"{field}.spans")
+    return count

@@ -1,0 +1,47 @@
+"""What goes through the pool, and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import NamedTuple
+
+from services.reward.scorers.base import Item, Verdict
+
+
+class FailureKind(StrEnum):
+    """Why an item has no verdict."""
+
+    RAISED = "raised"
+    """The scorer said that it cannot score this item, raised, or returned what is no score."""
+    TIMED_OUT = "timed_out"
+    DIED = "died"
+    """The process ended while it was on this item."""
+    UNAVAILABLE = "unavailable"
+    """No process could be started: not the item's fault."""
+
+
+class Result(NamedTuple):
+    """A verdict, or why there is none. `seconds` is the time the scorer worked."""
+
+    verdict: Verdict | None
+    seconds: float
+    failure: FailureKind | None = None
+    reason: str = ""
+
+
+class Job:
+    """One item on its way through the pool. `on_result` is called once, from the event loop, unless it is cancelled."""
+
+    __slots__ = ("cancelled", "item", "on_result", "reported")
+
+    def __init__(self, item: Item, on_result: Callable[[Result], None]) -> None:
+        self.item = item
+        self.on_result = on_result
+        self.cancelled = False
+        self.reported = False
+
+    def report(self, result: Result) -> None:
+        if not self.cancelled:
+            self.reported = True
+            self.on_result(result)

@@ -1,0 +1,82 @@
+"""What a scorer is: a callable that turns one item into a verdict, built inside a pool process from its name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+
+class Item(NamedTuple):
+    """One sample to score, as it travels to a pool process. Every field is a plain value."""
+
+    sample_id: str
+    prompt: str
+    """Plain text; empty when `messages_json` is set."""
+    messages_json: str
+    """A JSON list of chat messages; empty for a plain prompt."""
+    completion: str
+    label: str
+    metadata_json: str
+    """A JSON object, or empty."""
+    status: str
+    """slime's word for how the completion ended: "completed", "truncated", "aborted", "failed"."""
+    completion_tokens: int
+    group_index: int
+    sample_index: int
+
+
+class Verdict(NamedTuple):
+    """A score. `reward` and the parts are finite."""
+
+    reward: float
+    parts: dict[str, float]
+
+
+class SampleError(Exception):
+    """This sample cannot be scored; the message says why, in one line. It never becomes a number."""
+
+
+class Scorer(Protocol):
+    """Raises SampleError, or anything else, when the item has no score."""
+
+    def __call__(self, item: Item) -> Verdict: ...
+
+
+def finite(value: Any, what: str) -> float:
+    """`value` as a float. Raises SampleError naming `what` when it is not a finite number.
+
+    Python and NumPy numbers, booleans and one-element tensors are numbers; strings and None are not.
+    """
+    if not hasattr(value, "__float__"):
+        raise SampleError(f"{what} is {_kind(value)}, not a number")
+    try:
+        number = float(value)
+    except Exception as error:  # a tensor of several elements, a user's own class
+        raise SampleError(f"{what} is {_kind(value)}, not a number") from error
+    if not math.isfinite(number):
+        raise SampleError(f"{what} is {number}, not a finite number")
+    return number
+
+
+def to_verdict(value: Any) -> Verdict:
+    """Reads what a user's function returned: a number, or a dict with the reward under "score" or "reward".
+
+    The other entries of a dict become parts when they are numbers; texts and nested values are left out.
+    Raises SampleError for anything else, NaN, infinities and None included.
+    """
+    if not isinstance(value, Mapping):
+        return Verdict(finite(value, "the returned reward"), {})
+    key = next((name for name in ("score", "reward") if name in value), None)
+    if key is None:
+        raise SampleError('the returned dict has neither "score" nor "reward"')
+    parts = {
+        str(name): finite(part, f"the returned dict's {name!r}")
+        for name, part in value.items()
+        if name != key and hasattr(part, "__float__")
+    }
+    return Verdict(finite(value[key], f"the returned dict's {key!r}"), parts)
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

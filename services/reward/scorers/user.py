@@ -1,0 +1,102 @@
+"""A user's reward function, in slime's signature: ``[async] def fn(args, sample, **kwargs) -> float | dict``."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+
+from services.common.errors import ConfigError
+from services.common.plugins import load_function
+from services.reward.scorers.base import Item, Verdict, to_verdict
+
+
+class Status(StrEnum):
+    """How a completion ended, in slime's words."""
+
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+@dataclass
+class Sample:
+    """What the function sees, under slime's field names."""
+
+    group_index: int
+    index: int
+    prompt: str | list[dict[str, Any]]
+    """Plain text, or a list of chat messages."""
+    response: str
+    response_length: int
+    """In tokens; 0 when the score was asked for without a generation."""
+    label: str | None
+    status: Status
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class UserScorer:
+    """Calls the function, and runs it to its end when it is async. All its calls share one event loop."""
+
+    def __init__(self, path: str, search: Sequence[Path], args: Mapping[str, Any]) -> None:
+        """Raises ConfigError when the function does not import or cannot be called with (args, sample)."""
+        if "." not in path and ":" not in path:
+            raise ConfigError(
+                f'unknown scorer {path!r}: known are "math", "exact" and dotted paths, pkg.mod:fn',
+                field="reward.scorer",
+            )
+        self._function = load_function(path, field="reward.scorer", search=search)
+        self._args = SimpleNamespace(**args)
+        _check_signature(self._function, path)
+        self._runner = asyncio.Runner()
+
+    def __call__(self, item: Item) -> Verdict:
+        value = self._function(self._args, _to_sample(item))
+        if inspect.isawaitable(value):
+            value = self._wait(value)
+        return to_verdict(value)
+
+    def _wait(self, value: Any) -> Any:
+        try:
+            return self._runner.run(value if inspect.iscoroutine(value) else _await(value))
+        except BaseException as error:
+            # sys.exit tears the loop down in the middle of its work: the next call gets a new one.
+            if not isinstance(error, Exception):
+                self._runner = asyncio.Runner()
+            raise
+
+
+def _check_signature(function: Callable[..., Any], path: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ConfigError(f"{path} cannot be called as fn(args, sample): {error}", field="reward.scorer") from None
+
+
+def _to_sample(item: Item) -> Sample:
+    return Sample(
+        group_index=item.group_index,
+        index=item.sample_index,
+        prompt=orjson.loads(item.messages_json) if item.messages_json else item.prompt,
+        response=item.completion,
+        response_length=item.completion_tokens,
+        label=item.label or None,
+        status=Status(item.status),
+        metadata=orjson.loads(item.metadata_json) if item.metadata_json else {},
+    )
+
+
+async def _await(value: Any) -> Any:
+    return await value

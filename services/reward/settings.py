@@ -1,0 +1,39 @@
+"""What a pool process is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from services.common.config import Config
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """Plain values only: they travel as msgpack."""
+
+    name: str
+    paths: list[str]
+    args: dict[str, Any]
+
+
+def scorer_settings(config: Config) -> ScorerSettings:
+    """The scorer of a run. `args` is what user functions get as slime's `args`, under slime's names."""
+    sampling = config.rollout.sampling
+    args = {
+        "hf_checkpoint": str(config.model.hf_checkpoint),
+        "prompt_data": config.data.prompt_data,
+        "input_key": config.data.input_key,
+        "label_key": config.data.label_key,
+        "metadata_key": config.data.metadata_key,
+        "rollout_seed": config.data.seed,
+        "num_rollout": config.run.num_rollout,
+        "rollout_batch_size": config.batch.rollout_batch_size,
+        "n_samples_per_prompt": config.batch.n_samples_per_prompt,
+        "global_batch_size": config.batch.global_batch_size,
+        "rollout_temperature": sampling.temperature,
+        "rollout_top_p": sampling.top_p,
+        "rollout_top_k": sampling.top_k,
+        "rollout_max_response_len": sampling.max_response_len,
+    }
+    return ScorerSettings(config.reward.scorer, [str(path) for path in config.plugins.paths], args)

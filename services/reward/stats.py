@@ -1,0 +1,37 @@
+"""The counters a reward replica reports."""
+
+from __future__ import annotations
+
+import time
+
+from services.reward.jobs import FailureKind, Result
+
+
+class Stats:
+    """Cumulative since the process started."""
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes
+        self._started = time.monotonic()
+        self._busy_s = 0.0
+        self._scored = 0
+        self._failed = dict.fromkeys(FailureKind, 0)
+
+    def count(self, result: Result) -> None:
+        self._busy_s += result.seconds
+        if result.failure is None:
+            self._scored += 1
+        else:
+            self._failed[result.failure] += 1
+
+    def as_dict(self) -> dict[str, float]:
+        """`busy_seconds` is per process of the pool: over `uptime_seconds` it is the share of the pool in use."""
+        return {
+            "samples_scored": self._scored,
+            "failures": sum(self._failed.values()) - self._failed[FailureKind.UNAVAILABLE],
+            "timeouts": self._failed[FailureKind.TIMED_OUT],
+            "deaths": self._failed[FailureKind.DIED],
+            "unavailable": self._failed[FailureKind.UNAVAILABLE],
+            "busy_seconds": self._busy_s / self._processes,
+            "uptime_seconds": time.monotonic() - self._started,
+        }

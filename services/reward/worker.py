@@ -1,0 +1,187 @@
+"""The puller: leases generated samples, has them scored, and sends the verdicts back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import structlog
+from google.protobuf.message import DecodeError
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+from services.common.buffer_client import BufferClient
+from services.common.config import Config
+from services.common.errors import UnavailableError
+from services.reward.items import item_of_sample
+from services.reward.jobs import FailureKind, Job, Result
+from services.reward.outbox import RETRY_S, Outbox
+from services.reward.pool import ScorerPool
+from services.reward.stats import Stats
+
+log = structlog.get_logger()
+
+POLL_S = 5.0
+# After a lease, generation is given this long to finish more: one call for many samples. A synchronous trainer waits
+# for each sample, so there it is short.
+GATHER_S = 0.03
+SYNC_GATHER_S = 0.003
+# A poll that comes back empty sooner than this was not a long poll; the next one waits.
+_SHORT_POLL_S = 0.2
+# On stop, what is being scored gets this long to finish, and the buffer as long again to take the rest.
+DRAIN_S = 2.0
+
+
+class Puller:
+    """Keeps up to `reward.max_inflight` samples leased. `run` once."""
+
+    def __init__(self, buffer: BufferClient, pool: ScorerPool, replica_id: str, config: Config, stats: Stats) -> None:
+        limits = config.buffer.limits
+        self._buffer = buffer
+        self._pool = pool
+        self._replica_id = replica_id
+        self._stats = stats
+        self._max_inflight = config.reward.max_inflight
+        self._samples_per_rpc = limits.samples_per_rpc
+        self._gather_s = GATHER_S if config.staleness.max_staleness else SYNC_GATHER_S
+        self._lease_ttl_s = config.buffer.lease_ttl_s
+        self._leased: dict[int, Job] = {}
+        self._settled = asyncio.Event()
+        self._has_leased = asyncio.Event()
+        self._outbox = Outbox(buffer, replica_id, samples_per_rpc=limits.samples_per_rpc, on_settled=self._forget)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Works until `stop` is set, then finishes or gives back what it holds.
+
+        Raises the buffer's refusals (InvalidArgumentError and the like); outages are waited out.
+        """
+        stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
+        sender = asyncio.create_task(self._outbox.run())
+        others = [asyncio.create_task(self._pull()), asyncio.create_task(self._keep_leases())]
+        try:
+            await asyncio.wait({stopping, sender, *others}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (sender, *others):
+                if task.done():
+                    task.result()
+            for task in others:
+                task.cancel()
+            await self._drain()
+        finally:
+            for task in (stopping, sender, *others):
+                task.cancel()
+            await asyncio.gather(stopping, sender, *others, return_exceptions=True)
+
+    async def _pull(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._pool.available.wait()
+            room = await self._room()
+            begun = loop.time()
+            try:
+                response = await self._buffer.lease(
+                    sample_pb2.STAGE_SCORE, self._replica_id, max_samples=room, wait_s=POLL_S
+                )
+            except UnavailableError as error:
+                log.warning("lease_failing", reason=str(error))
+                await asyncio.sleep(RETRY_S)
+                continue
+            self._lease_ttl_s = response.lease_ttl.ToNanoseconds() / 1e9 or self._lease_ttl_s
+            taken = self._take(response)
+            if taken:
+                self._has_leased.set()
+            elif loop.time() - begun < _SHORT_POLL_S:
+                await asyncio.sleep(_SHORT_POLL_S)
+            if 0 < taken < room:
+                await asyncio.sleep(self._gather_s)
+
+    async def _room(self) -> int:
+        """How many samples may be leased now. Waits for a quarter of the whole, not for each single place."""
+        while (room := self._max_inflight - len(self._leased)) < max(1, self._max_inflight // 4):
+            self._settled.clear()
+            await self._settled.wait()
+        return min(room, self._samples_per_rpc)
+
+    def _take(self, response: pb.LeaseResponse) -> int:
+        """Hands what was leased to the pool. Returns how many samples were leased."""
+        jobs: list[Job] = []
+        for group in response.groups:
+            for leased in group.samples:
+                try:
+                    sample = sample_pb2.Sample.FromString(leased.sample)
+                except DecodeError as error:
+                    self._give_back(
+                        leased.sample_id, leased.lease_id, pb.RELEASE_REASON_FATAL, f"not a Sample: {error}"
+                    )
+                    continue
+                job = Job(item_of_sample(sample, group), partial(self._on_result, leased))
+                self._leased[leased.lease_id] = job
+                jobs.append(job)
+        self._pool.submit(jobs)
+        return sum(len(group.samples) for group in response.groups)
+
+    def _on_result(self, leased: pb.LeasedSample, result: Result) -> None:
+        self._stats.count(result)
+        if result.verdict is not None:
+            score = sample_pb2.Score(
+                reward=result.verdict.reward,
+                parts=result.verdict.parts,
+                scorer=self._pool.scorer,
+                seconds=result.seconds,
+            )
+            self._outbox.complete(pb.CompletedSample(sample_id=leased.sample_id, lease_id=leased.lease_id, score=score))
+        elif result.failure is FailureKind.UNAVAILABLE:
+            self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_UNAVAILABLE, result.reason)
+        else:
+            log.warning("sample_not_scored", sample_id=leased.sample_id, attempt=leased.attempt, why=result.failure)
+            self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_SAMPLE_ERROR, result.reason)
+
+    def _give_back(self, sample_id: str, lease_id: int, reason: pb.ReleaseReason, error: str) -> None:
+        self._outbox.release(pb.ReleasedSample(sample_id=sample_id, lease_id=lease_id, reason=reason, error=error))
+
+    def _forget(self, lease_ids: Sequence[int]) -> None:
+        for lease_id in lease_ids:
+            self._leased.pop(lease_id, None)
+        self._settled.set()
+
+    async def _keep_leases(self) -> None:
+        """The heartbeat. A lease that is lost is not worked on any longer."""
+        await self._has_leased.wait()  # only now is the buffer's own ttl known
+        while True:
+            await asyncio.sleep(self._lease_ttl_s / 3)
+            held = list(self._leased.items())
+            for start in range(0, len(held), self._samples_per_rpc):
+                await self._extend(held[start : start + self._samples_per_rpc])
+
+    async def _extend(self, held: list[tuple[int, Job]]) -> None:
+        request = [pb.ExtendedSample(sample_id=job.item.sample_id, lease_id=lease_id) for lease_id, job in held]
+        try:
+            response = await self._buffer.extend(self._replica_id, request)
+        except UnavailableError as error:
+            log.warning("heartbeat_failing", reason=str(error))
+            return
+        for (lease_id, job), result in zip(held, response.results, strict=True):
+            if result.outcome in (pb.OUTCOME_LEASE_LOST, pb.OUTCOME_GONE) and lease_id in self._leased:
+                log.info("lease_lost", sample_id=result.sample_id)
+                job.cancelled = True
+                self._forget([lease_id])
+
+    async def _drain(self) -> None:
+        await self._wait_until_settled()
+        unfinished = [(lease_id, job) for lease_id, job in self._leased.items() if not job.reported]
+        for lease_id, job in unfinished:
+            job.cancelled = True
+            self._give_back(job.item.sample_id, lease_id, pb.RELEASE_REASON_DRAIN, "the replica is leaving")
+        if self._leased:
+            await self._wait_until_settled()
+        log.info("drained", given_back=len(unfinished), left_behind=len(self._leased))
+
+    async def _wait_until_settled(self) -> None:
+        """Until the buffer has answered for every lease, or for DRAIN_S."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self._leased:
+                    self._settled.clear()
+                    await self._settled.wait()

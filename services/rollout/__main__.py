@@ -1,0 +1,71 @@
+"""One rollout replica: ``python -m services.rollout -c run.toml --index 0``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from services.common.buffer_client import BufferClient
+from services.common.config import Config
+from services.common.lifecycle import Process, run_service
+from services.rollout.engines.keeper import EngineKeeper
+from services.rollout.engines.process import torch_engine_command
+from services.rollout.layout import ModelLayout
+from services.rollout.prompting import Prompter
+from services.rollout.registration import Registration
+from services.rollout.replica import Replica
+from services.rollout.service import RolloutService
+from services.rollout.weights import WeightReceiver
+from services.rollout.worker import Worker
+
+# A buffer that stays away longer is reported, and then tried again.
+BUFFER_RETRY_S = 10.0
+
+
+async def serve(config: Config, process: Process) -> None:
+    """Generates until told to stop, then gives everything back and leaves."""
+    settings, limits = config.rollout, config.buffer.limits
+    replica = Replica(process.replica_id)
+    log_path = config.run.dir / "logs" / f"engine-{process.index}.log"
+    command = torch_engine_command(config)
+    keeper = EngineKeeper(replica, command, log_path, start_timeout_s=settings.engine.start_timeout_s)
+    try:
+        async with (
+            BufferClient(config.buffer.address, retry_for_s=BUFFER_RETRY_S, message_mb=limits.message_mb) as buffer,
+            asyncio.TaskGroup() as tasks,
+        ):
+            running = [tasks.create_task(keeper.run())]
+            prompter = await asyncio.to_thread(Prompter, config)
+            worker = Worker(config, replica, prompter, buffer)
+            receiver = WeightReceiver(
+                replica,
+                ModelLayout.of_directory(config.model.hf_checkpoint),
+                worker.give_back,
+                timeout_s=config.trainer.weights.timeout_s,
+                load_pause_mode=settings.pause_mode,
+            )
+            service = RolloutService(replica, receiver, worker, process.stop)
+            server = await service.start(settings.address, message_mb=limits.message_mb)
+            registration = Registration(buffer, replica, server.address)
+            running += [tasks.create_task(worker.run()), tasks.create_task(registration.run())]
+            await process.stop.wait()
+            await worker.drain()
+            await server.stop(grace_s=1.0)
+            for task in running:
+                task.cancel()
+            replica.life.end()
+            await registration.beat()
+    except ExceptionGroup as failures:
+        raise _first(failures) from failures
+
+
+def _first(failures: ExceptionGroup[Exception]) -> Exception:
+    """The error that ended a part, out of the groups around it."""
+    error: Exception = failures
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(run_service("rollout", serve))

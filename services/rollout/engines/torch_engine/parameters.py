@@ -1,0 +1,140 @@
+"""The model's weights: fused for speed, addressed by their Hugging Face names."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.common.errors import InvalidArgumentError
+from services.rollout.engines.torch_engine.decoder_config import DecoderConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one decoder layer. Linear weights are [out, in]."""
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    """Rows of q, k and v one after the other."""
+    qkv_bias: torch.Tensor | None
+    qk_norm: torch.Tensor | None
+    """[heads + kv_heads, head_dim]: the q norm repeated for every query head, then the k norm."""
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+class Parameters:
+    """All weights of one model. `load` writes through to the fused tensors that the forward pass uses."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._config, self._dtype, self._device = config, dtype, device
+        self._views: dict[str, torch.Tensor] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._ignored: dict[str, tuple[int, ...]] = {}
+        self.embedding = self._named("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.layers = [self._layer(f"model.layers.{index}.") for index in range(config.num_layers)]
+        self.norm = self._named("model.norm.weight", config.hidden_size)
+        if config.tie_word_embeddings:
+            self.head = self.embedding
+            # Many exports write the tied matrix twice.
+            self._ignored["lm_head.weight"] = tuple(self.embedding.shape)
+        else:
+            self.head = self._named("lm_head.weight", config.vocab_size, config.hidden_size)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every tensor that a complete load has to bring."""
+        return frozenset(self._views)
+
+    def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+        """Raises InvalidArgumentError for a tensor that is unknown, listed twice, or of another shape."""
+        seen: set[str] = set()
+        for name, shape in zip(names, shapes, strict=True):
+            known = self._shapes.get(name) or self._ignored.get(name)
+            if known is None:
+                raise InvalidArgumentError("is not a tensor of this model", field=name)
+            if tuple(shape) != known:
+                raise InvalidArgumentError(f"has shape {list(shape)}, the model's is {list(known)}", field=name)
+            if name in seen:
+                raise InvalidArgumentError("is listed twice", field=name)
+            seen.add(name)
+
+    def check_complete(self, names: Iterable[str]) -> None:
+        """Raises InvalidArgumentError when a tensor of the model is not among `names`."""
+        missing = sorted(self.names.difference(names))
+        if missing:
+            raise InvalidArgumentError(f"tensors are missing: {_shorten(missing)}", field="weights")
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copies tensors in, converting to the model's dtype. `check` must have passed."""
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name not in self._ignored:
+                    self._views[name].copy_(tensor)
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of each tensor's bytes in the model's dtype, by Hugging Face name."""
+        sums = {}
+        for name, shape in self._shapes.items():
+            # The first rows are the tensor, also where a norm is repeated for every head.
+            tensor = self._views[name].reshape(-1)[: math.prod(shape)].contiguous()
+            sums[name] = hashlib.sha256(tensor.cpu().view(torch.uint8).numpy()).hexdigest()
+        return sums
+
+    def _layer(self, prefix: str) -> Layer:
+        c = self._config
+        q_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        parts = {f"{attention}q_proj": q_rows, f"{attention}k_proj": kv_rows, f"{attention}v_proj": kv_rows}
+        return Layer(
+            input_norm=self._named(prefix + "input_layernorm.weight", c.hidden_size),
+            qkv=self._fused({f"{name}.weight": rows for name, rows in parts.items()}, c.hidden_size),
+            qkv_bias=self._fused({f"{name}.bias": rows for name, rows in parts.items()}) if c.qkv_bias else None,
+            qk_norm=self._qk_norm(attention) if c.qk_norm else None,
+            o=self._named(attention + "o_proj.weight", c.hidden_size, q_rows),
+            o_bias=self._named(attention + "o_proj.bias", c.hidden_size) if c.o_bias else None,
+            post_norm=self._named(prefix + "post_attention_layernorm.weight", c.hidden_size),
+            gate_up=self._fused(
+                {f"{mlp}gate_proj.weight": c.intermediate_size, f"{mlp}up_proj.weight": c.intermediate_size},
+                c.hidden_size,
+            ),
+            down=self._named(mlp + "down_proj.weight", c.hidden_size, c.intermediate_size),
+        )
+
+    def _qk_norm(self, prefix: str) -> torch.Tensor:
+        c = self._config
+        table = self._empty(c.num_heads + c.num_kv_heads, c.head_dim)
+        # `load` copies by broadcast: each of these rows gets the one vector of its name.
+        self._register(prefix + "q_norm.weight", table[: c.num_heads], (c.head_dim,))
+        self._register(prefix + "k_norm.weight", table[c.num_heads :], (c.head_dim,))
+        return table
+
+    def _named(self, name: str, *shape: int) -> torch.Tensor:
+        return self._register(name, self._empty(*shape), shape)
+
+    def _fused(self, parts: Mapping[str, int], *tail: int) -> torch.Tensor:
+        whole = self._empty(sum(parts.values()), *tail)
+        for (name, rows), view in zip(parts.items(), whole.split(list(parts.values())), strict=True):
+            self._register(name, view, (rows, *tail))
+        return whole
+
+    def _register(self, name: str, view: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        self._views[name], self._shapes[name] = view, shape
+        return view
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+
+def _shorten(names: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

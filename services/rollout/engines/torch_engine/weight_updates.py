@@ -1,0 +1,209 @@
+"""Weights that change while the engine serves: sessions, process groups, buckets, files."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from services.common.errors import InvalidArgumentError, PolyheadError, PreconditionError, UnavailableError
+from services.common.weight_group import WeightGroup
+from services.rollout.engines.torch_engine.checkpoint import read_tensors
+from services.rollout.engines.torch_engine.engine_thread import EngineThread
+from services.rollout.engines.torch_engine.parameters import DTYPES, Parameters
+
+FLATTENED_BUCKET = "flattened_bucket"
+
+
+@dataclass(frozen=True)
+class GroupAddress:
+    """Where and as what the engine joins a process group."""
+
+    name: str
+    backend: str
+    address: str
+    port: int
+    rank: int
+    world_size: int
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What one update call brings: tensors in the order of the wire."""
+
+    names: Sequence[str]
+    dtypes: Sequence[str]
+    shapes: Sequence[Sequence[int]]
+    group_name: str
+    flattened: bool
+    weight_version: str | None
+
+
+class WeightUpdates:
+    """Owns the weights' state: whole, or torn between the first and the last tensor of an update.
+
+    Every update is checked and received before the model is touched. While the weights are not whole the engine does
+    not step, and only an update that brings every tensor makes them whole again.
+    """
+
+    def __init__(self, parameters: Parameters, device: torch.device) -> None:
+        self._parameters, self._device = parameters, device
+        self._groups: dict[str, WeightGroup] = {}
+        self._out_of_step: set[str] = set()
+        self._session: set[str] | None = None
+        """Names loaded since begin_weight_update; None: no session is open."""
+        self._whole = True
+        self._turn = asyncio.Lock()
+
+    @property
+    def whole(self) -> bool:
+        return self._whole
+
+    @property
+    def state(self) -> str:
+        """whole, loading (an update is under way) or torn (an update ended before it was complete)."""
+        return "whole" if self._whole else "loading" if self._session is not None else "torn"
+
+    @property
+    def touched(self) -> bool:
+        """Whether the update under way, or one that broke, has changed the model."""
+        return not self._whole or bool(self._session)
+
+    async def join(self, where: GroupAddress) -> None:
+        """Joins a group; returns when all its members have. Raises PreconditionError or UnavailableError."""
+        if where.name in self._groups:
+            raise PreconditionError("the group exists already: destroy it first", field=where.name)
+        try:
+            self._groups[where.name] = await asyncio.to_thread(
+                WeightGroup,
+                backend=where.backend,
+                address=where.address,
+                port=where.port,
+                rank=where.rank,
+                world_size=where.world_size,
+                name=where.name,
+                timeout_s=where.timeout_s,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UnavailableError(f"cannot join: {_first_line(error)}", field=where.name) from error
+        self._out_of_step.discard(where.name)
+
+    async def leave(self, name: str) -> None:
+        """Leaves a group, after a receive that is under way. Raises PreconditionError when there is no such group."""
+        async with self._turn:
+            group = self._groups.pop(name, None)
+            if group is None:
+                raise PreconditionError("there is no such group", field=name)
+            group.close()
+
+    async def begin(self) -> None:
+        """Opens a session. Raises PreconditionError when one is open."""
+        async with self._turn:
+            if self._session is not None:
+                raise PreconditionError("a weight-update session is open already: call end_weight_update first")
+            self._session = set()
+
+    async def end(self) -> None:
+        """Closes the session. Raises PreconditionError when none is open, or when it leaves the weights torn."""
+        async with self._turn:
+            if self._session is None:
+                raise PreconditionError("no weight-update session is open: call begin_weight_update first")
+            missing = len(self._parameters.names - self._session)
+            self._session = None
+            if not self._whole:
+                raise PreconditionError(
+                    f"the session ended {missing} tensors short: nothing is generated until an update brings them all"
+                )
+
+    async def receive(self, bucket: Bucket, thread: EngineThread) -> None:
+        """Receives one bucket and loads it between two steps.
+
+        Raises InvalidArgumentError or PreconditionError before anything is received, UnavailableError when the
+        transport fails; in all these cases this bucket has not touched the model.
+        """
+        async with self._turn:
+            group = self._check(bucket)
+            try:
+                tensors = await asyncio.to_thread(self._receive, bucket, group)
+            except RuntimeError as error:
+                self._out_of_step.add(bucket.group_name)
+                raise UnavailableError(f"receiving failed: {_first_line(error)}", field=bucket.group_name) from error
+            await thread.call(lambda: self._load(tensors, bucket.weight_version, thread))
+
+    async def load_from_disk(self, model_path: Path, weight_version: str | None, thread: EngineThread) -> None:
+        """Reads a Hugging Face directory and loads it between two steps.
+
+        Raises ConfigError or InvalidArgumentError before the model is touched.
+        """
+        async with self._turn:
+            tensors = await asyncio.to_thread(read_tensors, model_path, self._parameters)
+            await thread.call(lambda: self._load(tensors, weight_version, thread))
+
+    def _check(self, bucket: Bucket) -> WeightGroup:
+        if self._session is None:
+            raise PreconditionError(
+                "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()"
+            )
+        group = self._groups.get(bucket.group_name)
+        if group is None:
+            raise PreconditionError("no such group: call init_weights_update_group first", field=bucket.group_name)
+        if bucket.group_name in self._out_of_step:
+            raise PreconditionError(
+                "the group is out of step since a bucket was refused or broke: destroy it and join again",
+                field=bucket.group_name,
+            )
+        try:
+            unknown = sorted(set(bucket.dtypes).difference(DTYPES))
+            if unknown:
+                raise InvalidArgumentError(f"{unknown} are not among {sorted(DTYPES)}", field="dtypes")
+            self._parameters.check(bucket.names, bucket.shapes)
+        except PolyheadError:
+            # The sender may have begun to broadcast what is refused here; the next receive would get those bytes.
+            self._out_of_step.add(bucket.group_name)
+            raise
+        return group
+
+    def _receive(self, bucket: Bucket, group: WeightGroup) -> dict[str, torch.Tensor]:
+        sizes = [
+            math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in zip(bucket.dtypes, bucket.shapes, strict=True)
+        ]
+        if bucket.flattened:
+            flat = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+            group.broadcast(flat)
+            parts: Sequence[torch.Tensor] = flat.split(sizes)
+        else:
+            parts = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+            for part in parts:
+                group.broadcast(part)
+        return {
+            name: _typed(part, DTYPES[dtype]).view(*shape)
+            for name, dtype, shape, part in zip(bucket.names, bucket.dtypes, bucket.shapes, parts, strict=True)
+        }
+
+    def _load(self, tensors: Mapping[str, torch.Tensor], weight_version: str | None, thread: EngineThread) -> None:
+        """On the engine's thread."""
+        self._whole = False
+        self._parameters.load(tensors)
+        brought: set[str] = set() if self._session is None else self._session
+        if not brought.isdisjoint(tensors):
+            brought.clear()  # another push within the session: it has to be complete by itself
+        brought.update(tensors)
+        self._whole = self._parameters.names <= brought
+        if weight_version is not None:
+            thread.scheduler.set_weight_version(weight_version)
+
+
+def _typed(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as `dtype`; a copy where a tensor of another size before it leaves it unaligned."""
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,106 @@
+# ruff: noqa: N802 (the contract names the methods)
+"""The replica's gRPC face: the trainer pushes weights and asks for an orderly end through it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from polyhead.v1 import rollout_pb2 as pb
+from polyhead.v1 import rollout_pb2_grpc
+from services.common import rpc
+from services.rollout.registration import describe
+from services.rollout.replica import Replica
+from services.rollout.weights import WeightReceiver
+from services.rollout.worker import Worker
+
+SERVICE_NAME = "polyhead.v1.RolloutService"
+
+T = TypeVar("T")
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
+    """Every call but GetStatus carries the trainer's epoch; an older one gets FencedError."""
+
+    def __init__(self, replica: Replica, receiver: WeightReceiver, worker: Worker, stop: asyncio.Event) -> None:
+        self._replica = replica
+        self._receiver = receiver
+        self._worker = worker
+        self._stop = stop
+        self._address = ""
+        self._calls: set[asyncio.Task[Any]] = set()
+
+    async def start(self, address: str, *, message_mb: int) -> rpc.Server:
+        """Listens. Raises ConfigError when the address cannot be bound."""
+        server = await rpc.serve(
+            address,
+            lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(self, server),
+            [SERVICE_NAME],
+            message_mb=message_mb,
+        )
+        self._address = server.address
+        return server
+
+    async def JoinWeightGroup(self, request: pb.JoinWeightGroupRequest, context: Context) -> pb.JoinWeightGroupResponse:
+        await self._to_the_end(self._receiver.join(request))
+        return pb.JoinWeightGroupResponse()
+
+    async def LeaveWeightGroup(
+        self, request: pb.LeaveWeightGroupRequest, context: Context
+    ) -> pb.LeaveWeightGroupResponse:
+        await self._to_the_end(self._receiver.leave(request))
+        return pb.LeaveWeightGroupResponse()
+
+    async def BeginUpdate(self, request: pb.BeginUpdateRequest, context: Context) -> pb.BeginUpdateResponse:
+        running = await self._to_the_end(self._receiver.begin(request))
+        return pb.BeginUpdateResponse(running_requests=running)
+
+    async def LoadBucket(self, request: pb.LoadBucketRequest, context: Context) -> pb.LoadBucketResponse:
+        await self._to_the_end(self._receiver.load(request))
+        return pb.LoadBucketResponse()
+
+    async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateResponse:
+        done = await self._to_the_end(self._receiver.commit(request))
+        return pb.CommitUpdateResponse(
+            pause=_duration(done.pause_s), requests_continued=done.continued, requests_aborted=done.aborted
+        )
+
+    async def AbortUpdate(self, request: pb.AbortUpdateRequest, context: Context) -> pb.AbortUpdateResponse:
+        return pb.AbortUpdateResponse(state=await self._to_the_end(self._receiver.abort(request)))
+
+    async def LoadVersion(self, request: pb.LoadVersionRequest, context: Context) -> pb.LoadVersionResponse:
+        done = await self._to_the_end(self._receiver.load_version(request))
+        return pb.LoadVersionResponse(pause=_duration(done.pause_s))
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        self._receiver.fence(request.epoch)
+        returned = await self._to_the_end(self._worker.drain())
+        self._stop.set()
+        return pb.DrainResponse(samples_returned=returned)
+
+    async def GetStatus(
+        self, request: pb.RolloutServiceGetStatusRequest, context: Context
+    ) -> pb.RolloutServiceGetStatusResponse:
+        return pb.RolloutServiceGetStatusResponse(
+            replica=describe(self._replica, self._address),
+            running_requests=self._replica.stats.busy.running,
+            engine=self._replica.info.name if self._replica.info else "",
+        )
+
+    async def _to_the_end(self, call: Coroutine[Any, Any, T]) -> T:
+        """A caller that hangs up must not leave an engine paused half-way: the call goes on without it."""
+        task = asyncio.create_task(call)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return await asyncio.shield(task)
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

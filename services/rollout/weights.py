@@ -1,0 +1,270 @@
+"""The receiving end of the weight push: one update at a time, fenced by epoch, ended by a watchdog if nobody else does.
+
+Join → Begin (gate shut, engine paused and quiet) → LoadBucket in order → Commit. An update that fails before its first
+byte leaves the old version serving; one that fails later quarantines the replica until a complete one (I8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import rollout_pb2, sample_pb2
+from services.common.errors import FencedError, InvalidArgumentError, PolyheadError, PreconditionError, UnavailableError
+from services.common.versions import Version
+from services.rollout.engines.client import PauseModeName
+from services.rollout.engines.messages import EngineRefusedError
+from services.rollout.layout import ModelLayout
+from services.rollout.replica import Replica
+from services.rollout.update import Committed, Update
+
+log = structlog.get_logger()
+
+_PAUSE_NAMES: dict[rollout_pb2.PauseMode, PauseModeName] = {
+    rollout_pb2.PAUSE_MODE_IN_PLACE: "in_place",
+    rollout_pb2.PAUSE_MODE_RETRACT: "retract",
+    rollout_pb2.PAUSE_MODE_ABORT: "abort",
+}
+
+
+class WeightReceiver:
+    """Called by the trainer, through the service. Calls queue behind each other, except that an abort interrupts a
+    bucket that is on its way. No call may be cancelled: its caller may leave, but it has to reach its end.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        layout: ModelLayout,
+        give_back: Callable[[pb.ReleaseReason], int],
+        *,
+        timeout_s: float,
+        load_pause_mode: PauseModeName,
+    ) -> None:
+        """`timeout_s`: of each call of a push, and the longest silence between two calls. `give_back` decides every
+        held sample as of now. `load_pause_mode` is for versions loaded from a directory.
+        """
+        self._replica = replica
+        self._layout = layout
+        self._give_back = give_back
+        self._timeout_s = timeout_s
+        self._load_pause_mode = load_pause_mode
+        self._epoch = 0
+        self._groups: set[str] = set()
+        self._update: Update | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._committed: Committed | None = None
+        self._lock = asyncio.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._expiring: asyncio.Task[None] | None = None
+        replica.on_lost.append(self._engine_lost)
+
+    def fence(self, epoch: int) -> None:
+        """Raises FencedError for an epoch older than the newest seen (I4)."""
+        if epoch < self._epoch:
+            raise FencedError(f"epoch {epoch} is older than {self._epoch}", field="epoch")
+        self._epoch = epoch
+
+    def _engine_lost(self) -> None:
+        """The groups and the update went with the engine."""
+        self._groups.clear()
+        self._committed = None
+        self._stop_timer()
+        if self._update is not None:
+            self._update.over = True
+            self._update = None
+        self._replica.stats.busy.paused(False)
+        if self._loading is not None:
+            self._loading.cancel()
+
+    async def join(self, request: rollout_pb2.JoinWeightGroupRequest) -> None:
+        """Returns when the engine has joined. Raises UnavailableError when it could not."""
+        self.fence(request.epoch)
+        async with self._lock:
+            await self._supersede()
+            if request.group_name in self._groups:
+                await self._destroy(request.group_name)
+            try:
+                await self._replica.client.init_group(
+                    name=request.group_name,
+                    backend=request.backend,
+                    master_address=request.master_address,
+                    master_port=request.master_port,
+                    world_size=request.world_size,
+                    rank_offset=request.rank_offset,
+                    timeout_s=self._timeout_s,
+                )
+            except EngineRefusedError as error:
+                raise UnavailableError(error.reason, field="group_name") from error
+            self._groups.add(request.group_name)
+        log.info("joined_weight_group", group=request.group_name, epoch=request.epoch)
+
+    async def leave(self, request: rollout_pb2.LeaveWeightGroupRequest) -> None:
+        """Leaving a group that was never joined changes nothing."""
+        self.fence(request.epoch)
+        async with self._lock:
+            await self._supersede()
+            if request.group_name in self._groups:
+                await self._destroy(request.group_name)
+
+    async def begin(self, request: rollout_pb2.BeginUpdateRequest) -> int:
+        """The number of running requests, once the engine is quiet. From here on new ones are held back."""
+        self.fence(request.epoch)
+        async with self._lock:
+            await self._supersede()
+            version = _version(request.version, request.epoch)
+            if request.group_name not in self._groups:
+                raise PreconditionError("the engine has not joined this group", field="group_name")
+            if request.pause_mode not in _PAUSE_NAMES:
+                raise InvalidArgumentError("must be IN_PLACE, RETRACT or ABORT", field="pause_mode")
+            self._layout.check(request.manifest)
+            update = await self._start(
+                Update(
+                    self._replica,
+                    version,
+                    _PAUSE_NAMES[request.pause_mode],
+                    epoch=request.epoch,
+                    group_name=request.group_name,
+                    manifest=request.manifest,
+                )
+            )
+            self._start_timer()
+            return update.running
+
+    async def load(self, request: rollout_pb2.LoadBucketRequest) -> None:
+        """Receives one bucket, while the trainer broadcasts it. A failure after the first byte quarantines."""
+        self.fence(request.epoch)
+        async with self._lock:
+            update = self._current(request.epoch, request.version)
+            if request.bucket != update.next_bucket or request.bucket >= len(update.buckets):
+                raise PreconditionError(f"bucket {update.next_bucket} is next, not {request.bucket}", field="bucket")
+            self._stop_timer()
+            self._loading = asyncio.create_task(update.load_bucket(self._timeout_s))
+            try:
+                await self._loading
+            except (PolyheadError, asyncio.CancelledError) as error:
+                reason = str(error) or "interrupted"
+                if update.touched:
+                    await self._abandon(update, reason)
+                raise UnavailableError(f"was not loaded: {reason}", field=f"bucket {request.bucket}") from error
+            finally:
+                self._loading = None
+                if not update.over:
+                    self._start_timer()
+
+    async def commit(self, request: rollout_pb2.CommitUpdateRequest) -> Committed:
+        """Generation continues under the new version. A repeated call gets the same answer."""
+        self.fence(request.epoch)
+        async with self._lock:
+            done = self._committed
+            if self._update is None and done is not None and done.version == Version.from_proto(request.version):
+                return done
+            update = self._current(request.epoch, request.version)
+            missing = len(update.buckets) - update.next_bucket
+            if missing:
+                raise PreconditionError(f"{missing} buckets were not loaded", field="version")
+            return await self._finish(update)
+
+    async def abort(self, request: rollout_pb2.AbortUpdateRequest) -> pb.ReplicaState:
+        """The state that results. Aborting what is not running changes nothing."""
+        self.fence(request.epoch)
+        if self._loading is not None:
+            self._loading.cancel()
+        async with self._lock:
+            update = self._update
+            if update is not None and update.version == Version.from_proto(request.version):
+                await self._abandon(update, request.reason)
+            return self._replica.life.state
+
+    async def load_version(self, request: rollout_pb2.LoadVersionRequest) -> Committed:
+        """Loads a whole version from a directory of safetensors."""
+        self.fence(request.epoch)
+        async with self._lock:
+            await self._supersede()
+            version = _version(request.version, request.epoch)
+            await asyncio.to_thread(self._layout.check_directory, Path(request.directory))
+            update = await self._start(Update(self._replica, version, self._load_pause_mode, epoch=request.epoch))
+            try:
+                await update.load_directory(request.directory, self._timeout_s)
+            except PolyheadError as error:
+                await self._abandon(update, str(error))
+                raise UnavailableError(f"was not loaded: {error}", field="directory") from error
+            return await self._finish(update)
+
+    def _current(self, epoch: int, version: sample_pb2.WeightVersion) -> Update:
+        update = self._update
+        if update is None or update.epoch != epoch or update.version != Version.from_proto(version):
+            running = f"an update to {update.version} is" if update else "no update is"
+            raise PreconditionError(f"{running} running", field="version")
+        return update
+
+    async def _start(self, update: Update) -> Update:
+        self._replica.life.check_update(update.version)
+        self._update = update
+        try:
+            await update.pause()
+        except PolyheadError as error:
+            await self._abandon(update, str(error))
+            raise UnavailableError(f"did not become quiet: {error}", field="engine") from error
+        return update
+
+    async def _finish(self, update: Update) -> Committed:
+        self._stop_timer()
+        try:
+            self._committed = await update.resume()
+        except UnavailableError as error:
+            await self._abandon(update, str(error))
+            raise
+        self._update = None
+        return self._committed
+
+    async def _supersede(self) -> None:
+        """An update that an older epoch, or an earlier attempt of this one, has left behind is ended first."""
+        if self._update is not None:
+            await self._abandon(self._update, "a newer call replaced it")
+
+    async def _abandon(self, update: Update, reason: str) -> None:
+        self._stop_timer()
+        if update is self._update:
+            self._update = None
+        await update.abandon(reason, self._give_back)
+        if update.touched and update.group_name in self._groups:
+            await self._destroy(update.group_name)
+            self._replica.suspect.set()
+
+    async def _destroy(self, group_name: str) -> None:
+        """Leaves a group, however broken it is; an engine stuck in it is found out by its keeper."""
+        self._groups.discard(group_name)
+        try:
+            await self._replica.client.destroy_group(group_name)
+        except PolyheadError as error:
+            log.info("group_not_destroyed", group=group_name, reason=str(error))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _start_timer(self) -> None:
+        """Ends the update when its trainer falls silent."""
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._on_silence)
+
+    def _on_silence(self) -> None:
+        self._expiring = asyncio.create_task(self._expire(self._timer, self._update))
+
+    async def _expire(self, timer: asyncio.TimerHandle | None, update: Update | None) -> None:
+        async with self._lock:
+            if update is not None and update is self._update and timer is self._timer:
+                await self._abandon(update, f"no call for {self._timeout_s} s")
+
+
+def _version(message: sample_pb2.WeightVersion, epoch: int) -> Version:
+    version = Version.from_proto(message)
+    if version.epoch > epoch:
+        raise InvalidArgumentError(f"{version} is of a later epoch than {epoch}", field="version")
+    return version

@@ -1,0 +1,219 @@
+"""The pull loop: leases what the engine has room for, has it generated, and gives back what it cannot finish."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+
+import structlog
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+from services.common.buffer_client import BufferClient
+from services.common.config import Config
+from services.common.errors import PolyheadError
+from services.rollout.engines.messages import EngineUnavailableError
+from services.rollout.generation import Generator
+from services.rollout.intake import Intake
+from services.rollout.outbox import GivenBack, Outbox
+from services.rollout.prompting import Prompter
+from services.rollout.records import SampleRecord
+from services.rollout.replica import Replica
+from services.rollout.samples import SampleBuilder
+from services.rollout.saver import Saver
+
+log = structlog.get_logger()
+
+# A poll is never cancelled, or samples leased in that moment would wait for their lease to expire. It is short, because
+# it names the version that was served when it began, and gets nothing once a newer one is published.
+LEASE_WAIT_S = 0.25
+# Room made by samples that finish within this time of each other is filled by one lease.
+LINGER_S = 0.004
+# After an empty answer, or an error, nothing is asked for this long, unless the replica turns.
+_EMPTY_PAUSE_S = 0.1
+_ERROR_PAUSE_S = 1.0
+# While draining: for the lease that is on its way, for the engine's last tokens, for the buffer.
+_DRAIN_LEASE_S = 1.5
+_DRAIN_ENGINE_S = 1.0
+_DRAIN_BUFFER_S = 2.0
+
+
+class Worker:
+    """Everything a replica does with samples. `run` it beside `drain`; both belong to one event loop."""
+
+    def __init__(self, config: Config, replica: Replica, prompter: Prompter, buffer: BufferClient) -> None:
+        settings, limits = config.rollout, config.buffer.limits
+        self._replica = replica
+        self._buffer = buffer
+        self._capacity = settings.max_inflight
+        self._lease_at_least = min(self._capacity, max(config.batch.n_samples_per_prompt, self._capacity // 4))
+        self._held: dict[str, SampleRecord] = {}
+        self._groups: set[asyncio.Task[None]] = set()
+        self._lease: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._cool_down = False
+        self._saver = Saver(buffer, replica.replica_id, limits, settings.save_interval_s, replica.stats, self._on_lost)
+        self._outbox = Outbox(
+            buffer,
+            replica.replica_id,
+            limits,
+            self._saver,
+            SampleBuilder(prompter, settings.sampling),
+            replica.stats,
+            lambda: replica.info.name if replica.info else "",
+        )
+        self._intake = Intake(prompter, self._complete, self._release)
+        self._generator = Generator(replica, prompter, self._complete, self._release)
+        replica.listeners.append(self._wake.set)
+        replica.on_lost.append(lambda: self.give_back(pb.RELEASE_REASON_UNAVAILABLE))
+
+    @property
+    def holding(self) -> int:
+        """Samples leased and not yet decided."""
+        return len(self._held)
+
+    async def run(self) -> None:
+        """Leases and generates until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._saver.run(lambda: self._held.values()))
+            tasks.create_task(self._outbox.run())
+            tasks.create_task(self._keep_leasing())
+
+    def give_back(self, reason: pb.ReleaseReason) -> int:
+        """Decides every held sample at once: what has streamed in is saved, the sample is released.
+
+        Tokens that arrive later are ignored. Returns the number of samples.
+        """
+        records = list(self._held.values())
+        for record in records:
+            self._release(GivenBack(record, reason))
+        for group in self._groups:
+            group.cancel()
+        return len(records)
+
+    async def drain(self) -> int:
+        """Stops leasing for good and gives everything back; returns the number of samples given back."""
+        self._replica.life.drain()
+        self._replica.turned()
+        await asyncio.gather(self._end_requests(), self._end_lease())
+        returned = self.give_back(pb.RELEASE_REASON_DRAIN)
+        if not await self._outbox.drained(_DRAIN_BUFFER_S):
+            log.warning("buffer_away_at_drain", samples=returned)
+        return returned
+
+    async def _end_requests(self) -> None:
+        """Has the engine send what it has not yet streamed."""
+        if not self._groups:
+            return
+        try:
+            await self._replica.client.abort_all(_DRAIN_ENGINE_S)
+        except PolyheadError as error:
+            log.warning("abort_failed", reason=str(error))
+            return
+        await asyncio.wait(self._groups, timeout=_DRAIN_ENGINE_S)
+
+    async def _end_lease(self) -> None:
+        if self._lease is not None:
+            await asyncio.wait([self._lease], timeout=_DRAIN_LEASE_S)
+
+    async def _keep_leasing(self) -> None:
+        while not self._replica.life.leaving:
+            if self._cool_down:
+                self._cool_down = False
+                await asyncio.sleep(_ERROR_PAUSE_S)
+            self._wake.clear()
+            if not self._may_lease():
+                await self._wake.wait()
+                continue
+            await asyncio.sleep(LINGER_S)
+            if self._may_lease():
+                self._lease = asyncio.create_task(self._lease_once())
+                await asyncio.shield(self._lease)
+
+    def _may_lease(self) -> bool:
+        return self._replica.life.may_generate and self._capacity - len(self._held) >= self._lease_at_least
+
+    async def _lease_once(self) -> None:
+        until = asyncio.get_running_loop().time() + _EMPTY_PAUSE_S
+        try:
+            response = await self._buffer.lease(
+                sample_pb2.STAGE_GENERATE,
+                self._replica.replica_id,
+                max_samples=self._capacity - len(self._held),
+                wait_s=LEASE_WAIT_S,
+                include_payload=False,
+                weight_version=self._replica.life.version,
+            )
+        except PolyheadError as error:
+            log.warning("lease_failed", reason=str(error))
+            await asyncio.sleep(_ERROR_PAUSE_S)
+            return
+        self._saver.heed_ttl(response.lease_ttl.ToTimedelta().total_seconds())
+        for group in response.groups:
+            self._accept(group)
+        if not response.groups:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), until - asyncio.get_running_loop().time())
+
+    def _accept(self, leased: pb.LeasedGroup) -> None:
+        info = self._replica.info
+        records = self._intake.accept(leased, info.context_length if info else None)
+        for record in records:
+            if (earlier := self._held.get(record.sample_id)) is not None:
+                self._saver.give_up(earlier)
+            self._held[record.sample_id] = record
+        if self._replica.life.leaving:
+            self._release_open(records, pb.RELEASE_REASON_DRAIN, "")
+        elif self._replica.life.version is None:
+            self._release_open(records, pb.RELEASE_REASON_UNAVAILABLE, "")
+        elif records:
+            self._spawn(self._generate(records))
+
+    async def _generate(self, records: Sequence[SampleRecord]) -> None:
+        try:
+            await self._generator.run(records)
+        except EngineUnavailableError as error:
+            log.warning("engine_unavailable", samples=len(records), reason=str(error))
+            self._cool_down = True
+            self._replica.suspect.set()
+            self._release_open(records, pb.RELEASE_REASON_UNAVAILABLE, "")
+        except Exception as error:  # a fault of ours must not hold the samples until their leases expire
+            log.exception("generation_failed")
+            self._release_open(records, pb.RELEASE_REASON_SAMPLE_ERROR, f"{type(error).__name__}: {error}")
+
+    def _release_open(self, records: Sequence[SampleRecord], reason: pb.ReleaseReason, error: str) -> None:
+        for record in records:
+            if not record.closed:
+                self._release(GivenBack(record, reason, error=" ".join(error.split())[:500]))
+
+    def _complete(self, record: SampleRecord) -> None:
+        self._close(record)
+        self._outbox.complete(record)
+
+    def _release(self, given_back: GivenBack) -> None:
+        self._close(given_back.record)
+        self._outbox.release(given_back)
+
+    def _on_lost(self, record: SampleRecord) -> None:
+        log.warning("lease_lost", sample_id=record.sample_id)
+        if not record.closed:
+            self._close(record)
+            self._spawn(self._abort(record))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._groups.add(task)
+        task.add_done_callback(self._groups.discard)
+
+    async def _abort(self, record: SampleRecord) -> None:
+        try:
+            await self._replica.client.abort(record.rid)
+        except PolyheadError as error:
+            log.warning("abort_failed", sample_id=record.sample_id, reason=str(error))
+
+    def _close(self, record: SampleRecord) -> None:
+        record.closed = True
+        if self._held.get(record.sample_id) is record:
+            del self._held[record.sample_id]
+        self._wake.set()

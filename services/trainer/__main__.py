@@ -1,0 +1,52 @@
+"""`python -m services.trainer -c FILE`: one trainer process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from services.common.buffer_client import BufferClient
+from services.common.config import Config
+from services.common.lifecycle import Process, run_service
+from services.common.registration import keep_registered
+from services.trainer import model_dir
+from services.trainer.io_thread import Io
+from services.trainer.service import TrainerService, describe
+from services.trainer.status import TrainerStatus
+
+BEATS_PER_TTL = 3.0
+GRACE_S = 1.0
+
+
+async def serve(config: Config, process: Process) -> None:
+    """Trains until the run is done or a stop is requested. The training thread's error is raised."""
+    model_dir.check_model_dir(config.model.hf_checkpoint)
+    status = TrainerStatus()
+    server = await TrainerService(status, process.stop).start(config.trainer.address)
+    io = Io(asyncio.get_running_loop(), process.stop)
+    async with BufferClient(config.buffer.address, message_mb=config.buffer.limits.message_mb) as buffer:
+        heartbeat = asyncio.create_task(
+            keep_registered(
+                buffer,
+                lambda: describe(process.replica_id, server.address, status),
+                asyncio.Event(),
+                config.buffer.replica_ttl_s / BEATS_PER_TTL,
+            )
+        )
+        heartbeat.add_done_callback(io.watch)
+        try:
+            await asyncio.to_thread(_train, config, io, buffer, status, process.replica_id)
+        finally:
+            heartbeat.cancel()
+            await server.stop(GRACE_S)
+
+
+def _train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, replica_id: str) -> None:
+    # Importing torch takes seconds: the loop answers and registers meanwhile.
+    from services.trainer.trainer import train
+
+    train(config, io, buffer, status, replica_id)
+
+
+if __name__ == "__main__":
+    sys.exit(run_service("trainer", serve))

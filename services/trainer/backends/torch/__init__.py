@@ -1,0 +1,1 @@
+"""Training on one device with plain PyTorch and the model classes of transformers."""

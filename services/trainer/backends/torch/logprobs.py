@@ -1,0 +1,91 @@
+"""Log-probabilities of the trained tokens of a packed row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from services.trainer.backends.torch.attention import PackedLayout
+from services.trainer.batch.packing import PackedBatch
+
+# Logits held at a time: 64 MiB in float32 (341 tokens of a vocabulary of 49,152).
+MAX_LOGITS = 1 << 24
+
+
+class DeviceBatch(NamedTuple):
+    """A PackedBatch as tensors on the model's device. Shapes and dtypes as there."""
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: PackedLayout
+    predict: torch.Tensor
+    targets: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    temperatures: torch.Tensor
+    fresh: torch.Tensor
+
+
+class TokenLogprobs(NamedTuple):
+    """Per trained token, float32[n]."""
+
+    logprobs: torch.Tensor
+    """Of the token, at the temperature it was sampled with."""
+    entropy: torch.Tensor
+    """Of the distribution it was drawn from, in nats. Without gradient."""
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
+    def move(array: object) -> torch.Tensor:
+        return torch.as_tensor(array).to(device, non_blocking=True)
+
+    return DeviceBatch(
+        token_ids=move(batch.token_ids),
+        position_ids=move(batch.position_ids),
+        layout=PackedLayout(tuple(move(block) for block in batch.blocks), move(batch.slots)),
+        predict=move(batch.predict),
+        targets=move(batch.targets),
+        advantages=move(batch.advantages),
+        weights=move(batch.weights),
+        rollout_logprobs=move(batch.rollout_logprobs),
+        temperatures=move(batch.temperatures),
+        fresh=move(batch.fresh),
+    )
+
+
+def token_logprobs(model: torch.nn.Module, batch: DeviceBatch, max_logits: int = MAX_LOGITS) -> TokenLogprobs:
+    """Runs the model on the packed row and scores the trained tokens.
+
+    The softmax is in float32. Logits exist only where a trained token is predicted, and at most `max_logits` of them
+    at a time: beyond that they are computed in chunks, and once more for the gradient.
+    """
+    hidden = model.base_model(
+        input_ids=batch.token_ids.unsqueeze(0),
+        position_ids=batch.position_ids.unsqueeze(0),
+        use_cache=False,
+        packed_layout=batch.layout,
+    ).last_hidden_state[0]
+    wanted = hidden.index_select(0, batch.predict)
+    head = model.get_output_embeddings()
+    chunk = max(1, max_logits // head.weight.shape[0])
+    if len(wanted) <= chunk:
+        return TokenLogprobs(*_score(head, wanted, batch.targets, batch.temperatures))
+    parts = [
+        checkpoint(_score, head, *piece, use_reentrant=False, preserve_rng_state=False)
+        for piece in zip(wanted.split(chunk), batch.targets.split(chunk), batch.temperatures.split(chunk), strict=True)
+    ]
+    logprobs, entropy = zip(*parts, strict=True)
+    return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
+
+
+def _score(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    distribution = torch.log_softmax(head(hidden).float() / temperatures.unsqueeze(1), dim=-1)
+    logprobs = distribution.gather(1, targets.unsqueeze(1)).squeeze(1)
+    with torch.no_grad():
+        entropy = -(distribution.exp() * distribution).sum(dim=1)
+    return logprobs, entropy

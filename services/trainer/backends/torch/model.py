@@ -1,0 +1,100 @@
+"""Loads a causal language model from a Hugging Face directory, and proves that it can be trained packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from services.common.errors import ConfigError
+from services.trainer.backends.torch import attention
+from services.trainer.backends.torch.logprobs import to_device, token_logprobs
+from services.trainer.batch.packing import PackItem, pack
+
+FIELD = "model.hf_checkpoint"
+# Largest difference of a log-probability between the packed and the plain forward pass that rounding explains.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+_PROBE_PROMPT = 3
+
+
+def load_model(directory: Path, dtype: str, device: torch.device) -> torch.nn.Module:
+    """The model in evaluation mode (no dropout), with packed attention, parameters in `dtype`.
+
+    Raises ConfigError when the directory does not hold a complete model that transformers knows, or when its
+    architecture computes something else packed than it does unpacked.
+    """
+    model = _from_directory(directory, dtype).to(device).eval()
+    attention.register()
+    _check_packing(model, TOLERANCE[dtype])
+    return model
+
+
+def _from_directory(directory: Path, dtype: str) -> Any:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many kinds, all of them about this directory
+        reason = str(error).strip().splitlines() or [""]
+        raise ConfigError(f"{directory} does not load: {type(error).__name__}: {reason[0]}", field=FIELD) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+        raise ConfigError(
+            f"{directory} lacks or has other shapes of {len(lacking)} weights, for example {lacking[0]}", field=FIELD
+        )
+    return model
+
+
+def _check_packing(model: Any, tolerance: float) -> None:
+    """Compares plain and packed log-probabilities of three short sequences, two of which share a prompt."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    rows = [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9], [5, 4, 3, 2]]
+    sequences = [np.array(row, dtype=np.int32) % vocab for row in rows]
+    with torch.no_grad():
+        plain = torch.cat([_plain_logprobs(model, sequence) for sequence in sequences])
+    model.set_attn_implementation(attention.NAME)
+    try:
+        batch = to_device(pack([_probe(sequence, row) for row, sequence in enumerate(sequences)]), model.device)
+        with torch.no_grad():
+            packed = token_logprobs(model, batch).logprobs
+    except Exception as error:  # an architecture that does not take the layout fails in ways of its own
+        raise ConfigError(
+            f"{type(model).__name__} cannot be trained packed: {type(error).__name__}: {error}", field=FIELD
+        ) from error
+    difference = (plain - packed).abs().max().item()
+    if not difference <= tolerance:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be trained packed: log-probs differ by {difference:.2g}", field=FIELD
+        )
+
+
+def _plain_logprobs(model: Any, sequence: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
+    token_ids = torch.as_tensor(sequence, dtype=torch.int64, device=model.device)
+    logits = model(input_ids=token_ids[None], use_cache=False).logits[0, :-1].float()
+    chosen = torch.log_softmax(logits, dim=-1).gather(1, token_ids[1:, None]).squeeze(1)
+    return chosen[_PROBE_PROMPT - 1 :]
+
+
+def _probe(sequence: np.ndarray[Any, np.dtype[np.int32]], row: int) -> PackItem:
+    targets = sequence[_PROBE_PROMPT:]
+    return PackItem(
+        token_ids=sequence[:-1],
+        prompt_length=_PROBE_PROMPT,
+        predict=np.arange(_PROBE_PROMPT - 1, len(sequence) - 1),
+        targets=targets,
+        rollout_logprobs=np.zeros(len(targets), dtype=np.float32),
+        fresh=np.zeros(len(targets), dtype=np.bool_),
+        advantage=0.0,
+        weight=0.0,
+        temperature=1.0,
+        sample_row=row,
+    )

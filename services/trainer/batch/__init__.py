@@ -1,0 +1,1 @@
+"""From leased messages to packed micro-batches."""

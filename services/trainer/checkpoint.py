@@ -1,0 +1,141 @@
+"""Checkpoints: safetensors and JSON in ``run.dir/checkpoints/step_00000020``, written atomically.
+
+model.safetensors       weights by Hugging Face name
+optimizer.safetensors   ``<kind>/<parameter name>``: moments, step counters, float32 master weights where there are
+rng.safetensors         states of the random number generators, uint8
+state.json              `CheckpointState`, and the digest of each file above
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import structlog
+import torch
+from google.protobuf import json_format
+from safetensors.torch import load_file, save_file
+
+from polyhead.v1 import buffer_pb2 as pb
+from services.common.versions import Version
+from services.trainer.files import digest, remove_temporary, write_directory
+
+log = structlog.get_logger()
+
+FORMAT = 1
+STATE = "state.json"
+
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """All of a checkpoint but its tensors."""
+
+    step: int
+    """Training steps committed."""
+    version: Version
+    """The weights' version: (epoch that wrote it, step)."""
+    optimizer_steps: int
+    config_digest: str
+    """Of the settings that shape training: a resumed run may say that they changed."""
+    watermark: dict[str, Any] | None
+    """A Watermark in protobuf's JSON form; None when the buffer could not be asked before the process had to leave."""
+
+    def watermark_message(self) -> pb.Watermark | None:
+        return None if self.watermark is None else json_format.ParseDict(self.watermark, pb.Watermark())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    state: CheckpointState
+    tensors: dict[str, dict[str, torch.Tensor]]
+    """By file, then by name; on the host."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, run_dir: Path, keep_last: int) -> None:
+        self._root = run_dir / "checkpoints"
+        self._keep_last = keep_last
+
+    def clean(self) -> None:
+        """Removes unfinished checkpoints of dead processes."""
+        remove_temporary(self._root)
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints that have a name, oldest first, good or not."""
+        return sorted(int(path.name.removeprefix("step_")) for path in self._root.glob("step_????????"))
+
+    def save(self, state: CheckpointState, tensors: Tensors) -> int:
+        """Writes, verifies, and removes the oldest beyond `keep_last`. Returns the oldest step that is kept.
+
+        Raises OSError when the disk refuses, or gives back something else than was written.
+        """
+        directory = self._directory(state.step)
+        write_directory(directory, lambda path: _write(path, state, tensors))
+        if (problem := _problem(directory)) is not None:
+            raise OSError(f"{directory} does not verify after writing: {problem}")
+        older = [step for step in self.steps() if step <= state.step]
+        for step in older[: -self._keep_last]:
+            shutil.rmtree(self._directory(step))
+        return older[-self._keep_last :][0]
+
+    def load_newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is complete and verifies; damaged ones are skipped with a warning."""
+        for step in reversed(self.steps()):
+            directory = self._directory(step)
+            problem = _problem(directory)
+            if problem is None:
+                return _read(directory)
+            log.warning("checkpoint_skipped", step=step, reason=problem)
+        return None
+
+    def _directory(self, step: int) -> Path:
+        return self._root / f"step_{step:08d}"
+
+
+def _write(directory: Path, state: CheckpointState, tensors: Tensors) -> None:
+    digests = {}
+    for part, named in tensors.items():
+        path = directory / f"{part}.safetensors"
+        save_file(dict(named), path)
+        digests[path.name] = digest(path)
+    document = {"format": FORMAT, **asdict(state), "version": state.version._asdict(), "files": digests}
+    (directory / STATE).write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2))
+
+
+def _problem(directory: Path) -> str | None:
+    """Why the checkpoint cannot be used; None when it can."""
+    try:
+        document = orjson.loads((directory / STATE).read_bytes())
+        if document["format"] != FORMAT:
+            return f"format {document['format']}, expected {FORMAT}"
+        for name, expected in document["files"].items():
+            if digest(directory / name) != expected:
+                return f"{name} is damaged"
+        _state(document)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _read(directory: Path) -> Checkpoint:
+    document = orjson.loads((directory / STATE).read_bytes())
+    tensors = {name.removesuffix(".safetensors"): load_file(directory / name) for name in document["files"]}
+    return Checkpoint(_state(document), tensors)
+
+
+def _state(document: Mapping[str, Any]) -> CheckpointState:
+    return CheckpointState(
+        step=document["step"],
+        version=Version(**document["version"]),
+        optimizer_steps=document["optimizer_steps"],
+        config_digest=document["config_digest"],
+        watermark=document["watermark"],
+    )

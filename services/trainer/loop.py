@@ -1,0 +1,209 @@
+"""The training loop. It runs on a thread of its own; what talks to others happens on the asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import structlog
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+from services.common.buffer_client import BufferClient
+from services.common.config import Config
+from services.common.errors import InvalidArgumentError, TrainingDivergedError, UnavailableError
+from services.common.versions import Version
+from services.trainer.backends.torch.backend import StepResult, TorchBackend
+from services.trainer.batch.samples import TrainSample, decode_groups
+from services.trainer.batch.staleness import Clock
+from services.trainer.io_thread import Io
+from services.trainer.metrics import Times, batch_metrics, sample_line, step_line, training_metrics
+from services.trainer.overlap import TrainIntervals
+from services.trainer.records import JsonLines
+from services.trainer.saver import Saver
+from services.trainer.status import TrainerStatus
+from services.trainer.step import mask_above, train_batch
+from services.trainer.weights.publisher import Publisher
+
+log = structlog.get_logger()
+
+LEASE_WAIT_S = 2.0
+# Steps in a row that trained nothing before the run ends.
+MAX_SKIPPED = 3
+SAMPLES_RECORDED = 2
+# How long the last version is pushed before the run ends without it.
+LAST_PUSH_S = 5.0
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the loop works with."""
+
+    io: Io
+    buffer: BufferClient
+    backend: TorchBackend
+    publisher: Publisher
+    saver: Saver
+    status: TrainerStatus
+    metrics: JsonLines
+    samples: JsonLines
+
+
+class Loop:
+    """One epoch of training: lease, train, commit, publish, save."""
+
+    def __init__(self, config: Config, services: Services, *, holder: str, epoch: int, forks: dict[int, int]) -> None:
+        """`holder` is the replica id under which batches are leased."""
+        self._config = config
+        self._s = services
+        self._holder = holder
+        self._epoch = epoch
+        self._forks = forks
+        self._intervals = TrainIntervals()
+        self._skipped = 0
+
+    def run(self, step: int) -> int:
+        """Trains on from committed `step` until all steps are done or a stop is requested, and saves.
+
+        Returns the last committed step. Raises FencedError when another trainer has taken over, and
+        TrainingDivergedError after three steps in a row that were not finite.
+        """
+        status, total = self._s.status, self._config.run.num_rollout
+        version = status.version = Version(self._epoch, step)
+        self._publish(version)
+        with status.waiting("publishing"):
+            status.waiting_for = pb.WaitingFor(reason="a rollout replica to take the weights")
+            self._s.io.call_or_stop(self._s.publisher.wait_published(version))
+        while step < total and not self._s.io.should_stop():
+            times, started = Times(), time.monotonic()
+            lease = self._lease(step + 1, times)
+            if lease is None:
+                break
+            step += 1
+            self._train(step, lease, times, started)
+            if step % self._config.trainer.checkpoint.save_interval == 0:
+                self._save(step)
+        self._save(step)
+        with status.busy("saving"):
+            self._s.saver.finish()
+        if step >= total:
+            self._s.io.call_or_stop(self._last_push(Version(self._epoch, step)))
+        return step
+
+    def _lease(self, step: int, times: Times) -> pb.LeaseResponse | None:
+        """The batch of `step`, however long it takes; None when a stop is requested first."""
+        quiet_since = time.monotonic()
+        with self._s.status.waiting("waiting"), _timed(times, "wait_s"):
+            while not self._s.io.should_stop():
+                lease = self._s.buffer.lease(
+                    sample_pb2.STAGE_TRAIN, self._holder, wait_s=LEASE_WAIT_S, epoch=self._epoch, step=step
+                )
+                try:
+                    response = self._s.io.call_or_stop(lease)
+                except UnavailableError as error:
+                    log.warning("lease_waits", step=step, reason=str(error))
+                    continue
+                if response is None or response.groups:
+                    return response
+                self._s.status.waiting_for = response.waiting_for
+                if time.monotonic() - quiet_since > self._config.run.stall_limit_s:
+                    quiet_since = time.monotonic()
+                    log.warning("stalled", step=step, waiting_for=response.waiting_for.reason)
+        return None
+
+    def _train(self, step: int, lease: pb.LeaseResponse, times: Times, started: float) -> None:
+        """Everything from a leased batch to a published version."""
+        status = self._s.status
+        clock = Clock(Version(self._epoch, step - 1), self._forks)
+        with status.busy("training"), _timed(times, "train_s"), self._interval():
+            samples, results = self._train_batch(lease.groups, clock)
+        trained = any(result.applied for result in results)
+        with status.waiting("committing"), _timed(times, "commit_s"):
+            self._commit(step, lease.batch_lease_id, trained)
+        version = Version(self._epoch, step)
+        if step % self._config.staleness.publish_interval == 0 or step == self._config.run.num_rollout:
+            with status.waiting("publishing"), _timed(times, "publish_wait_s"):
+                self._publish(version)
+        times.step_s = time.monotonic() - started
+        self._record(version, clock, samples, results, times)
+        self._skipped = 0 if trained else self._skipped + 1
+        if self._skipped == MAX_SKIPPED:
+            raise TrainingDivergedError(f"{MAX_SKIPPED} steps in a row trained nothing, the last is step {step}")
+
+    def _train_batch(
+        self, groups: Sequence[pb.LeasedGroup], clock: Clock
+    ) -> tuple[list[TrainSample], list[StepResult]]:
+        try:
+            samples = decode_groups(groups, vocab_size=self._s.backend.vocab_size)
+        except InvalidArgumentError as error:
+            log.warning("batch_unusable", sample_id=error.field, reason=error.reason)
+            return [], []
+        return samples, train_batch(self._s.backend, samples, clock, self._config)
+
+    def _commit(self, step: int, batch_lease_id: int, trained: bool) -> None:
+        """Returns when the buffer has the step. A refusal is raised: it ends this trainer."""
+        outcome = pb.STEP_OUTCOME_TRAINED if trained else pb.STEP_OUTCOME_SKIPPED
+        while True:
+            try:
+                self._s.io.call(self._s.buffer.commit_step(self._epoch, step, batch_lease_id, outcome))
+                return
+            except UnavailableError as error:
+                if self._s.io.should_stop():
+                    raise
+                log.warning("commit_waits", step=step, reason=str(error))
+
+    def _publish(self, version: Version) -> None:
+        """Copies the weights, once the last version has been pushed, and leaves the push to the publisher."""
+        weights = self._s.backend.weights()
+        snapshot = self._s.io.call_or_stop(self._s.publisher.take_snapshot(weights))
+        if snapshot is not None:
+            snapshot.fill(weights)
+            self._s.io.call(self._s.publisher.offer(version, snapshot))
+
+    def _record(
+        self,
+        version: Version,
+        clock: Clock,
+        samples: Sequence[TrainSample],
+        results: Sequence[StepResult],
+        times: Times,
+    ) -> None:
+        batch = batch_metrics(samples, clock, mask_above(self._config))
+        overlap = self._intervals.overlap_tokens(samples)
+        line = step_line(version.step, version, batch, training_metrics(results), overlap, times)
+        self._s.metrics.write(line)
+        for sample in samples[:: max(len(samples) // SAMPLES_RECORDED, 1)][:SAMPLES_RECORDED]:
+            self._s.samples.write(sample_line(version.step, sample, clock))
+        self._s.status.report(version, line)
+
+    def _save(self, step: int) -> None:
+        with self._s.status.busy("saving"):
+            self._s.saver.save(self._s.backend, Version(self._epoch, step))
+
+    async def _last_push(self, version: Version) -> None:
+        try:
+            async with asyncio.timeout(LAST_PUSH_S):
+                await self._s.publisher.wait_published(version)
+        except TimeoutError:
+            log.info("last_version_not_published", version=str(version))
+
+    @contextmanager
+    def _interval(self) -> Iterator[None]:
+        """Remembers the time inside as spent training."""
+        started = time.time_ns()
+        try:
+            yield
+        finally:
+            self._intervals.add(started // 1000, time.time_ns() // 1000)
+
+
+@contextmanager
+def _timed(times: Times, name: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        setattr(times, name, getattr(times, name) + time.monotonic() - started)

@@ -1,0 +1,114 @@
+"""What one training step was like, as a line of ``run.dir/metrics.jsonl``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polyhead.v1 import sample_pb2
+from services.common.versions import Version
+from services.trainer.backends.torch.backend import StepResult
+from services.trainer.batch.samples import TrainSample
+from services.trainer.batch.staleness import Clock, sample_staleness
+
+
+@dataclass
+class Times:
+    """Where the seconds of a step went."""
+
+    wait_s: float = 0.0
+    """For a batch to be leased."""
+    train_s: float = 0.0
+    """Decoding, packing, forward, backward, optimizer."""
+    commit_s: float = 0.0
+    publish_wait_s: float = 0.0
+    """For the pushes of the last version, and for the copy of the weights."""
+    step_s: float = 0.0
+    """All of it."""
+
+
+def batch_metrics(samples: Sequence[TrainSample], clock: Clock, mask_above: int | None) -> dict[str, Any]:
+    """Facts of a batch that need no model: rewards, lengths, staleness (samples by steps behind)."""
+    rewards = [sample.reward for sample in samples]
+    completions = [sample.completion_length for sample in samples]
+    prompts = sum(segment.prompt_length for sample in samples for segment in sample.segments)
+    staleness = Counter(sample_staleness(sample, clock, mask_above) for sample in samples)
+    truncated = sum(sample.message.finish_reason == sample_pb2.FINISH_REASON_LENGTH for sample in samples)
+    count = max(len(samples), 1)
+    return {
+        "reward_mean": sum(rewards) / count,
+        "reward_std": statistics.pstdev(rewards) if rewards else 0.0,
+        "staleness": {str(steps): staleness[steps] for steps in sorted(staleness)},
+        "staleness_max": max(staleness, default=0),
+        "samples": len(samples),
+        "groups": len({sample.group_id for sample in samples}),
+        "completion_tokens": sum(completions),
+        "prompt_tokens": prompts,
+        "mean_completion_length": sum(completions) / count,
+        "truncated_fraction": truncated / count,
+        "multi_span_samples": sum(any(len(segment.spans) > 1 for segment in sample.segments) for sample in samples),
+    }
+
+
+def training_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
+    """What the optimizer steps of one batch report. Losses and gradient norms are means over the optimizer steps.
+
+    Per-token figures are over the optimizer steps that were applied; 0 when none was.
+    `mismatch_kl` is the mean over trained tokens of the k3 estimate of KL(rollout policy || trainer policy), each
+    token seen by the weights before its own optimizer step. `mismatch_kl_fresh` is the same over tokens that were
+    sampled by the very version being trained, where only numerics differ; None when the batch has none.
+    """
+    applied = [result for result in results if result.applied]
+    tokens = max(sum(result.tokens for result in applied), 1)
+    fresh = sum(result.fresh_tokens for result in applied)
+    steps = max(len(results), 1)
+    return {
+        "loss": sum(result.loss for result in results) / steps,
+        "grad_norm": sum(result.grad_norm for result in results) / steps,
+        "entropy": sum(result.entropy for result in applied) / tokens,
+        "lr": results[-1].lr if results else 0.0,
+        "ratio_mean": sum(result.ratio for result in applied) / tokens,
+        "clip_fraction": sum(result.clipped for result in applied) / tokens,
+        "mismatch_kl": sum(result.mismatch_kl for result in applied) / tokens,
+        "mismatch_kl_fresh": sum(result.mismatch_kl_fresh for result in applied) / fresh if fresh else None,
+        "trained_tokens": sum(result.tokens for result in applied),
+        "micro_batches": sum(result.micro_batches for result in results),
+        "optimizer_steps_skipped": sum(not result.applied for result in results),
+    }
+
+
+def step_line(
+    step: int, version: Version, batch: dict[str, Any], training: dict[str, Any], overlap_tokens: int, times: Times
+) -> dict[str, Any]:
+    """One line of metrics.jsonl. `version` is the one that the step made. After a recovery a step appears again."""
+    return {
+        "step": step,
+        "time": time.time(),
+        "epoch": version.epoch,
+        "version": str(version),
+        **batch,
+        **training,
+        "overlap_tokens": overlap_tokens,
+        **vars(times),
+    }
+
+
+def sample_line(step: int, sample: TrainSample, clock: Clock) -> dict[str, Any]:
+    """One line of samples.jsonl."""
+    spans = [span for segment in sample.segments for span in segment.spans]
+    return {
+        "step": step,
+        "prompt": sample.message.prompt.text or sample.message.prompt.messages_json,
+        "completion": sample.message.completion,
+        "label": sample.message.prompt.label,
+        "reward": sample.reward,
+        "spans": [[str(span.version), span.start, span.end] for span in spans],
+        "staleness": sample_staleness(sample, clock, None),
+        "finish_reason": sample_pb2.FinishReason.Name(sample.message.finish_reason)
+        .removeprefix("FINISH_REASON_")
+        .lower(),
+    }

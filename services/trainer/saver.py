@@ -1,0 +1,93 @@
+"""Checkpoints beside training: the training thread copies, another thread writes, verifies and confirms."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import structlog
+from google.protobuf import json_format
+
+from polyhead.v1 import buffer_pb2 as pb
+from services.common.buffer_client import BufferClient
+from services.common.errors import PolyheadError, UnavailableError
+from services.common.versions import Version
+from services.trainer.backends.torch.backend import TorchBackend
+from services.trainer.checkpoint import CheckpointState, CheckpointStore, Tensors
+from services.trainer.io_thread import Io
+
+log = structlog.get_logger()
+
+# A process that has been told to stop does not wait longer than this for a buffer that may be gone already.
+BUFFER_TIMEOUT_S = 5.0
+
+
+class Saver:
+    """One checkpoint at a time: the next waits until the last is on disk. Holds one copy of all state meanwhile."""
+
+    def __init__(
+        self, store: CheckpointStore, buffer: BufferClient, io: Io, epoch: int, config_digest: str, last_step: int
+    ) -> None:
+        """`last_step` is the step of the checkpoint the run starts from; 0 for none."""
+        self._store = store
+        self._buffer = buffer
+        self._io = io
+        self._epoch = epoch
+        self._config_digest = config_digest
+        self._last_step = last_step
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, backend: TorchBackend, version: Version) -> None:
+        """Copies the state and returns; the rest happens beside training. Nothing to do if this step has been saved.
+
+        Raises what ended the save before, and FencedError when another trainer has taken over.
+        """
+        if version.step == self._last_step:
+            return
+        self.finish()
+        watermark = self._io.call(self._watermark(version.step))
+        state = CheckpointState(
+            step=version.step,
+            version=version,
+            optimizer_steps=backend.optimizer_steps,
+            config_digest=self._config_digest,
+            watermark=None if watermark is None else json_format.MessageToDict(watermark),
+        )
+        self._last_step = version.step
+        self._writing = self._executor.submit(self._write, state, backend.state())
+
+    def finish(self) -> None:
+        """Returns when the last checkpoint is on disk and confirmed. Raises what kept it from that."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+
+    def _write(self, state: CheckpointState, tensors: Tensors) -> None:
+        try:
+            oldest = self._store.save(state, tensors)
+        except OSError as error:
+            raise PolyheadError(f"the checkpoint of step {state.step} was not written: {error}", field="run.dir") from (
+                error
+            )
+        log.info("checkpoint_written", step=state.step, oldest_kept=oldest)
+        self._io.call(self._confirm(oldest))
+
+    async def _watermark(self, step: int) -> pb.Watermark | None:
+        try:
+            async with asyncio.timeout(BUFFER_TIMEOUT_S):
+                return await self._buffer.get_watermark(self._epoch, step)
+        except (TimeoutError, UnavailableError) as error:
+            log.warning("checkpoint_without_watermark", step=step, reason=str(error) or "the buffer does not answer")
+            return None
+
+    async def _confirm(self, oldest_kept_step: int) -> None:
+        try:
+            async with asyncio.timeout(BUFFER_TIMEOUT_S):
+                await self._buffer.confirm_checkpoint(self._epoch, oldest_kept_step)
+        except (TimeoutError, UnavailableError) as error:
+            # The next one covers it.
+            log.warning("checkpoint_not_confirmed", step=oldest_kept_step, reason=str(error) or "no answer")

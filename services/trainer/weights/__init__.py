@@ -1,0 +1,1 @@
+"""The pushing end of weight publication."""

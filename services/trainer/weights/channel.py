@@ -1,0 +1,212 @@
+"""The way to one rollout replica: a collective for the bytes, RPCs for the order of events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import rollout_pb2 as rpb
+from polyhead.v1 import rollout_pb2_grpc
+from services.common import rpc
+from services.common.config.models import WeightsConfig
+from services.common.errors import FencedError, PolyheadError, UnavailableError, from_rpc_error
+from services.common.process import free_port
+from services.common.versions import Version
+from services.common.weight_group import WeightGroup
+from services.trainer.weights.snapshot import Snapshot
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+LOCALHOST = "127.0.0.1"
+# A replica that is told to give up or to leave does so at once, or is left to itself.
+FAREWELL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What the replica reported about a complete push."""
+
+    pause_s: float
+    requests_continued: int
+    requests_aborted: int
+
+
+class Channel:
+    """Pushes to one replica, one push at a time. After an error it is closed; a new channel takes its place."""
+
+    def __init__(self, replica: pb.Replica, epoch: int, config: WeightsConfig, pause_mode: rpb.PauseMode) -> None:
+        self.replica_id = replica.replica_id
+        self._epoch = epoch
+        self._config = config
+        self._pause_mode = pause_mode
+        self._grpc = rpc.channel(replica.address)
+        self._stub = rollout_pb2_grpc.RolloutServiceStub(self._grpc)
+        self._group_name = f"polyhead-e{epoch}-{replica.replica_id}-{uuid.uuid4().hex[:8]}"
+        self._group: WeightGroup | None = None
+        self._collective: asyncio.Future[Any] | None = None
+
+    @property
+    def collective(self) -> asyncio.Future[Any] | None:
+        """The last call into the process group. While it is not done, it may still read from a bucket."""
+        return self._collective
+
+    async def join(self) -> None:
+        """Forms the process group with the replica's engine. Raises PolyheadError."""
+        port = free_port(LOCALHOST)
+        request = rpb.JoinWeightGroupRequest(
+            epoch=self._epoch,
+            group_name=self._group_name,
+            backend=self._config.backend,
+            master_address=LOCALHOST,
+            master_port=port,
+            world_size=2,
+            rank_offset=1,
+        )
+
+        def join() -> WeightGroup:
+            return WeightGroup(
+                backend=self._config.backend,
+                address=LOCALHOST,
+                port=port,
+                rank=0,
+                world_size=2,
+                name=self._group_name,
+                timeout_s=self._config.timeout_s,
+            )
+
+        try:
+            self._group = await self._beside("JoinWeightGroup", request, join)
+        except BaseException:
+            assert self._collective is not None
+            self._collective.add_done_callback(_close_late)
+            raise
+
+    async def push(self, version: Version, snapshot: Snapshot) -> Pushed:
+        """Sends every bucket and commits. Raises PolyheadError; the replica has been told to abort by then."""
+        wire_version = version.to_proto()
+        begin = rpb.BeginUpdateRequest(
+            epoch=self._epoch,
+            version=wire_version,
+            manifest=snapshot.manifest,
+            group_name=self._group_name,
+            pause_mode=self._pause_mode,
+        )
+        try:
+            await self._call("BeginUpdate", begin)
+            for index, bucket in enumerate(snapshot.buckets):
+                load = rpb.LoadBucketRequest(epoch=self._epoch, version=wire_version, bucket=index)
+                assert self._group is not None, "join comes before push"
+                await self._beside("LoadBucket", load, partial(self._group.broadcast, bucket))
+            commit = rpb.CommitUpdateRequest(epoch=self._epoch, version=wire_version)
+            done = await self._call("CommitUpdate", commit)
+        except BaseException as error:
+            abort = rpb.AbortUpdateRequest(epoch=self._epoch, version=wire_version, reason=str(error))
+            await self._last_words("AbortUpdate", abort)
+            await self._leave_group()
+            raise
+        return Pushed(done.pause.ToNanoseconds() / 1e9, done.requests_continued, done.requests_aborted)
+
+    async def status(self) -> pb.Replica:
+        """What the replica says of itself. Raises PolyheadError."""
+        response = await self._call("GetStatus", rpb.RolloutServiceGetStatusRequest(), timeout_s=FAREWELL_S)
+        return response.replica
+
+    async def leave(self) -> None:
+        """Parts in order: the replica may dissolve its end of the group."""
+        if self._group is not None:
+            await self._leave_group()
+        await self.close()
+
+    async def close(self) -> None:
+        """Lets go of the group and the connection. Waits for nothing."""
+        group, self._group = self._group, None
+        if group is not None:
+            if self._collective is not None and not self._collective.done():
+                # Closing it under a call that still runs in it would crash: the last one out closes it.
+                self._collective.add_done_callback(lambda _: group.close())
+            else:
+                group.close()
+        await self._grpc.close()
+
+    async def _leave_group(self) -> None:
+        request = rpb.LeaveWeightGroupRequest(epoch=self._epoch, group_name=self._group_name)
+        await self._last_words("LeaveWeightGroup", request)
+
+    async def _last_words(self, verb: str, request: Any) -> None:
+        try:
+            await self._call(verb, request, timeout_s=FAREWELL_S)
+        except PolyheadError as error:
+            log.info("replica_not_told", verb=verb, replica_id=self.replica_id, reason=str(error))
+
+    async def _beside(self, verb: str, request: Any, blocking: Callable[[], T]) -> T:
+        """The RPC and the blocking call of the collective at the same time; the first failure of either is raised.
+
+        The collective cannot be interrupted: when the RPC fails, it is left behind until its own timeout.
+        """
+        self._collective = collective = in_thread(blocking)
+        call = asyncio.ensure_future(self._call(verb, request))
+        try:
+            await asyncio.wait({call, collective}, return_when=asyncio.FIRST_EXCEPTION)
+            if call.done():
+                call.result()
+            try:
+                return collective.result()
+            except RuntimeError as error:  # torch's DistError is one
+                raise UnavailableError(f"collective failed: {error}", field=self.replica_id) from error
+        finally:
+            call.cancel()
+
+    async def _call(self, verb: str, request: Any, timeout_s: float | None = None) -> Any:
+        try:
+            method: Callable[..., Awaitable[Any]] = getattr(self._stub, verb)
+            return await method(request, timeout=timeout_s or self._config.timeout_s)
+        except grpc.aio.AioRpcError as error:
+            typed = from_rpc_error(error)
+            if isinstance(typed, FencedError):
+                raise typed from None
+            reason = str(typed) if typed else f"{error.code().name} {error.details()}"
+            raise UnavailableError(f"{verb} failed: {reason}", field=self.replica_id) from error
+
+
+def _close_late(joined: asyncio.Future[WeightGroup]) -> None:
+    """The engine joined after all, when nobody waited for it any more."""
+    if joined.exception() is None:
+        joined.result().close()
+
+
+def in_thread(blocking: Callable[[], T]) -> asyncio.Future[T]:
+    """Runs a call that may hang in a thread of its own, which does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def deliver(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+            future.exception()  # a call that was left behind may fail unheard
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            outcome: tuple[T | None, BaseException | None] = (blocking(), None)
+        except BaseException as error:  # handed to the waiter
+            outcome = (None, error)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is waiting
+            loop.call_soon_threadsafe(deliver, *outcome)
+
+    threading.Thread(target=run, name="collective", daemon=True).start()
+    return future

@@ -1,0 +1,171 @@
+"""One rollout replica as the publisher sees it: what it has, and the push that is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import rollout_pb2 as rpb
+from services.common.config.models import WeightsConfig
+from services.common.errors import UnavailableError
+from services.common.versions import Version
+from services.trainer.weights.channel import Channel, Pushed
+from services.trainer.weights.snapshot import Snapshot
+
+log = structlog.get_logger()
+
+# A replica that cannot be reached is tried again after this long, doubling up to the last.
+RETRY_S = 0.5
+RETRY_MAX_S = 5.0
+
+Record = Callable[[Mapping[str, object]], None]
+
+
+class Peer:
+    """Brings one replica to a version, over a channel that is made when needed and dropped on any failure."""
+
+    def __init__(
+        self, replica: pb.Replica, epoch: int, config: WeightsConfig, pause_mode: rpb.PauseMode, record: Record
+    ) -> None:
+        self.replica = replica
+        """As the registry, the replica itself, or the last push said: whichever came last."""
+        self.has: Version | None = None
+        """The last version that it committed to us."""
+        self.started = 0.0
+        self._epoch = epoch
+        self._config = config
+        self._pause_mode = pause_mode
+        self._record = record
+        self._channel: Channel | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._left_behind: asyncio.Future[Any] | None = None
+        self._retry_at = 0.0
+        self._retry_s = RETRY_S
+
+    @property
+    def busy(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def is_owed(self, version: Version) -> bool:
+        """Whether a push of `version` should start now."""
+        if self.busy or time.monotonic() < self._retry_at:
+            return False
+        return self.has != version or not _serves(self.replica, version)
+
+    def start(self, version: Version, snapshot: Snapshot, ended: Callable[[], None]) -> None:
+        """Begins a push in the background. `ended` is called when it is over and when `snapshot` is free again."""
+        self.started = time.monotonic()
+        self._left_behind = None
+        snapshot.users += 1
+        self._task = asyncio.create_task(self._serve(version, snapshot, ended))
+
+    def raise_failure(self) -> None:
+        """Raises what ended the last push, if it was more than the replica's failure: FencedError."""
+        if self._task is not None and self._task.done() and not self._task.cancelled():
+            self._task.result()
+
+    async def finish(self, timeout_s: float) -> None:
+        """Lets a push end in order, or breaks it off; then parts from the replica."""
+        if self._task is not None and self.busy:
+            await asyncio.wait({self._task}, timeout=timeout_s)
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        if self._channel is not None:
+            await self._channel.leave()
+
+    async def drop_channel(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            self._left_behind = channel.collective
+            await channel.close()
+
+    async def _serve(self, version: Version, snapshot: Snapshot, ended: Callable[[], None]) -> None:
+        try:
+            if self.has == version and await self._has_already(version):
+                return
+            if self.replica.state == pb.REPLICA_STATE_JOINING:
+                # A new engine is in no group yet.
+                await self.drop_channel()
+            channel = await self._joined_channel()
+            if channel is not None:
+                await self._push(channel, version, snapshot)
+        finally:
+            self._release(snapshot, ended)
+            ended()
+
+    async def _has_already(self, version: Version) -> bool:
+        """Whether the registry, which hears of a push a heartbeat later, is merely behind."""
+        if self._channel is None:
+            return False
+        try:
+            self.replica = await self._channel.status()
+        except UnavailableError:
+            return False
+        return _serves(self.replica, version)
+
+    async def _joined_channel(self) -> Channel | None:
+        if self._channel is not None:
+            return self._channel
+        channel = self._channel = Channel(self.replica, self._epoch, self._config, self._pause_mode)
+        try:
+            await channel.join()
+        except UnavailableError as error:
+            log.info("replica_not_joined", replica_id=self.replica.replica_id, reason=str(error))
+            await self._failed()
+            return None
+        return channel
+
+    async def _push(self, channel: Channel, version: Version, snapshot: Snapshot) -> None:
+        started, error, pushed = time.monotonic(), "", Pushed(0.0, 0, 0)
+        try:
+            pushed = await channel.push(version, snapshot)
+        except UnavailableError as failure:
+            error = str(failure)
+            log.warning("push_failed", replica_id=self.replica.replica_id, version=str(version), reason=error)
+            await self._failed()
+        else:
+            self.has, self._retry_s = version, RETRY_S
+            self.replica.state = pb.REPLICA_STATE_SERVING
+            self.replica.weight_version.CopyFrom(version.to_proto())
+        self._record(
+            {
+                "version": str(version),
+                "replica_id": self.replica.replica_id,
+                "seconds": time.monotonic() - started,
+                "pause_s": pushed.pause_s,
+                "bytes": snapshot.manifest.num_bytes,
+                "requests_continued": pushed.requests_continued,
+                "requests_aborted": pushed.requests_aborted,
+                "time": time.time(),
+                "ok": not error,
+                "error": error,
+            }
+        )
+
+    async def _failed(self) -> None:
+        self.has = None
+        self._retry_at = time.monotonic() + self._retry_s
+        self._retry_s = min(2 * self._retry_s, RETRY_MAX_S)
+        await self.drop_channel()
+
+    def _release(self, snapshot: Snapshot, ended: Callable[[], None]) -> None:
+        """The snapshot is free as soon as no collective reads from it any more."""
+
+        def release(_: object = None) -> None:
+            snapshot.users -= 1
+            ended()
+
+        if self._left_behind is not None and not self._left_behind.done():
+            self._left_behind.add_done_callback(release)
+        else:
+            release()
+
+
+def _serves(replica: pb.Replica, version: Version) -> bool:
+    serving = replica.state == pb.REPLICA_STATE_SERVING
+    return serving and Version.from_proto(replica.weight_version) == version

@@ -1,0 +1,170 @@
+"""Publication of weights: a duty of its own, beside training.
+
+A version is *offered* once and then owed to every rollout replica: those that serve an older one, and those that join
+or were quarantined, also while the trainer waits or computes. Lives on the process's asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+import structlog
+import torch
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import rollout_pb2 as rpb
+from services.common.buffer_client import BufferClient
+from services.common.config import Config
+from services.common.errors import UnavailableError
+from services.common.versions import Version
+from services.trainer.weights.peer import Peer, Record
+from services.trainer.weights.snapshot import MIB, Snapshot, build_manifest
+
+log = structlog.get_logger()
+
+LIST_EVERY_S = 0.5
+BUFFER_TIMEOUT_S = 5.0
+# Once one replica has a version, it is published without those that take longer than this: they are below the floor
+# until they have it, so they get no work and hold up nobody.
+STRAGGLER_S = 5.0
+# Pushes under way when the trainer leaves may still end in order within this time.
+FAREWELL_S = 5.0
+
+# A suspect replica has lost its engine, and with it the group: it joins anew when it is back.
+_OWED = {
+    pb.REPLICA_STATE_JOINING,
+    pb.REPLICA_STATE_SYNCING,
+    pb.REPLICA_STATE_SERVING,
+    pb.REPLICA_STATE_QUARANTINED,
+}
+_PAUSE_MODES = {
+    "in_place": rpb.PAUSE_MODE_IN_PLACE,
+    "retract": rpb.PAUSE_MODE_RETRACT,
+    "abort": rpb.PAUSE_MODE_ABORT,
+}
+
+
+class Publisher:
+    """Owes the newest offered version to every replica.
+
+    Memory: at most two copies of the weights. Training waits for the pushes of one version before it offers the next,
+    so the second copy comes to be only while a straggler still reads from the first.
+    """
+
+    def __init__(self, buffer: BufferClient, config: Config, epoch: int, record: Record) -> None:
+        """`record` gets one line per push, for pushes.jsonl."""
+        self._buffer = buffer
+        self._config = config.trainer.weights
+        self._pause_mode = _PAUSE_MODES[config.rollout.pause_mode]
+        self._epoch = epoch
+        self._record = record
+        self._peers: dict[str, Peer] = {}
+        self._listed_at = -LIST_EVERY_S
+        self._snapshots: list[Snapshot] = []
+        self._target: tuple[Version, Snapshot] | None = None
+        self._published: Version | None = None
+        self._round_done = asyncio.Condition()
+        self._wake = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    async def start(self, ended: Callable[[asyncio.Task[None]], None]) -> None:
+        """Begins to push, until `close`. `ended` gets the task when it is done: with FencedError if superseded."""
+        self._running = asyncio.create_task(self._run())
+        self._running.add_done_callback(ended)
+
+    async def take_snapshot(self, weights: Mapping[str, torch.Tensor]) -> Snapshot:
+        """A free snapshot to fill, once the pushes of the last offered version have settled.
+
+        From here until `offer` nothing is owed: nobody must be served from a snapshot that is being overwritten.
+        """
+        async with self._round_done:
+            await self._round_done.wait_for(self._settled)
+            self._target = None
+        free = [snapshot for snapshot in self._snapshots if not snapshot.users]
+        if not free:
+            device = torch.device("cuda" if self._config.backend == "nccl" else "cpu")
+            free = [Snapshot(build_manifest(weights, self._config.bucket_mb * MIB), device)]
+            self._snapshots += free
+        return free[0]
+
+    async def offer(self, version: Version, snapshot: Snapshot) -> None:
+        """From now on every replica is owed `version`, whose weights `snapshot` holds."""
+        self._target = (version, snapshot)
+        self._wake.set()
+
+    async def wait_published(self, version: Version) -> None:
+        """Returns when at least one replica serves `version` or a later one, and the buffer knows."""
+        async with self._round_done:
+            await self._round_done.wait_for(lambda: self._published is not None and self._published >= version)
+
+    async def close(self) -> None:
+        """Lets pushes under way end, then parts from every replica."""
+        if self._running is not None:
+            self._running.cancel()
+        await asyncio.gather(*(peer.finish(FAREWELL_S) for peer in self._peers.values()), return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._round()
+            except (TimeoutError, UnavailableError) as error:
+                log.warning("publication_waits", reason=str(error) or "the buffer does not answer")
+            async with self._round_done:
+                self._round_done.notify_all()
+            try:
+                async with asyncio.timeout(LIST_EVERY_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    def _settled(self) -> bool:
+        """A snapshot is free or may be made, and publication waits for no push of the last offered version."""
+        if len(self._snapshots) == 2 and all(snapshot.users for snapshot in self._snapshots):
+            return False
+        if self._target is None or self._published == self._target[0]:
+            return True
+        return not any(peer.busy for peer in self._peers.values())
+
+    async def _round(self) -> None:
+        for peer in self._peers.values():
+            peer.raise_failure()
+        if time.monotonic() - self._listed_at >= LIST_EVERY_S:
+            await self._list()
+        if self._target is None:
+            return
+        version, snapshot = self._target
+        for peer in self._peers.values():
+            if peer.is_owed(version):
+                peer.start(version, snapshot, self._wake.set)
+        if self._published != version and self._is_complete(version):
+            async with asyncio.timeout(BUFFER_TIMEOUT_S):
+                await self._buffer.publish_version(version)
+            self._published = version
+
+    async def _list(self) -> None:
+        async with asyncio.timeout(BUFFER_TIMEOUT_S):
+            replicas = await self._buffer.list_replicas(pb.ROLE_ROLLOUT)
+        self._listed_at = time.monotonic()
+        listed = {replica.replica_id: replica for replica in replicas if replica.state in _OWED}
+        for replica_id, replica in listed.items():
+            if replica_id in self._peers:
+                self._peers[replica_id].replica = replica
+            else:
+                self._peers[replica_id] = Peer(replica, self._epoch, self._config, self._pause_mode, self._record)
+        for replica_id in self._peers.keys() - listed.keys():
+            if not self._peers[replica_id].busy:
+                await self._peers.pop(replica_id).drop_channel()
+
+    def _is_complete(self, version: Version) -> bool:
+        """At least one replica has it, and none that was serving may still get it soon."""
+        if not any(peer.has == version for peer in self._peers.values()):
+            return False
+        overdue = time.monotonic() - STRAGGLER_S
+        return not any(
+            peer.busy and peer.started > overdue and peer.replica.state != pb.REPLICA_STATE_JOINING
+            for peer in self._peers.values()
+            if peer.has != version
+        )

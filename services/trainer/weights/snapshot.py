@@ -1,0 +1,69 @@
+"""A copy of all weights as large flat buckets, ready for the collective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import xxhash
+
+from polyhead.v1 import weights_pb2
+
+MIB = 1 << 20
+
+
+def build_manifest(weights: Mapping[str, torch.Tensor], bucket_bytes: int) -> weights_pb2.WeightManifest:
+    """Distributes tensors over buckets of at most `bucket_bytes`; a larger tensor gets one of its own.
+
+    Wide dtypes come first, so that every tensor lies aligned in its bucket without padding; otherwise the order is
+    that of `weights`, which must hold tied tensors once.
+    """
+    manifest = weights_pb2.WeightManifest()
+    layout = xxhash.xxh3_128()
+    ordered = sorted(weights.items(), key=lambda item: -item[1].element_size())
+    for name, tensor in ordered:
+        size = tensor.numel() * tensor.element_size()
+        if not manifest.buckets or manifest.buckets[-1].num_bytes + size > bucket_bytes:
+            manifest.buckets.add()
+        bucket = manifest.buckets[-1]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        bucket.tensors.add(name=name, dtype=dtype, shape=tensor.shape)
+        bucket.num_bytes += size
+        manifest.num_bytes += size
+        layout.update(f"{len(manifest.buckets)} {name} {dtype} {list(tensor.shape)}\n".encode())
+    manifest.layout_digest = layout.hexdigest()
+    return manifest
+
+
+class Snapshot:
+    """One reusable set of buckets. It holds a full copy of the weights for as long as it lives."""
+
+    def __init__(self, manifest: weights_pb2.WeightManifest, device: torch.device) -> None:
+        self.manifest = manifest
+        self.buckets: Sequence[torch.Tensor] = [
+            torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device) for bucket in manifest.buckets
+        ]
+        self.users = 0
+        """Pushes that still read from it."""
+        self._views = {
+            name: view
+            for bucket, flat in zip(manifest.buckets, self.buckets, strict=True)
+            for name, view in _views(bucket, flat)
+        }
+
+    def fill(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Copies the weights in. Nobody may be reading from the snapshot."""
+        with torch.no_grad():
+            for name, view in self._views.items():
+                view.copy_(weights[name])
+
+
+def _views(bucket: weights_pb2.WeightBucket, flat: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    views = []
+    start = 0
+    for spec in bucket.tensors:
+        shape, dtype = list(spec.shape), getattr(torch, spec.dtype)
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        views.append((spec.name, flat[start:end].view(dtype).view(shape)))
+        start = end
+    return views

@@ -1,0 +1,182 @@
+"""What the buffer costs per training step: 64 small samples through the real service, over gRPC, on an embedded Valkey.
+
+``PYTHONPATH=.:protos python tests/bench/bench_buffer.py [--steps N] [--chunk N] [--appendfsync always|everysec]``
+prints one JSON object. The buffer runs in a process of its own; its CPU time and Valkey's are read from the kernel.
+`chunk` is the number of samples per Lease and Complete of rollout and reward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import grpc
+import psutil
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+from services.common import wire
+from services.common.buffer_client import BufferClient
+from services.common.process import free_port
+from services.common.versions import Version
+from tests.kit.valkey import Valkey
+
+GROUPS, GROUP_SIZE, PROMPT_TOKENS, COMPLETION_TOKENS = 8, 8, 12, 12
+
+CONFIG = """
+[run]
+name = "bench"
+[data]
+prompt_data = "{data}"
+[batch]
+rollout_batch_size = {groups}
+n_samples_per_prompt = {size}
+[store]
+url = "{store}"
+[buffer]
+address = "{address}"
+"""
+
+
+def make_sample(leased: pb.LeasedSample, group: pb.LeasedGroup, version: Version) -> bytes:
+    segment = sample_pb2.Segment(
+        token_ids=wire.encode_tokens(range(PROMPT_TOKENS + COMPLETION_TOKENS)),
+        num_tokens=PROMPT_TOKENS + COMPLETION_TOKENS,
+        prompt_length=PROMPT_TOKENS,
+        loss_mask=wire.encode_mask([1] * COMPLETION_TOKENS),
+        rollout_logprobs=wire.encode_logprobs([-0.5] * COMPLETION_TOKENS),
+        spans=[sample_pb2.WeightVersionSpan(version=version.to_proto(), start=0, end=COMPLETION_TOKENS)],
+    )
+    sample = sample_pb2.Sample(
+        sample_id=leased.sample_id,
+        group_id=group.group_id,
+        index=leased.index,
+        prompt=group.prompt,
+        segments=[segment],
+        completion="the answer is 7",
+        finish_reason=sample_pb2.FINISH_REASON_STOP,
+    )
+    return sample.SerializeToString()
+
+
+class Step:
+    """One training step as all three services would make it, with the time of each verb."""
+
+    def __init__(self, client: BufferClient, chunk: int) -> None:
+        self._client = client
+        self._chunk = chunk
+        self.seconds: dict[str, float] = {}
+
+    async def _timed(self, name: str, call: object) -> object:
+        began = time.perf_counter()
+        answer = await call  # type: ignore[misc]
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        return answer
+
+    async def run(self, epoch: int, step: int) -> None:
+        version = Version(epoch, step - 1)
+        for _ in range(GROUPS * GROUP_SIZE // self._chunk):
+            await self._generate(version)
+            await self._score()
+        lease = await self._timed("lease_train", self._client.lease(sample_pb2.STAGE_TRAIN, "t", epoch=epoch, step=step))
+        await self._timed("commit", self._client.commit_step(epoch, step, lease.batch_lease_id))  # type: ignore[attr-defined]
+        await self._timed("publish", self._client.publish_version(Version(epoch, step)))
+
+    async def _generate(self, version: Version) -> None:
+        lease = await self._timed(
+            "lease_generate",
+            self._client.lease(
+                sample_pb2.STAGE_GENERATE, "r", max_samples=self._chunk, weight_version=version, include_payload=True
+            ),
+        )
+        samples = [
+            pb.CompletedSample(sample_id=s.sample_id, lease_id=s.lease_id, sample=make_sample(s, group, version))
+            for group in lease.groups  # type: ignore[attr-defined]
+            for s in group.samples
+        ]
+        await self._timed("complete_generate", self._client.complete(sample_pb2.STAGE_GENERATE, "r", samples))
+
+    async def _score(self) -> None:
+        lease = await self._timed(
+            "lease_score", self._client.lease(sample_pb2.STAGE_SCORE, "s", max_samples=self._chunk)
+        )
+        samples = [
+            pb.CompletedSample(
+                sample_id=s.sample_id, lease_id=s.lease_id, score=sample_pb2.Score(reward=s.index % 2, scorer="exact")
+            )
+            for group in lease.groups  # type: ignore[attr-defined]
+            for s in group.samples
+        ]
+        await self._timed("complete_score", self._client.complete(sample_pb2.STAGE_SCORE, "s", samples))
+
+
+async def measure(address: str, steps: int, chunk: int, pids: dict[str, int]) -> dict[str, object]:
+    async with BufferClient(address) as client:
+        epoch = (await client.acquire_epoch("bench")).epoch
+        await client.recover(epoch, 0)
+        await client.publish_version(Version(epoch, 0))
+        step = Step(client, chunk)
+        for number in range(1, 6):
+            await step.run(epoch, number)
+        step.seconds.clear()
+        before, began = {name: _cpu(pid) for name, pid in pids.items()}, time.perf_counter()
+        for number in range(6, 6 + steps):
+            await step.run(epoch, number)
+        wall = time.perf_counter() - began
+        cpu = {f"{name}_cpu_ms_per_step": (_cpu(pid) - before[name]) * 1e3 / steps for name, pid in pids.items()}
+        ledger = await client.get_ledger()
+    figures = {
+        "wall_ms_per_step": wall * 1e3 / steps,
+        **cpu,
+        **{f"{name}_ms": seconds * 1e3 / steps for name, seconds in step.seconds.items()},
+    }
+    return {
+        "steps": steps,
+        "chunk": chunk,
+        "imbalance": ledger.imbalance,
+        "samples_per_s": round(steps * GROUPS * GROUP_SIZE / wall),
+        **{name: round(value, 2) for name, value in figures.items()},
+    }
+
+
+def _cpu(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--appendfsync", choices=["always", "everysec"], default="always")
+    arguments = parser.parse_args()
+    server = Valkey(appendfsync=arguments.appendfsync)
+    server.start()
+    with tempfile.TemporaryDirectory() as directory:
+        data = Path(directory) / "data.jsonl"
+        data.write_text("".join(json.dumps({"input": f"{n} + 1 ="}) + "\n" for n in range(100)))
+        address = f"127.0.0.1:{free_port()}"
+        config = Path(directory) / "run.toml"
+        config.write_text(CONFIG.format(data=data, groups=GROUPS, size=GROUP_SIZE, store=server.url, address=address))
+        command = [sys.executable, "-m", "services.buffer", "-c", str(config)]
+        buffer = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ".:protos"}, stderr=subprocess.DEVNULL)
+        try:
+            grpc.channel_ready_future(grpc.insecure_channel(address)).result(timeout=20)
+            pids = {"buffer": buffer.pid, "store": server.pid}
+            figures = asyncio.run(measure(address, arguments.steps, arguments.chunk, pids))
+            print(json.dumps({"appendfsync": arguments.appendfsync, **figures}, indent=1))
+        finally:
+            buffer.terminate()
+            buffer.wait()
+            server.remove()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The trainer against the real buffer: a whole run, stop and resume, fencing, skipped steps."""
+
+import asyncio
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from polyhead.v1 import sample_pb2
+from services.common.errors import FencedError, TrainingDivergedError
+from services.common.versions import Version
+from services.trainer.backends.torch.backend import TorchBackend
+from services.trainer.checkpoint import CheckpointStore
+from tests.kit.tiny_model import build_tiny_qwen3
+from tests.kit.trainer_rig import make_config, running_rig, steps_of, until
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_tiny_qwen3(tmp_path_factory.mktemp("model") / "m", hidden=32)
+
+
+def in_state(ledger, state):
+    return sum(row.samples for row in ledger.counts if row.state == state)
+
+
+async def test_a_run_trains_publishes_saves_and_exports(model, tmp_path):
+    config = make_config(model, tmp_path / "run", steps=5)
+    async with running_rig(config, tmp_path) as rig:
+        await asyncio.wait_for(rig.train(), 60)
+        ledger = await rig.buffer.get_ledger()
+        replica = rig.replicas[0]
+
+    # The replica holds, byte for byte, what the run leaves behind.
+    exported = AutoModelForCausalLM.from_pretrained(config.run.dir / "hf", dtype=torch.float32).state_dict()
+    last = Version(1, 5)
+    expected = b"".join(
+        exported[spec.name].numpy().tobytes() for bucket in replica.manifests[last].buckets for spec in bucket.tensors
+    )
+    assert replica.received[last] == expected
+    assert list(replica.received) == [Version(1, step) for step in range(6)]
+    assert len(set(replica.received.values())) == 6
+    assert replica.calls.count("JoinWeightGroup") == 1
+
+    lines = rig.lines("metrics")
+    assert steps_of(lines) == [1, 2, 3, 4, 5]
+    assert all(line["samples"] == 8 and line["groups"] == 2 for line in lines)
+    assert all(line["staleness_max"] <= 2 for line in lines)
+    assert lines[0]["version"] == "e1.s1"
+    assert len(rig.lines("samples")) == 10
+    pushes = rig.lines("pushes")
+    assert [push["version"] for push in pushes] == [f"e1.s{step}" for step in range(6)]
+    assert all(push["ok"] and push["pause_s"] == 0.005 and push["requests_aborted"] == 0 for push in pushes)
+
+    assert (ledger.step, ledger.imbalance) == (5, 0)
+    assert Version.from_proto(ledger.published) == last
+    assert CheckpointStore(config.run.dir, 2).steps() == [4, 5]
+    # Checkpoint 4 is the oldest kept: what steps 1 to 4 consumed is retired, step 5 is not.
+    assert in_state(ledger, sample_pb2.SAMPLE_STATE_RETIRED) == 32
+    assert in_state(ledger, sample_pb2.SAMPLE_STATE_CONSUMED) == 8
+
+
+async def test_a_stopped_run_goes_on_at_the_next_step(model, tmp_path):
+    config = make_config(model, tmp_path / "run", steps=6)
+    config.trainer.checkpoint.save_interval = 100
+    async with running_rig(config, tmp_path) as rig:
+        running = asyncio.create_task(rig.train())
+        await until(lambda: rig.status.steps >= 3)
+        rig.stop.set()
+        await asyncio.wait_for(running, 20)
+        stopped_at = steps_of(rig.lines("metrics"))[-1]
+        assert CheckpointStore(config.run.dir, 2).steps() == [stopped_at]
+        assert not (config.run.dir / "hf").exists()
+
+        rig.stop.clear()
+        await asyncio.wait_for(rig.train(), 60)
+        ledger = await rig.buffer.get_ledger()
+    assert steps_of(rig.lines("metrics")) == [1, 2, 3, 4, 5, 6]
+    assert (ledger.step, ledger.epoch, ledger.imbalance) == (6, 2, 0)
+    # The resumed trainer pushed what it had before it took a batch.
+    assert rig.lines("pushes")[stopped_at + 1]["version"] == f"e2.s{stopped_at}"
+    assert (config.run.dir / "hf" / "model.safetensors").exists()
+
+
+async def test_a_killed_trainer_replays_the_recorded_batches(model, tmp_path, monkeypatch):
+    config = make_config(model, tmp_path / "run", steps=6)
+    config.trainer.checkpoint.save_interval = 2
+    batches = []
+    train = TorchBackend.train
+
+    def recording(self, micro_batches):
+        batches.append([batch.targets.tolist() for batch in micro_batches])
+        if len(batches) == 4:
+            raise KeyboardInterrupt  # stands for kill -9: nothing is saved on the way out
+        return train(self, micro_batches)
+
+    monkeypatch.setattr(TorchBackend, "train", recording)
+    async with running_rig(config, tmp_path) as rig:
+        with pytest.raises(KeyboardInterrupt):
+            await asyncio.wait_for(asyncio.wrap_future(in_thread(rig)), 60)
+        assert CheckpointStore(config.run.dir, 2).steps() == [2]
+        await asyncio.wait_for(rig.train(), 60)
+        ledger = await rig.buffer.get_ledger()
+    assert steps_of(rig.lines("metrics")) == [1, 2, 3, 3, 4, 5, 6]
+    # Step 3 was committed and undone by the recovery: its batch comes again, token for token.
+    assert batches[4] == batches[2]
+    assert (ledger.step, ledger.imbalance) == (6, 0)
+
+
+def in_thread(rig):
+    """`rig.train` on a plain thread: a KeyboardInterrupt must not reach the test's loop."""
+    import concurrent.futures
+    import threading
+
+    from services.trainer.trainer import train
+
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            train(rig.config, rig._io, rig.buffer, rig.status, "trainer-0")
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+async def test_a_refused_commit_ends_the_trainer(model, tmp_path, monkeypatch):
+    config = make_config(model, tmp_path / "run", steps=50)
+    async with running_rig(config, tmp_path) as rig:
+        running = asyncio.create_task(rig.train())
+        await until(lambda: rig.status.steps >= 1)
+        await rig.buffer.acquire_epoch("another trainer")
+        with pytest.raises(FencedError) as caught:
+            await asyncio.wait_for(running, 20)
+        assert caught.value.exit_code == 3
+        trained = rig.status.steps
+        ledger = await rig.buffer.get_ledger()
+    # What was not committed was neither published nor saved.
+    assert ledger.step <= trained + 1
+    assert max(CheckpointStore(config.run.dir, 2).steps(), default=0) <= ledger.step
+
+
+async def test_a_replica_of_a_newer_trainer_ends_this_one(model, tmp_path):
+    config = make_config(model, tmp_path / "run")
+    async with running_rig(config, tmp_path) as rig:
+        rig.replicas[0].fence = 7
+        with pytest.raises(FencedError):
+            await asyncio.wait_for(rig.train(), 20)
+
+
+async def test_a_step_that_is_not_finite_is_skipped_with_the_weights_unchanged(model, tmp_path, monkeypatch):
+    config = make_config(model, tmp_path / "run", steps=3)
+    poisoned = poison(monkeypatch, {2})
+    async with running_rig(config, tmp_path) as rig:
+        await asyncio.wait_for(rig.train(), 60)
+        ledger = await rig.buffer.get_ledger()
+        received = rig.replicas[0].received
+    assert poisoned == [2, 2]  # tried once more
+    assert received[Version(1, 2)] == received[Version(1, 1)] != received[Version(1, 3)]
+    dropped = [row for row in ledger.counts if row.state == sample_pb2.SAMPLE_STATE_DROPPED]
+    assert [(row.drop_reason, row.samples) for row in dropped] == [(sample_pb2.DROP_REASON_INVALID, 8)]
+    assert (ledger.step, ledger.imbalance) == (3, 0)
+    assert rig.lines("metrics")[1]["optimizer_steps_skipped"] == 1
+
+
+async def test_three_such_steps_in_a_row_end_the_run(model, tmp_path, monkeypatch):
+    config = make_config(model, tmp_path / "run", steps=20)
+    poison(monkeypatch, {2, 3, 4})
+    async with running_rig(config, tmp_path) as rig:
+        with pytest.raises(TrainingDivergedError, match="the last is step 4"):
+            await asyncio.wait_for(rig.train(), 60)
+    assert steps_of(rig.lines("metrics")) == [1, 2, 3, 4]
+
+
+def poison(monkeypatch, steps):
+    """Gives the batches of these steps an infinite advantage."""
+    from services.trainer import step as step_module
+
+    poisoned, seen = [], []
+    prepare = step_module.prepare_step
+
+    def spoiled(samples, advantages, clock, **settings):
+        batches = prepare(samples, advantages, clock, **settings)
+        seen.append(clock.trained.step + 1)
+        if seen[-1] in steps:
+            poisoned.append(seen[-1])
+            for batch in batches:
+                batch.advantages[:] = math.inf
+        return batches
+
+    monkeypatch.setattr(step_module, "prepare_step", spoiled)
+    return poisoned
+
+
+async def test_a_stop_is_heard_while_waiting_and_names_what_was_waited_for(model, tmp_path):
+    config = make_config(model, tmp_path / "run")
+    async with running_rig(config, tmp_path, feed=False) as rig:
+        running = asyncio.create_task(rig.train())
+        await until(lambda: rig.status.waiting_for is not None and rig.status.waiting_for.stage)
+        assert rig.status.phase == "waiting"
+        assert rig.status.waiting_for.reason
+        rig.stop.set()
+        await asyncio.wait_for(running, 5)
+    assert CheckpointStore(config.run.dir, 2).steps() == []
+
+
+async def test_a_finished_run_only_exports_what_is_missing(model, tmp_path):
+    import shutil
+
+    config = make_config(model, tmp_path / "run", steps=2)
+    async with running_rig(config, tmp_path) as rig:
+        await asyncio.wait_for(rig.train(), 60)
+        before = (config.run.dir / "hf" / "model.safetensors").read_bytes()
+        shutil.rmtree(config.run.dir / "hf")
+        await asyncio.wait_for(rig.train(), 20)
+    assert (config.run.dir / "hf" / "model.safetensors").read_bytes() == before
+    assert steps_of(rig.lines("metrics")) == [1, 2]
+
+
+async def test_a_publish_interval_publishes_every_other_step(model, tmp_path):
+    config = make_config(model, tmp_path / "run", steps=5, staleness={"publish_interval": 2})
+    async with running_rig(config, tmp_path) as rig:
+        await asyncio.wait_for(rig.train(), 60)
+    assert [push["version"] for push in rig.lines("pushes")] == ["e1.s0", "e1.s2", "e1.s4", "e1.s5"]
+    assert steps_of(rig.lines("metrics")) == [1, 2, 3, 4, 5]

@@ -1,0 +1,215 @@
+"""Publication: every replica gets the weights, whatever happens to another one."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+
+from polyhead.v1 import buffer_pb2 as pb
+from services.common.errors import UnavailableError
+from services.common.versions import Version
+from services.trainer.weights import publisher as publisher_module
+from services.trainer.weights.publisher import Publisher
+from tests.kit.trainer_rig import make_config, running_rig, until
+
+
+def make_weights(value):
+    generator = torch.Generator().manual_seed(value)
+    # Two buckets of 1 MiB.
+    return {name: torch.randn(200_000, generator=generator) for name in ("a", "b")}
+
+
+def as_bytes(weights):
+    return b"".join(tensor.numpy().tobytes() for tensor in weights.values())
+
+
+class Push:
+    """A publisher in epoch 1 of a buffer with no trainer loop around it."""
+
+    def __init__(self, rig, timeout_s=10.0):
+        self.rig = rig
+        self.lines = []
+        rig.config.trainer.weights.timeout_s = timeout_s
+        self.publisher = Publisher(rig.buffer, rig.config, 1, self.lines.append)
+        self.failures = []
+
+    async def start(self):
+        await self.rig.buffer.acquire_epoch("test")
+        await self.rig.buffer.recover(1, 0)
+        await self.publisher.start(lambda task: task.cancelled() or self.failures.append(task.exception()))
+
+    async def offer(self, weights):
+        """Version e1.s0 each time: the buffer knows no later one without a committed step."""
+        snapshot = await self.publisher.take_snapshot(weights)
+        snapshot.fill(weights)
+        await self.publisher.offer(Version(1, 0), snapshot)
+
+
+@asynccontextmanager
+async def pushing(tmp_path, replicas, **options):
+    config = make_config(tmp_path, tmp_path / "run")
+    async with running_rig(config, tmp_path, replicas=replicas, feed=False) as rig:
+        push = Push(rig, **options)
+        await push.start()
+        try:
+            yield push
+        finally:
+            await push.publisher.close()
+
+
+async def published(rig):
+    return (await rig.buffer.get_ledger()).published
+
+
+async def test_all_replicas_get_the_same_bytes_in_buckets(tmp_path):
+    weights = make_weights(0)
+    async with pushing(tmp_path, 3) as push:
+        await push.offer(weights)
+        await push.publisher.wait_published(Version(1, 0))
+        assert Version.from_proto(await published(push.rig)) == Version(1, 0)
+        for replica in push.rig.replicas:
+            assert replica.received[Version(1, 0)] == as_bytes(weights)
+            assert replica.calls.count("LoadBucket") == 2
+    assert sorted(line["replica_id"] for line in push.lines) == ["rollout-0", "rollout-1", "rollout-2"]
+    assert all(line["bytes"] == 1_600_000 and line["requests_continued"] == 3 for line in push.lines)
+    assert all(replica.calls[-1] == "LeaveWeightGroup" for replica in push.rig.replicas)
+
+
+async def test_a_replica_that_joins_later_gets_the_present_version(tmp_path):
+    async with pushing(tmp_path, 1) as push:
+        await push.offer(make_weights(0))
+        await push.publisher.wait_published(Version(1, 0))
+        late = await push.rig.add_replica()
+        await until(lambda: late.state == pb.REPLICA_STATE_SERVING)
+        assert late.received == push.rig.replicas[0].received
+        assert push.rig.replicas[0].calls.count("BeginUpdate") == 1
+
+
+async def test_without_a_replica_nothing_is_published_until_one_comes(tmp_path):
+    async with pushing(tmp_path, 0) as push:
+        await push.offer(make_weights(0))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 1.0)
+        assert not (await published(push.rig)).epoch
+        # Training is not held up by it.
+        await asyncio.wait_for(push.offer(make_weights(1)), 1.0)
+        replica = await push.rig.add_replica()
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 10.0)
+        assert replica.received[Version(1, 0)] == as_bytes(make_weights(1))
+
+
+async def test_an_engine_that_dies_mid_push_delays_nobody_and_is_repaired(tmp_path):
+    async with pushing(tmp_path, 2) as push:
+        victim, other = push.rig.replicas
+        victim.before["LoadBucket"] = lambda: (victim.engine.kill(), victim.before.clear())
+        await push.offer(make_weights(0))
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 5.0)
+        assert other.received[Version(1, 0)] == as_bytes(make_weights(0))
+        assert victim.version != Version(1, 0)
+        await until(lambda: "AbortUpdate" in victim.calls)
+        await victim.start_engine()
+        victim.state = pb.REPLICA_STATE_JOINING
+        await until(lambda: victim.state == pb.REPLICA_STATE_SERVING)
+        assert victim.received == other.received
+    failed = [line for line in push.lines if not line["ok"]]
+    assert failed
+    assert {line["replica_id"] for line in failed} == {"rollout-0"}
+    assert "LoadBucket" in failed[0]["error"] or "collective" in failed[0]["error"]
+
+
+async def test_a_push_refused_before_its_first_byte_is_tried_again(tmp_path):
+    async with pushing(tmp_path, 1) as push:
+        (replica,) = push.rig.replicas
+
+        def refuse():
+            replica.before.clear()
+            raise UnavailableError("did not become quiet", field="engine")
+
+        replica.before["BeginUpdate"] = refuse
+        await push.offer(make_weights(0))
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 10.0)
+    assert [line["ok"] for line in push.lines] == [False, True]
+    assert "did not become quiet" in push.lines[0]["error"]
+    # A new group: the old one is forgotten at both ends.
+    assert replica.calls.count("JoinWeightGroup") == 2
+
+
+async def test_a_replica_that_hangs_holds_up_publication_only_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(publisher_module, "STRAGGLER_S", 0.5)
+    async with pushing(tmp_path, 2, timeout_s=4.0) as push:
+        hung, other = push.rig.replicas
+        hung.state = pb.REPLICA_STATE_QUARANTINED
+        await asyncio.sleep(0.3)
+        hung.before["LoadBucket"] = lambda: asyncio.sleep(60)
+        await push.offer(make_weights(0))
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 3.0)
+        # The next version goes out from a second snapshot while the first is still being read from.
+        await asyncio.wait_for(push.offer(make_weights(1)), 1.0)
+        hung.before.clear()
+        await until(lambda: hung.received.get(Version(1, 0)) == as_bytes(make_weights(1)), within_s=15.0)
+    assert other.received[Version(1, 0)] == as_bytes(make_weights(0))
+
+
+async def test_a_quarantined_replica_is_repaired(tmp_path):
+    async with pushing(tmp_path, 1) as push:
+        (replica,) = push.rig.replicas
+        await push.offer(make_weights(0))
+        await push.publisher.wait_published(Version(1, 0))
+        replica.received.clear()
+        replica.state = pb.REPLICA_STATE_QUARANTINED
+        await until(lambda: replica.state == pb.REPLICA_STATE_SERVING)
+        assert replica.received[Version(1, 0)] == as_bytes(make_weights(0))
+
+
+async def test_a_registry_that_lags_behind_causes_no_second_push(tmp_path):
+    async with pushing(tmp_path, 1) as push:
+        (replica,) = push.rig.replicas
+        await asyncio.sleep(0.3)
+        replica.beats = False  # the registry goes on saying JOINING
+        await push.offer(make_weights(0))
+        await push.publisher.wait_published(Version(1, 0))
+        await until(lambda: replica.calls.count("GetStatus") >= 2)
+        assert replica.calls.count("BeginUpdate") == 1
+
+
+CLIENT = """
+import asyncio, sys
+from polyhead.v1 import buffer_pb2 as pb, rollout_pb2 as rpb
+from services.common.config.models import WeightsConfig
+from services.common.errors import UnavailableError
+from services.trainer.weights.channel import Channel
+
+async def main():
+    replica = pb.Replica(replica_id="r", address=sys.argv[1])
+    channel = Channel(replica, 1, WeightsConfig(timeout_s=60.0), rpb.PAUSE_MODE_IN_PLACE)
+    try:
+        await channel.join()
+    except UnavailableError:
+        await channel.close()
+        print("left behind")
+
+asyncio.run(main())
+"""
+
+
+async def test_a_collective_that_never_forms_does_not_keep_the_process_from_ending(tmp_path):
+    async with pushing(tmp_path, 1) as push:
+        (replica,) = push.rig.replicas
+
+        def refuse():
+            raise UnavailableError("no", field="engine")
+
+        replica.before["JoinWeightGroup"] = refuse
+        started = time.monotonic()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", CLIENT, replica.describe().address, stdout=subprocess.PIPE
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), 30)
+        assert (process.returncode, output) == (0, b"left behind\n")
+        assert time.monotonic() - started < 30
+        assert process.returncode != -signal.SIGABRT

@@ -1,0 +1,49 @@
+"""Runs that end as planned, and runs that are interrupted."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.kit.runs import Run, surviving
+
+
+@pytest.mark.timeout(180)
+def test_train_pushes_after_each_step_and_both_sides_agree_on_log_probs(tmp_path, flags):
+    run = Run(tmp_path / "run", *flags, "--num-rollout", "3", "--run-dir", str(tmp_path / "run"))
+    assert run.finish(within_s=120) == 0, run.tail()
+    lines = surviving(run.steps())
+    assert sorted(lines) == [1, 2, 3]
+    assert all(line["mismatch_kl"] < 1e-3 for line in lines.values())
+    summary = run.summary()
+    assert summary["weight_pushes"] >= 4, "the start and each step"
+    assert summary["requests_aborted"] == 0
+    assert summary["ledger_imbalance"] == 0
+    for name in ("config.toml", "metrics.jsonl", "report.html", "curve.png", "hf/config.json", "logs/trainer-0.log"):
+        assert (run.dir / name).exists(), name
+    assert run.left_behind() == []
+
+
+@pytest.mark.timeout(240)
+def test_an_interrupted_run_resumes_without_repeating_or_skipping_a_prompt(tmp_path, flags):
+    command = [*flags, "--num-rollout", "24", "--run-dir", str(tmp_path / "run")]
+    first = Run(tmp_path / "run", *command)
+    first.wait_for(lambda: first.step() >= 8, within_s=90)
+    first.process.send_signal(signal.SIGINT)
+    assert first.finish(within_s=60) == 128 + signal.SIGINT, first.tail()
+    assert first.left_behind() == []
+    reached = first.step()
+    assert reached < 24
+
+    second = Run(tmp_path / "run", *command)
+    assert second.finish(within_s=120) == 0, second.tail()
+    lines = second.steps()
+    assert [line["step"] for line in lines] == list(range(1, 25)), "an orderly stop repeats no step"
+    ordinals = [ordinal for line in lines for ordinal in line["prompt_ordinals"]]
+    assert len(ordinals) == len(set(ordinals)) == 4 * 24
+    # Nothing is filtered here, so what was not trained is still in the works: no prompt was passed over.
+    ledger = second.summary()["ledger"]
+    assert ledger["accepted"] // 4 >= max(ordinals) + 1
+    assert sum(ledger["dropped"].values()) == ledger["dead"] == 0
+    assert second.left_behind() == []

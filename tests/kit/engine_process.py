@@ -1,0 +1,131 @@
+"""Engines as processes of their own, and the test's end of their HTTP API."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+
+from services.common.process import free_port
+
+ROOT = Path(__file__).parents[2]
+ADMIN_KEY = "an-admin-key"
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    kind: str
+    url: str
+    process: subprocess.Popen[bytes]
+    model_path: Path
+    context_length: int
+
+
+Start = Callable[..., contextlib.AbstractContextManager[EngineProcess]]
+
+
+@contextlib.contextmanager
+def start_torch_engine(
+    model_path: Path, *, context_length: int, flags: tuple[str, ...] = ()
+) -> Iterator[EngineProcess]:
+    """The in-house engine on a free port, stopped at the end."""
+    port = free_port()
+    module = [sys.executable, "-m", "services.rollout.engines.torch_engine", "--model-path", str(model_path)]
+    arguments = ["--port", str(port), "--context-length", str(context_length), "--admin-api-key", ADMIN_KEY, *flags]
+    process = subprocess.Popen([*module, *arguments], cwd=ROOT, env=engine_environment())
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_healthy(url, process, within_s=60)
+        yield EngineProcess("torch", url, process, model_path, context_length)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+# The same conformance suite runs over every engine that is started here.
+STARTS: dict[str, Start] = {"torch": start_torch_engine}
+
+
+def engine_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"}
+
+
+def wait_healthy(url: str, process: subprocess.Popen[bytes], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the engine ended with status {process.returncode}")
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"no healthy engine at {url} within {within_s} s")
+
+
+class EngineApi:
+    """HTTP calls that answer (status, JSON or text)."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self.url, self._session = url, session
+
+    async def post(self, path: str, body: Any = None, *, key: str | None = ADMIN_KEY) -> tuple[int, Any]:
+        data = body if isinstance(body, bytes) else orjson.dumps({} if body is None else body)
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        async with self._session.post(self.url + path, data=data, headers=headers) as response:
+            return response.status, _content(await response.read())
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self._session.get(self.url + path) as response:
+            return response.status, _content(await response.read())
+
+    async def ok(self, path: str, body: Any = None) -> Any:
+        status, content = await self.post(path, body)
+        assert status == 200, (path, status, content)
+        return content
+
+    async def generate(self, input_ids: list[Any], **fields: Any) -> Any:
+        """Answer of a request that must succeed. Fields that are no fields of the body are sampling parameters."""
+        return await self.ok("/generate", generate_body(input_ids, **fields))
+
+    async def stream(self, input_ids: list[Any], **fields: Any) -> AsyncIterator[dict[str, Any]]:
+        """Events of a stream up to [DONE]."""
+        body = {**generate_body(input_ids, **fields), "stream": True}
+        async with self._session.post(f"{self.url}/generate", json=body) as response:
+            assert response.status == 200, await response.text()
+            async for line in response.content:
+                if line.strip() == b"data: [DONE]":
+                    return
+                if line.startswith(b"data: "):
+                    yield orjson.loads(line.removeprefix(b"data: "))
+        raise AssertionError("the stream ended without [DONE]")
+
+
+_BODY_FIELDS = {"rid", "stream", "return_logprob", "logprob_start_len", "top_logprobs_num", "extra_key"}
+
+
+def generate_body(input_ids: list[Any], **fields: Any) -> dict[str, Any]:
+    """Log-probs are asked for unless said otherwise."""
+    body = {"return_logprob": True, **{key: value for key, value in fields.items() if key in _BODY_FIELDS}}
+    params = {key: value for key, value in fields.items() if key not in _BODY_FIELDS}
+    return {"input_ids": input_ids, "sampling_params": params, **body}
+
+
+def logprobs_of(answer: dict[str, Any]) -> list[float]:
+    return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+
+
+def _content(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return data.decode()

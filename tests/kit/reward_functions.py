@@ -1,0 +1,83 @@
+"""Reward functions as users write them, good and bad, for the tests of the reward service."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+
+async def by_order(args: Any, sample: Any, **kwargs: Any) -> Any:
+    """Does what the completion says: one function for all the ways a score can end."""
+    word, _, rest = sample.response.partition(" ")
+    if word == "sleep":
+        await asyncio.sleep(float(rest))
+    elif word == "hang":
+        while True:
+            pass
+    elif word == "raise":
+        raise ValueError(f"cannot\nscore {rest}")
+    elif word == "exit":
+        sys.exit(3)
+    elif word == "die":
+        os._exit(7)
+    elif word == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif word == "orphan":
+        subprocess.Popen(["sleep", "61.25"])
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif word == "nan":
+        return float("nan")
+    elif word == "none":
+        return None
+    elif word == "text":
+        return "1.0"
+    elif word == "numpy":
+        return np.float32(0.25)
+    elif word == "dict":
+        return {"score": 0.5, "acc": True, "pred": "not a number", "length": np.int64(3)}
+    elif word == "reward":
+        return {"reward": 0.75}
+    elif word == "empty":
+        return {}
+    elif word == "bad_part":
+        return {"score": 1.0, "kl": float("inf")}
+    elif word == "pid":
+        return os.getpid()
+    elif word == "print":
+        print("a user's function prints what it likes")
+    return 1.0
+
+
+def plain(args: SimpleNamespace, sample: Any) -> float:
+    """A function that is not async and takes no further arguments."""
+    return float(sample.response == sample.label)
+
+
+def sees(args: Any, sample: Any, **kwargs: Any) -> dict[str, float]:
+    """Gives back what it was given, as numbers."""
+    return {
+        "score": float(sample.metadata["difficulty"]),
+        "messages": len(sample.prompt),
+        "index": sample.index,
+        "group_index": sample.group_index,
+        "response_length": sample.response_length,
+        "truncated": sample.status == "truncated",
+        "no_label": sample.label is None,
+        "group_size": args.n_samples_per_prompt,
+    }
+
+
+def takes_nothing() -> float:
+    """Does not fit slime's signature."""
+    return time.time()
+
+
+not_a_function = 3

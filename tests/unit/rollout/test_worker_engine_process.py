@@ -1,0 +1,118 @@
+"""The engine as a child: started, watched, started again, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from polyhead.v1 import buffer_pb2 as pb
+from services.common.config import Config
+from services.rollout.engines.keeper import EngineKeeper
+from services.rollout.engines.messages import EngineUnavailableError
+from services.rollout.engines.process import EngineProcess, torch_engine_command
+from services.rollout.replica import Replica
+from tests.kit.rollout_rig import until
+
+ENGINE = """
+import asyncio, sys
+from aiohttp import web
+port, key, hang = int(sys.argv[1]), sys.argv[2], len(sys.argv) > 3
+async def answer(request):
+    if hang and request.path == "/server_info" and answer.seen:
+        await asyncio.sleep(60)
+    answer.seen = answer.seen or request.path == "/server_info"
+    return web.json_response({"kind": "stub", "version": "0", "context_length": 8})
+answer.seen = False
+app = web.Application()
+app.router.add_get("/{path}", answer)
+web.run_app(app, host="127.0.0.1", port=port, print=None)
+"""
+
+
+def stub(*arguments: str):
+    return lambda port, key: [sys.executable, "-c", ENGINE, str(port), key, *arguments]
+
+
+async def test_an_engine_that_ends_at_once_shows_its_last_words(tmp_path):
+    command = [sys.executable, "-c", "print('no such model'); raise SystemExit(3)"]
+    engine = EngineProcess(lambda port, key: command, tmp_path / "logs" / "engine-0.log")
+    with pytest.raises(EngineUnavailableError, match=r"ended with status 3; .*engine-0.log ends: no such model"):
+        await engine.ready(20)
+    await engine.close()
+
+
+async def test_an_engine_that_never_becomes_ready_is_given_up(tmp_path):
+    engine = EngineProcess(lambda port, key: ["sleep", "60"], tmp_path / "engine-0.log")
+    with pytest.raises(EngineUnavailableError, match=r"not ready after 0\.1 s"):
+        await engine.ready(0.1)
+    await engine.close()
+    assert not psutil.pid_exists(engine.pid)
+
+
+async def test_a_first_start_that_fails_is_an_error(tmp_path):
+    keeper = EngineKeeper(Replica("r"), lambda port, key: ["false"], tmp_path / "log", start_timeout_s=5)
+    with pytest.raises(EngineUnavailableError, match="ended with status 1"):
+        await keeper.run()
+
+
+async def test_an_engine_that_dies_is_started_again_and_the_replica_joins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.rollout.engines.keeper._BACKOFF_FIRST_S", 0.01)
+    replica, lost = Replica("r"), []
+    replica.on_lost.append(lambda: lost.append(replica.engine_pid))
+    task = asyncio.create_task(EngineKeeper(replica, stub(), tmp_path / "log", start_timeout_s=20).run())
+    await until(lambda: replica.life.state == pb.REPLICA_STATE_JOINING)
+    first = replica.engine_pid
+    os.kill(first, 9)
+    await until(lambda: replica.life.state == pb.REPLICA_STATE_SUSPECT)
+    assert lost == [first]
+    with pytest.raises(EngineUnavailableError, match="not running"):
+        _ = replica.client
+    await until(lambda: replica.life.state == pb.REPLICA_STATE_JOINING)
+    second = replica.engine_pid
+    assert second != first
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert not psutil.pid_exists(second)
+
+
+async def test_a_suspect_engine_is_kept_if_it_answers_and_killed_if_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.rollout.engines.keeper._BACKOFF_FIRST_S", 0.01)
+    monkeypatch.setattr("services.rollout.engines.keeper._PROBE_TIMEOUT_S", 0.3)
+    for arguments, survives in (((), True), (("hang",), False)):
+        replica = Replica("r")
+        keeper = EngineKeeper(replica, stub(*arguments), tmp_path / "log", start_timeout_s=20)
+        task = asyncio.create_task(keeper.run())
+        await until(lambda replica=replica: replica.engine_pid is not None)
+        pid = replica.engine_pid
+        replica.suspect.set()
+        await until(lambda replica=replica: not replica.suspect.is_set())
+        if survives:
+            await replica.client.server_info()
+            assert replica.engine_pid == pid
+        else:
+            await until(lambda replica=replica, pid=pid: replica.engine_pid not in (None, pid))
+            assert not psutil.pid_exists(pid)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def test_the_command_line_carries_the_settings(base_config: Config):
+    config = base_config.model_copy(deep=True)
+    config.rollout.engine.context_length = 77
+    config.rollout.sampling.stop = ["x"]
+    command = list(torch_engine_command(config)(123, "secret"))
+    assert command[:3] == [sys.executable, "-m", "services.rollout.engines.torch_engine"]
+    options = dict(zip(command[3::2], command[4::2], strict=False))
+    assert Path(options["--model-path"]) == config.model.hf_checkpoint
+    assert options["--port"] == "123"
+    assert options["--context-length"] == "77"
+    assert options["--dtype"] == "float32"
+    assert "--skip-tokenizer-init" not in command
+    assert "--enable-deterministic-inference" not in command
+    config.staleness.max_staleness, config.run.deterministic = 0, True
+    assert "--enable-deterministic-inference" in torch_engine_command(config)(1, "")

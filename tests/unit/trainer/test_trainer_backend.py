@@ -1,0 +1,288 @@
+"""The torch backend: packed log-probs against transformers, loss and gradient against a float64 reference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from services.common.config import Config
+from services.common.errors import ConfigError
+from services.common.versions import Version
+from services.trainer.algorithms.advantages import group_advantages
+from services.trainer.backends.torch.backend import TorchBackend
+from services.trainer.backends.torch.logprobs import to_device, token_logprobs
+from services.trainer.batch.prepare import prepare_step
+from services.trainer.batch.samples import decode_groups
+from services.trainer.batch.staleness import Clock
+from services.trainer.step import train_batch
+from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
+from tests.kit.trainer_batch import make_batch, make_group, make_sample
+
+CLOCK = Clock(Version(1, 0), {1: 0})
+BUILDERS = {"qwen3": build_tiny_qwen3, "qwen2": build_tiny_qwen2, "llama": build_tiny_llama}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: build(root / name) for name, build in BUILDERS.items()}
+
+
+def make_config(directory, **trainer):
+    return Config(model={"hf_checkpoint": directory}, trainer=trainer)
+
+
+def ragged_samples(seed):
+    """Prompts of several lengths, completions from 1 to 90 tokens, masks with holes, an empty one, a group of one."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for number, size in enumerate((4, 1, 3)):
+        prompt = rng.integers(3, 128, rng.integers(1, 40)).tolist()
+        samples = []
+        for index in range(size):
+            length = 1 if index == 0 else int(rng.integers(2, 90))
+            mask = np.zeros(length) if index == 2 else (rng.random(length) < 0.8) | (np.arange(length) == length - 1)
+            samples.append(
+                make_sample(
+                    rng,
+                    sample_id=f"g{number}-{index}",
+                    prompt=prompt,
+                    completion_length=length,
+                    loss_mask=mask,
+                    temperature=0.7 + 0.2 * index,
+                )
+            )
+        groups.append(make_group(samples, rng.normal(size=size).tolist()))
+    return decode_groups(groups, vocab_size=128)
+
+
+def prepare(samples, reduction="per_sample", max_tokens=4096):
+    rewards = np.array([sample.reward for sample in samples])
+    advantages = group_advantages(rewards, [sample.group_id for sample in samples], normalize_std=True)
+    return prepare_step(samples, advantages, CLOCK, mask_above=None, reduction=reduction, max_tokens=max_tokens)
+
+
+def plain_logprobs(model, sample):
+    """Float64 log-probs of all completion tokens, one unpadded sequence at a time."""
+    segment = sample.segments[0]
+    token_ids = torch.tensor(segment.token_ids.astype(np.int64))
+    logits = model(input_ids=token_ids[None], use_cache=False).logits[0]
+    scaled = torch.log_softmax(logits / sample.temperature, dim=-1)
+    positions = torch.arange(segment.prompt_length, len(token_ids))
+    return scaled[positions - 1, token_ids[positions]], scaled[positions - 1]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_packed_logprobs_and_entropy_equal_those_of_transformers_unpacked(models, name):
+    backend = TorchBackend(make_config(models[name]))
+    reference = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float64).eval()
+    samples = ragged_samples(0)
+    (batch,) = prepare(samples)
+    with torch.no_grad():
+        packed = token_logprobs(backend.model, to_device(batch, torch.device("cpu")))
+        chunked = token_logprobs(backend.model, to_device(batch, torch.device("cpu")), max_logits=128 * 7)
+        plain = [plain_logprobs(reference, sample) for sample in samples]
+    for row, (sample, (logprobs, distribution)) in enumerate(zip(samples, plain, strict=True)):
+        mine = batch.sample_rows == row
+        trained = np.flatnonzero(sample.segments[0].loss_mask)
+        assert mine.sum() == len(trained)
+        np.testing.assert_allclose(packed.logprobs[mine], logprobs[trained], atol=2e-5)
+        entropy = -(distribution.exp() * distribution).sum(-1)
+        np.testing.assert_allclose(packed.entropy[mine], entropy[trained], atol=2e-5)
+    np.testing.assert_allclose(chunked.logprobs, packed.logprobs, atol=1e-5)
+    np.testing.assert_allclose(chunked.entropy, packed.entropy, atol=1e-5)
+
+
+def test_a_sliding_window_is_kept_when_packed(tmp_path):
+    directory = build_tiny_qwen2(
+        tmp_path / "m", use_sliding_window=True, sliding_window=5, max_window_layers=0, attn_implementation="sdpa"
+    )
+    backend = TorchBackend(make_config(directory))
+    assert "sliding_attention" in backend.model.config.layer_types
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    samples = ragged_samples(1)
+    (batch,) = prepare(samples)
+    with torch.no_grad():
+        packed = token_logprobs(backend.model, to_device(batch, torch.device("cpu"))).logprobs
+        plain = plain_logprobs(reference, samples[1])[0]
+    trained = np.flatnonzero(samples[1].segments[0].loss_mask)
+    np.testing.assert_allclose(packed[batch.sample_rows == 1], plain[trained], atol=2e-5)
+
+
+def reference_loss(model, samples, reduction):
+    """The definition of the loss, one token at a time, in float64."""
+    rewards = np.array([sample.reward for sample in samples])
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for sample in samples:
+        group = [r for r, other in zip(rewards, samples, strict=True) if other.group_id == sample.group_id]
+        advantage = 0.0
+        if len(group) > 1:
+            advantage = (sample.reward - np.mean(group)) / (np.std(group, ddof=1) + 1e-6)
+        segment = sample.segments[0]
+        logprobs, _ = plain_logprobs(model, sample)
+        terms = []
+        for index in np.flatnonzero(segment.loss_mask):
+            ratio = torch.exp(logprobs[index] - float(segment.rollout_logprobs[index]))
+            terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage))
+        tokens += len(terms)
+        if terms:
+            mean = 1 if reduction == "per_token" else len(terms)
+            total = total + torch.stack(terms).sum() / mean
+    return total / (max(tokens, 1) if reduction == "per_token" else len(samples))
+
+
+@pytest.mark.parametrize("reduction", ["per_sample", "per_token"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_loss_and_gradient_match_float64_under_any_packing(models, reduction, seed):
+    config = make_config(models["qwen3"], algorithm={"eps_clip": 0.2, "eps_clip_high": 0.3})
+    backend = TorchBackend(config)
+    reference = AutoModelForCausalLM.from_pretrained(models["qwen3"], dtype=torch.float64).eval()
+    samples = ragged_samples(seed)
+    wanted = reference_loss(reference, samples, reduction)
+    wanted.backward()
+    gradients = dict(reference.named_parameters())
+    for max_tokens in (1, 120, 100_000):
+        micro_batches = prepare(samples, reduction, max_tokens)
+        result = backend.accumulate(micro_batches)
+        assert result.loss == pytest.approx(wanted.item(), abs=2e-5)
+        for name, parameter in backend.model.named_parameters():
+            np.testing.assert_allclose(parameter.grad, gradients[name].grad, atol=5e-5, rtol=2e-3)
+
+
+def test_chunked_logits_give_the_same_gradient(models, monkeypatch):
+    backend = TorchBackend(make_config(models["llama"]))
+    micro_batches = prepare(ragged_samples(2))
+    backend.accumulate(micro_batches)
+    whole = [parameter.grad.clone() for parameter in backend.model.parameters()]
+    monkeypatch.setattr(token_logprobs, "__defaults__", (128 * 5,))
+    backend.accumulate(micro_batches)
+    for before, parameter in zip(whole, backend.model.parameters(), strict=True):
+        np.testing.assert_allclose(parameter.grad, before, atol=1e-6, rtol=1e-4)
+
+
+def test_training_raises_the_probability_of_what_was_rewarded(models):
+    backend = TorchBackend(make_config(models["qwen3"], optimizer={"lr": 3e-3}))
+    samples = decode_groups(make_batch(0), vocab_size=128)
+    advantages = group_advantages(
+        np.array([s.reward for s in samples]), [s.group_id for s in samples], normalize_std=True
+    )
+
+    def mean_logprob(sign):
+        (batch,) = prepare(samples)
+        with torch.no_grad():
+            logprobs = token_logprobs(backend.model, to_device(batch, torch.device("cpu"))).logprobs
+        return float(logprobs[np.sign(advantages)[batch.sample_rows] == sign].mean())
+
+    # Behaviour log-probs far below the model's would be clipped at once: take the model's own.
+    before = mean_logprob(1), mean_logprob(-1)
+    for _ in range(3):
+        (batch,) = prepare(samples)
+        with torch.no_grad():
+            own = token_logprobs(backend.model, to_device(batch, torch.device("cpu"))).logprobs.numpy()
+        batch.rollout_logprobs[:] = own
+        result = backend.train([batch])
+        assert result.applied
+        assert result.mismatch_kl == pytest.approx(0.0, abs=1e-6)
+        assert result.ratio == pytest.approx(result.tokens, rel=1e-5)
+    assert mean_logprob(1) > before[0]
+    assert mean_logprob(-1) < before[1]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_names_the_sample(models):
+    backend = TorchBackend(make_config(models["qwen3"], optimizer={"lr": 1e-2}))
+    before = {name: weight.clone() for name, weight in backend.weights().items()}
+    (batch,) = prepare(ragged_samples(0))
+    bad = int(batch.sample_rows[-1])
+    batch.advantages[batch.sample_rows == bad] = math.inf
+    result = backend.train([batch])
+    assert not result.applied
+    assert result.offenders == [bad]
+    assert backend.optimizer_steps == 0
+    for name, weight in backend.weights().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_a_batch_without_trained_tokens_is_no_failure(models):
+    backend = TorchBackend(make_config(models["qwen3"]))
+    result = backend.train([])
+    assert result.applied
+    assert backend.optimizer_steps == 0
+
+
+def test_bfloat16_models_take_small_steps_in_their_master_weights(models):
+    config = make_config(models["qwen3"], optimizer={"lr": 1e-5, "clip_grad": 1e9})
+    config.model.dtype = "bfloat16"
+    backend = TorchBackend(config)
+    start = {name: weight.clone() for name, weight in backend.weights().items()}
+    assert {weight.dtype for weight in start.values()} == {torch.bfloat16}
+    samples = decode_groups(make_batch(0), vocab_size=128)
+    for _ in range(3):
+        assert all(result.applied for result in train_batch(backend, samples, CLOCK, config))
+    state = backend.state()
+    name = "model.embed_tokens.weight"
+    moved = state["optimizer"][f"master/{name}"] - start[name].float()
+    assert 1e-5 < moved.abs().max() < 1e-4
+    restored = TorchBackend(config)
+    restored.load_state(state, backend.optimizer_steps)
+    for left, right in ((backend, restored), (restored, backend)):
+        assert left.state()["optimizer"].keys() == right.state()["optimizer"].keys()
+    assert all(torch.equal(restored.weights()[key], weight) for key, weight in backend.weights().items())
+
+
+def test_warm_up_rises_linearly_to_the_learning_rate(models):
+    config = make_config(models["qwen3"], optimizer={"lr": 1e-3, "warmup_steps": 4})
+    backend = TorchBackend(config)
+    samples = decode_groups(make_batch(0, groups=1, size=4), vocab_size=128)
+    rates = [train_batch(backend, samples, CLOCK, config)[0].lr for _ in range(6)]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_batch_of_several_optimizer_steps_takes_them_all(models):
+    config = Config(
+        model={"hf_checkpoint": models["qwen3"]},
+        batch={"rollout_batch_size": 8, "n_samples_per_prompt": 8, "num_steps_per_rollout": 4},
+    )
+    backend = TorchBackend(config)
+    results = train_batch(backend, decode_groups(make_batch(0), vocab_size=128), CLOCK, config)
+    assert backend.optimizer_steps == len(results) == 4
+
+
+def test_a_directory_with_missing_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    directory = build_tiny_llama(tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.hf_checkpoint: .* lacks .* 1 weights, for example model\.layers\.0"):
+        TorchBackend(make_config(directory))
+
+
+def test_an_unknown_architecture_is_one_line(tmp_path):
+    directory = build_tiny_llama(tmp_path / "m")
+    (directory / "config.json").write_text('{"model_type": "nonesuch"}')
+    with pytest.raises(ConfigError, match=r"model\.hf_checkpoint: .* does not load") as caught:
+        TorchBackend(make_config(directory))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_that_cannot_be_packed_is_refused(models, monkeypatch):
+    from services.trainer.backends.torch import attention
+
+    def leaky(*args, **kwargs):
+        output, _ = attention.packed_attention(*args, **kwargs)
+        return output + output.mean(dim=1, keepdim=True), None
+
+    monkeypatch.setattr(attention, "register", lambda: attention.AttentionInterface.register(attention.NAME, leaky))
+    try:
+        with pytest.raises(ConfigError, match="Qwen3ForCausalLM cannot be trained packed: log-probs differ by"):
+            TorchBackend(make_config(models["qwen3"]))
+    finally:
+        attention.AttentionInterface.register(attention.NAME, attention.packed_attention)
+
+
+def test_tied_weights_are_listed_once_under_the_embedding(models):
+    assert "lm_head.weight" not in TorchBackend(make_config(models["qwen3"])).weights()
+    assert "lm_head.weight" in TorchBackend(make_config(models["llama"])).weights()

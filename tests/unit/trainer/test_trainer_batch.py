@@ -1,0 +1,208 @@
+"""Decoding, staleness and policy masks, splitting, packing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyhead.v1 import sample_pb2
+from services.common.errors import InvalidArgumentError
+from services.common.versions import Version
+from services.trainer.batch.packing import PackItem, pack
+from services.trainer.batch.plan import first_fit_decreasing, split_by_groups
+from services.trainer.batch.prepare import prepare_step
+from services.trainer.batch.samples import decode_groups
+from services.trainer.batch.staleness import Clock, fresh_tokens, sample_staleness, trained_mask
+from tests.kit.trainer_batch import make_batch, make_group, make_sample
+
+
+def decode_one(**fields):
+    sample = make_sample(np.random.default_rng(0), sample_id="g0-000", prompt=[5, 6], **fields)
+    return decode_groups([make_group([sample], [0.5])], vocab_size=128)[0]
+
+
+def test_decoding_keeps_groups_rewards_and_arrays():
+    samples = decode_groups(make_batch(0, groups=3, size=2), vocab_size=128)
+    assert [sample.group_id for sample in samples] == ["g00000000"] * 2 + ["g00000001"] * 2 + ["g00000002"] * 2
+    segment = samples[0].segments[0]
+    assert len(segment.loss_mask) == len(segment.rollout_logprobs) == segment.completion_length
+    assert not segment.token_ids.flags.owndata
+
+
+def test_a_token_outside_the_vocabulary_names_its_sample():
+    groups = make_batch(0, groups=1, size=2)
+    with pytest.raises(InvalidArgumentError, match="g00000000-000: token id .* vocabulary of 4"):
+        decode_groups(groups, vocab_size=4)
+
+
+def test_a_payload_that_is_no_sample_names_its_sample():
+    groups = make_batch(0, groups=1, size=1)
+    groups[0].samples[0].sample = b"\xff\xff"
+    with pytest.raises(InvalidArgumentError, match="g00000000-000"):
+        decode_groups(groups, vocab_size=128)
+
+
+def test_without_a_prompt_the_first_token_is_only_context():
+    sample = make_sample(np.random.default_rng(0), sample_id="g0-000", prompt=[], completion_length=4)
+    decoded = decode_groups([make_group([sample], [0.0])], vocab_size=128)[0].segments[0]
+    assert (decoded.prompt_length, decoded.completion_length) == (1, 3)
+    assert len(decoded.loss_mask) == len(decoded.rollout_logprobs) == 3
+    assert [(span.start, span.end) for span in decoded.spans] == [(0, 3)]
+
+
+def test_staleness_counts_through_the_fork_of_a_recovery():
+    clock = Clock(Version(2, 12), {1: 0, 2: 10})
+    assert clock.staleness(Version(2, 12)) == 0
+    assert clock.staleness(Version(2, 10)) == 2
+    assert clock.staleness(Version(1, 10)) == 2
+    assert clock.staleness(Version(1, 13)) == 5
+
+
+def test_an_epoch_that_never_recovered_changes_nothing():
+    assert Clock(Version(3, 10), {1: 0, 3: 10}).staleness(Version(1, 9)) == 1
+
+
+def test_the_policy_mask_takes_out_exactly_the_tokens_over_the_bound():
+    sample = decode_one(completion_length=6, versions=[Version(1, 1), Version(1, 4), Version(1, 5)])
+    segment, clock = sample.segments[0], Clock(Version(1, 5), {1: 0})
+    assert trained_mask(segment, clock, None).tolist() == [1, 1, 1, 1, 1, 1]
+    assert trained_mask(segment, clock, 3).tolist() == [0, 0, 1, 1, 1, 1]
+    assert trained_mask(segment, clock, 0).tolist() == [0, 0, 0, 0, 1, 1]
+    assert segment.loss_mask.tolist() == [1, 1, 1, 1, 1, 1]
+    assert fresh_tokens(segment, clock).tolist() == [False] * 4 + [True] * 2
+    assert sample_staleness(sample, clock, None) == 4
+    assert sample_staleness(sample, clock, 3) == 1
+
+
+def test_optimizer_steps_take_whole_groups_and_lose_none():
+    samples = decode_groups(make_batch(0, groups=5, size=3), vocab_size=128)
+    steps = split_by_groups(samples, 2)
+    assert [len({sample.group_id for sample in step}) for step in steps] == [3, 2]
+    assert [sample.sample_id for step in steps for sample in step] == [sample.sample_id for sample in samples]
+    assert split_by_groups(samples[:3], 4) == [samples[:3]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 60))
+def test_bins_hold_every_item_once_and_at_most_the_bound(lengths, bound):
+    bins = first_fit_decreasing(lengths, bound)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    for members in bins:
+        assert sum(lengths[index] for index in members) <= bound or len(members) == 1
+    # No two bins could have been one.
+    sizes = sorted(sum(lengths[index] for index in members) for members in bins)
+    assert len(sizes) < 2 or sizes[0] + sizes[1] > bound
+
+
+def random_items(rng, count):
+    prompts = [rng.integers(0, 99, rng.integers(1, 30)) for _ in range(3)]
+    items = []
+    for row in range(count):
+        prompt = prompts[rng.integers(0, 3)]
+        completion = rng.integers(0, 99, rng.integers(1, 60))
+        tokens = np.concatenate([prompt, completion]).astype(np.int32)
+        predict = np.arange(len(prompt) - 1, len(tokens) - 1)
+        items.append(
+            PackItem(
+                token_ids=tokens[:-1],
+                prompt_length=len(prompt),
+                predict=predict,
+                targets=tokens[predict + 1],
+                rollout_logprobs=rng.uniform(-5, 0, len(predict)).astype(np.float32),
+                fresh=rng.random(len(predict)) < 0.5,
+                advantage=float(row),
+                weight=1.0 / (row + 1),
+                temperature=1.0 + row,
+                sample_row=row,
+            )
+        )
+    return items
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_packed_row_can_be_taken_apart_again(seed):
+    items = random_items(np.random.default_rng(seed), 12)
+    batch = pack(items)
+    rows = [row for block in batch.blocks for row in block]
+    found = sorted(batch.token_ids[row].tolist() for row in rows)
+    for item, length in zip(items, map(len, items), strict=True):
+        assert any(tokens[:length] == item.token_ids.tolist() for tokens in found)
+    # Every token is read back from a place where it stands, at its own position in the sequence.
+    flat = np.concatenate([block.reshape(-1) for block in batch.blocks])
+    np.testing.assert_array_equal(flat[batch.slots], np.arange(len(batch.token_ids)))
+    columns = np.concatenate([np.tile(np.arange(block.shape[1]), block.shape[0]) for block in batch.blocks])
+    np.testing.assert_array_equal(columns[batch.slots], batch.position_ids)
+    # Per-token arrays follow the items in order.
+    np.testing.assert_array_equal(batch.targets, np.concatenate([item.targets for item in items]))
+    np.testing.assert_array_equal(
+        batch.token_ids[batch.predict], np.concatenate([item.token_ids[item.predict] for item in items])
+    )
+    np.testing.assert_array_equal(batch.sample_rows, np.repeat(np.arange(12), [len(item.targets) for item in items]))
+
+
+def test_a_shared_prompt_is_there_once():
+    items = random_items(np.random.default_rng(0), 12)
+    batch = pack(items)
+    prompts = {item.token_ids[: item.prompt_length].tobytes(): item.prompt_length for item in items}
+    completions = sum(len(item) - item.prompt_length for item in items)
+    assert len(batch.token_ids) == sum(prompts.values()) + completions
+
+
+def test_blocks_hold_little_padding():
+    rng = np.random.default_rng(0)
+    batch = pack([item for seed in range(4) for item in random_items(rng, 20)])
+    used = sum(len(np.unique(row)) for block in batch.blocks for row in block)
+    assert used >= 0.7 * sum(block.size for block in batch.blocks)
+
+
+def prepare(samples, *, mask_above=None, reduction="per_sample", max_tokens=4096):
+    return prepare_step(
+        samples,
+        np.arange(len(samples), dtype=np.float64),
+        Clock(Version(1, 5), {1: 0}),
+        mask_above=mask_above,
+        reduction=reduction,
+        max_tokens=max_tokens,
+    )
+
+
+def test_only_trained_tokens_are_predicted_and_nothing_behind_the_last_is_fed():
+    sample = decode_one(completion_length=6, loss_mask=[0, 1, 0, 1, 0, 0])
+    (batch,) = prepare([sample])
+    tokens = sample.segments[0].token_ids
+    assert batch.targets.tolist() == [tokens[3], tokens[5]]
+    assert batch.predict.tolist() == [2, 4]
+    assert batch.token_ids.tolist() == tokens[:5].tolist()
+    assert batch.weights.tolist() == [0.5, 0.5]
+
+
+def test_samples_without_a_trained_token_count_in_the_mean_of_samples():
+    trained = decode_one(completion_length=2)
+    empty = decode_one(completion_length=3, loss_mask=[0, 0, 0])
+    (batch,) = prepare([trained, empty])
+    assert batch.weights.tolist() == [0.25, 0.25]
+    assert batch.sample_rows.tolist() == [0, 0]
+    assert prepare([empty]) == []
+
+
+def test_segments_of_one_sample_share_its_weight():
+    sample = make_sample(np.random.default_rng(0), sample_id="g0-000", prompt=[5], completion_length=3)
+    sample.segments.append(sample.segments[0])
+    (decoded,) = decode_groups([make_group([sample], [1.0])], vocab_size=128)
+    (batch,) = prepare([decoded])
+    np.testing.assert_allclose(batch.weights, np.full(6, 1 / 6), rtol=1e-6)
+
+
+def test_weights_do_not_depend_on_the_number_of_micro_batches():
+    samples = decode_groups(make_batch(3), vocab_size=128)
+    for reduction in ("per_sample", "per_token"):
+        (whole,) = prepare(samples, reduction=reduction)
+        parts = prepare(samples, reduction=reduction, max_tokens=1)
+        assert len(parts) == len(samples)
+        by_row = {int(part.sample_rows[0]): part for part in parts}
+        for row in by_row:
+            np.testing.assert_array_equal(by_row[row].weights, whole.weights[whole.sample_rows == row])
+
+
+def test_a_finish_reason_survives_decoding():
+    assert decode_one(completion_length=1).message.finish_reason == sample_pb2.FINISH_REASON_STOP
