@@ -97,7 +97,7 @@ class MemoryStore(Store):
         state = self.state
         closed = state.take_back_expired(GENERATING)
         if refused := state.refuses(version):
-            return Lease((), refused, closed_groups=closed)
+            return Lease([], refused, closed_groups=closed, cursor=state.cursor)
         leased: list[LeasedGroup] = []
         left = max_samples
         for group in sorted(state.live(), key=lambda group: group.order):
@@ -157,7 +157,7 @@ class MemoryStore(Store):
             closed = train.close_stale(state)
             chosen, waiting = train.plan_batch(state)
             if waiting is not None:
-                return Lease((), waiting, closed_groups=closed)
+                return Lease([], waiting, closed_groups=closed)
             batch = train.record_batch(state, epoch, step, chosen)
         groups = [self._leased_whole(state.groups[order], step, payload=payload) for order in batch.orders]
         return Lease(groups, batch_lease_id=batch.lease_id, closed_groups=closed)

@@ -128,15 +128,21 @@ def confirm_checkpoint(state: MemoryState, epoch: int, oldest_kept_step: int) ->
         raise PreconditionError(
             f"{oldest_kept_step} is above the last committed step {state.step}", field="oldest_kept_step"
         )
-    retired = 0
-    for step in range(state.retired_step + 1, oldest_kept_step + 1):
-        batch = state.batches.pop(step, None)
-        for order in batch.orders if batch else ():
-            retired += _retire_consumed(state, state.groups[order])
-    state.retired_step = max(state.retired_step, oldest_kept_step)
+    retired = _retire_steps(state, oldest_kept_step)
     while state.closed_ordinals.get(state.low_water, oldest_kept_step + 1) <= oldest_kept_step:
         del state.closed_ordinals[state.low_water]
         state.low_water += 1
+    return retired
+
+
+def _retire_steps(state: MemoryState, last: int) -> int:
+    """Retires what the steps up to `last` consumed. Returns the number of samples."""
+    retired = 0
+    for step in range(state.retired_step + 1, last + 1):
+        batch = state.batches.pop(step, None)
+        for order in batch.orders if batch else ():
+            retired += _retire_consumed(state, state.groups[order])
+    state.retired_step = max(state.retired_step, last)
     return retired
 
 
@@ -216,10 +222,13 @@ def _undo_commits(state: MemoryState, step: int) -> int:
 
 
 def _adopt(state: MemoryState, mark: WatermarkRecord) -> None:
-    """Takes over what a checkpoint knows and an older store does not."""
+    """Takes over what a checkpoint knows and an older store does not. Nothing before it can be replayed any more."""
+    _retire_steps(state, mark.step)
     closed = set(mark.closed)
     for group in list(state.in_order()):
         covered = group.ordinal != NO_ORDINAL and (group.ordinal < mark.low_water or group.ordinal in closed)
+        if group.bound_step <= mark.step:
+            group.bound_step = 0
         if group.closed or not covered:
             continue
         for row in group.samples:

@@ -37,9 +37,9 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "commit_step": (),
     "publish_version": (),
     "watermark": (),
-    "confirm_checkpoint": (),
+    "confirm_checkpoint": ("retire",),
     "acquire_epoch": (),
-    "recover": (),
+    "recover": ("retire",),
     "replicas": (),
     "ledger": ("leases", "plan"),
 }
@@ -74,6 +74,7 @@ class ScriptRunner:
             timeout=_CALL_TIMEOUT_S,
             socket_timeout=_CALL_TIMEOUT_S,
             socket_connect_timeout=_CONNECT_TIMEOUT_S,
+            protocol=2,
             # The callers retry: a script must not run twice behind their back.
             retry=Retry(NoBackoff(), 0),
         )

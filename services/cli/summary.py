@@ -60,7 +60,7 @@ def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any
         "staleness": {steps: staleness[steps] for steps in sorted(staleness, key=int)},
         "max_staleness": max((int(steps) for steps in staleness), default=0),
         "length_bias": dict(ledger.length_bias),
-        "bubble": _bubble(seen),
+        "bubble": _bubble(seen, steps),
         "ledger": _ledger(ledger),
         "ledger_imbalance": ledger.imbalance,
         "tokens_generated": int(ledger.counters.get("tokens_generated", 0)),
@@ -79,22 +79,25 @@ def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any
 
 
 def _ledger(ledger: pb.GetLedgerResponse) -> dict[str, Any]:
-    states: dict[str, Any] = {"accepted": ledger.accepted, "dropped": {}}
+    """Samples accepted, then samples by state; the dropped ones by reason."""
+    names = {value: name.removeprefix("SAMPLE_STATE_").lower() for name, value in sample_pb2.SampleState.items()[1:]}
+    states: dict[str, Any] = {"accepted": ledger.accepted, **dict.fromkeys(names.values(), 0), "dropped": {}}
     for row in ledger.counts:
-        name = sample_pb2.SampleState.Name(row.state).removeprefix("SAMPLE_STATE_").lower()
         if row.state == sample_pb2.SAMPLE_STATE_DROPPED:
             reason = sample_pb2.DropReason.Name(row.drop_reason).removeprefix("DROP_REASON_").lower()
             states["dropped"][reason] = row.samples
         else:
-            states[name] = row.samples
+            states[names[row.state]] = row.samples
     return states
 
 
-def _bubble(seen: Observer) -> dict[str, float]:
-    """Share of its time that each role was not busy."""
-    roles = {"rollout": pb.ROLE_ROLLOUT, "reward": pb.ROLE_REWARD, "trainer": pb.ROLE_TRAINER}
+def _bubble(seen: Observer, steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Share of its time that each role was not busy: the trainer between its first and last step, the others since
+    they started."""
     bubble = {}
-    for name, role in roles.items():
+    if step_s := sum(line["step_s"] for line in steps):
+        bubble["trainer"] = round(1 - sum(line["train_s"] for line in steps) / step_s, 4)
+    for name, role in (("rollout", pb.ROLE_ROLLOUT), ("reward", pb.ROLE_REWARD)):
         if uptime := seen.total(role, "uptime_seconds"):
             bubble[name] = round(1 - seen.total(role, "busy_seconds") / uptime, 4)
     return bubble

@@ -6,6 +6,8 @@ process: it names the field or the thing at fault and says why, in one line.
 
 from __future__ import annotations
 
+from urllib.parse import quote, unquote
+
 import grpc
 
 
@@ -88,9 +90,18 @@ ERROR_NAME_KEY = "polyhead-error"
 ERROR_FIELD_KEY = "polyhead-error-field"
 
 
-def to_metadata(error: PolyheadError) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata from which `from_rpc_error` rebuilds the error."""
-    return ((ERROR_NAME_KEY, type(error).__name__), (ERROR_FIELD_KEY, error.field))
+# gRPC fails a call whose trailing metadata is over 8 KiB, and a character may become 12 bytes on its way.
+_MAX_REASON = 500
+_MAX_FIELD = 120
+
+
+def to_status(error: PolyheadError) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Details and trailing metadata from which `from_rpc_error` rebuilds the error, cut where it is very long."""
+    field = error.field[:_MAX_FIELD]
+    reason = error.reason[:_MAX_REASON]
+    # Metadata is ASCII without line ends; a field may be a path.
+    metadata = ((ERROR_NAME_KEY, type(error).__name__), (ERROR_FIELD_KEY, quote(field, safe=" /[]:")))
+    return (f"{field}: {reason}" if field else reason), metadata
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> PolyheadError | None:
@@ -99,6 +110,6 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> PolyheadError | None:
     cls = _BY_NAME.get(str(metadata.get(ERROR_NAME_KEY, "")))
     if cls is None:
         return None
-    field = str(metadata.get(ERROR_FIELD_KEY, ""))
+    field = unquote(str(metadata.get(ERROR_FIELD_KEY, "")))
     reason = error.details() or ""
     return cls(reason.removeprefix(f"{field}: ") if field else reason, field=field)

@@ -29,8 +29,10 @@ def spawn(
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
 
+    parent_pid = os.getpid()
+
     def before_exec() -> None:
-        _libc.prctl(_PR_SET_PDEATHSIG, death_signal)
+        die_with_parent(parent_pid, death_signal)
 
     with log_path.open("ab") as output:
         return subprocess.Popen(

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.common.errors import ConfigError, InvalidArgumentError, PolyheadError, to_metadata
+from services.common.errors import ConfigError, InvalidArgumentError, PolyheadError, to_status
 
 log = structlog.get_logger()
 
@@ -72,7 +72,8 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     raise InvalidArgumentError(f"cannot be parsed: {request.error}", field="request")
                 return await inner(request, context)
             except PolyheadError as error:
-                await context.abort(error.code, str(error), to_metadata(error))
+                details, metadata = to_status(error)
+                await context.abort(error.code, details, metadata)
             except (grpc.aio.AbortError, grpc.aio.AioRpcError):
                 raise
             except Exception:

@@ -22,7 +22,8 @@ class WeightGroup:
     ) -> None:
         """Joins ``tcp://address:port`` and returns when all `world_size` members have.
 
-        Raises torch.distributed.DistError when they do not within `timeout_s`.
+        Raises torch.distributed.DistError when they do not within `timeout_s`, ValueError when this process already
+        has an open group of that `name`.
         """
         timeout = timedelta(seconds=timeout_s)
         store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=True)

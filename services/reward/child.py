@@ -35,7 +35,7 @@ class Child(asyncio.Protocol):
         self._transport: Any = None
         self._process: Any = None
         self._disconnected = asyncio.Event()
-        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._load_error: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @classmethod
     async def start(cls, settings: ScorerSettings, on_frames: Callable[[Child, list[list[Any]]], None]) -> Child:
@@ -103,8 +103,8 @@ class Child(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._unpacker.feed(data)
         frames = list(self._unpacker)
-        if frames and not self._ready.done():
-            self._settle_loading(*frames.pop(0))
+        if frames and not self._load_error.done():
+            self._load_error.set_result(frames.pop(0)[1])
         if frames:
             self._on_frames(self, frames)
 
@@ -114,12 +114,6 @@ class Child(asyncio.Protocol):
     def _resume(self) -> None:
         if not self._transport.is_closing():
             self._transport.resume_reading()
-
-    def _settle_loading(self, loaded: bool, reason: str) -> None:
-        if loaded:
-            self._ready.set_result(None)
-        else:
-            self._ready.set_exception(ConfigError(reason, field="reward.scorer"))
 
     async def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
@@ -141,11 +135,13 @@ class Child(asyncio.Protocol):
 
     async def _loaded(self) -> None:
         ended = asyncio.create_task(self.ended())
-        waited: set[asyncio.Future[Any]] = {self._ready, ended}
+        waited: set[asyncio.Future[Any]] = {self._load_error, ended}
         try:
             await asyncio.wait(waited, timeout=LOAD_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-            if self._ready.done():
-                return self._ready.result()
+            if self._load_error.done():
+                if reason := self._load_error.result():
+                    raise ConfigError(reason, field="reward.scorer")
+                return
             how = ended.result() if ended.done() else f"is not ready after {LOAD_TIMEOUT_S:g} s"
             raise UnavailableError(f"its process {how} while it loaded", field="reward.scorer")
         finally:

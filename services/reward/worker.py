@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
+from services.common import rpc
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import UnavailableError
@@ -46,6 +47,8 @@ class Puller:
         self._stats = stats
         self._max_inflight = config.reward.max_inflight
         self._samples_per_rpc = limits.samples_per_rpc
+        self._message_bytes = limits.message_mb * rpc.MIB
+        self._largest_bytes = limits.sample_mb * rpc.MIB  # until one has been seen
         self._gather_s = GATHER_S if config.staleness.max_staleness else SYNC_GATHER_S
         self._lease_ttl_s = config.buffer.lease_ttl_s
         self._leased: dict[int, Job] = {}
@@ -90,19 +93,18 @@ class Puller:
                 continue
             self._lease_ttl_s = response.lease_ttl.ToNanoseconds() / 1e9 or self._lease_ttl_s
             taken = self._take(response)
-            if taken:
-                self._has_leased.set()
-            elif loop.time() - begun < _SHORT_POLL_S:
-                await asyncio.sleep(_SHORT_POLL_S)
             if 0 < taken < room:
                 await asyncio.sleep(self._gather_s)
+            elif not taken and loop.time() - begun < _SHORT_POLL_S:
+                await asyncio.sleep(_SHORT_POLL_S)
 
     async def _room(self) -> int:
         """How many samples may be leased now. Waits for a quarter of the whole, not for each single place."""
         while (room := self._max_inflight - len(self._leased)) < max(1, self._max_inflight // 4):
             self._settled.clear()
             await self._settled.wait()
-        return min(room, self._samples_per_rpc)
+        # An answer over the message limit would be lost with all its leases: half of it leaves room for larger samples.
+        return max(1, min(room, self._samples_per_rpc, self._message_bytes // 2 // self._largest_bytes))
 
     def _take(self, response: pb.LeaseResponse) -> int:
         """Hands what was leased to the pool. Returns how many samples were leased."""
@@ -120,7 +122,12 @@ class Puller:
                 self._leased[leased.lease_id] = job
                 jobs.append(job)
         self._pool.submit(jobs)
-        return sum(len(group.samples) for group in response.groups)
+        sizes = [len(leased.sample) for group in response.groups for leased in group.samples]
+        if sizes:
+            seen = self._largest_bytes if self._has_leased.is_set() else 1
+            self._largest_bytes = max(seen, *sizes)
+            self._has_leased.set()
+        return len(sizes)
 
     def _on_result(self, leased: pb.LeasedSample, result: Result) -> None:
         self._stats.count(result)

@@ -45,16 +45,14 @@ async def serve(config: Config, process: Process) -> None:
                 load_pause_mode=settings.pause_mode,
             )
             service = RolloutService(replica, receiver, worker, process.stop)
-            server = await service.start(settings.address, message_mb=limits.message_mb)
-            registration = Registration(buffer, replica, server.address)
-            running += [tasks.create_task(worker.run()), tasks.create_task(registration.run())]
-            await process.stop.wait()
-            await worker.drain()
-            await server.stop(grace_s=1.0)
+            async with service.listening(settings.address, message_mb=limits.message_mb) as address:
+                registration = Registration(buffer, replica, address)
+                running += [tasks.create_task(worker.run()), tasks.create_task(registration.run())]
+                await process.stop.wait()
+                await worker.drain()
             for task in running:
                 task.cancel()
-            replica.life.end()
-            await registration.beat()
+            await registration.farewell()
     except ExceptionGroup as failures:
         raise _first(failures) from failures
 

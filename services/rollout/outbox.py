@@ -71,6 +71,7 @@ class Outbox:
         self._wake()
 
     def release(self, given_back: GivenBack) -> None:
+        given_back.record.to_be_saved = given_back.keep_partial
         self._released.append(given_back)
         self._wake()
 

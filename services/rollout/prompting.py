@@ -68,7 +68,8 @@ class Prompter:
         texts: list[str] = self._tokenizer.batch_decode(
             completions, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return texts
+        # A tokenizer may leave lone surrogates where bytes do not make a character: a message cannot carry those.
+        return [text.encode(errors="replace").decode() for text in texts]
 
     def sampling_params(self, prompt_ordinal: int, index: int) -> sample_pb2.SamplingParams:
         """How sample `index` of the prompt is sampled, in this replica or any other."""

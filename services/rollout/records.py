@@ -63,6 +63,8 @@ class SampleRecord:
         self.last_token_us = 0
         self.finish: sample_pb2.FinishReason = sample_pb2.FINISH_REASON_UNSPECIFIED
         self.closed = False
+        self.to_be_saved = False
+        """Closed, but its tokens go to the store before it is released."""
         self.lost = False
         """The lease has ended under us: the sample is somebody else's."""
         self.rid = ""

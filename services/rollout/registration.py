@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 
 import structlog
 
@@ -15,6 +16,7 @@ from services.rollout.replica import Replica
 log = structlog.get_logger()
 
 INTERVAL_S = 1.0
+FAREWELL_S = 2.0
 _BEATS_PER_TTL = 3.0
 
 
@@ -36,6 +38,12 @@ class Registration:
                 await asyncio.wait_for(self._replica.changed.wait(), self._interval_s)
             except TimeoutError:
                 continue
+
+    async def farewell(self) -> None:
+        """Says that the replica has ended, if the buffer hears it soon."""
+        self._replica.life.end()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.beat(), FAREWELL_S)
 
     async def beat(self) -> None:
         """Registers once. A buffer that does not answer is tried again at the next beat."""

@@ -96,6 +96,8 @@ class Saver:
     def _settle(self, record: SampleRecord, reach: int, result: pb.SampleResult) -> bool:
         if result.outcome in (pb.OUTCOME_OK, pb.OUTCOME_DUPLICATE):
             record.saved = reach
+        elif record.closed and not record.to_be_saved:
+            pass  # it was decided meanwhile: what is delivered for it has an answer of its own
         elif result.outcome == pb.OUTCOME_CONFLICT and result.saved_tokens <= reach:
             # Only we write under this lease: an earlier call was carried out and its answer lost.
             record.saved = result.saved_tokens

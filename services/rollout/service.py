@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -19,6 +20,7 @@ from services.rollout.weights import WeightReceiver
 from services.rollout.worker import Worker
 
 SERVICE_NAME = "polyhead.v1.RolloutService"
+STOP_GRACE_S = 1.0
 
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -35,8 +37,9 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         self._address = ""
         self._calls: set[asyncio.Task[Any]] = set()
 
-    async def start(self, address: str, *, message_mb: int) -> rpc.Server:
-        """Listens. Raises ConfigError when the address cannot be bound."""
+    @asynccontextmanager
+    async def listening(self, address: str, *, message_mb: int) -> AsyncIterator[str]:
+        """Serves while the block runs, at the address it is given. Raises ConfigError when it cannot be bound."""
         server = await rpc.serve(
             address,
             lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(self, server),
@@ -44,7 +47,10 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             message_mb=message_mb,
         )
         self._address = server.address
-        return server
+        try:
+            yield server.address
+        finally:
+            await server.stop(STOP_GRACE_S)
 
     async def JoinWeightGroup(self, request: pb.JoinWeightGroupRequest, context: Context) -> pb.JoinWeightGroupResponse:
         await self._to_the_end(self._receiver.join(request))

@@ -82,12 +82,15 @@ class WeightReceiver:
             self._loading.cancel()
 
     async def join(self, request: rollout_pb2.JoinWeightGroupRequest) -> None:
-        """Returns when the engine has joined. Raises UnavailableError when it could not."""
+        """Returns when the engine has joined. Raises UnavailableError when it could not.
+
+        A replica has one channel: groups that earlier trainers left behind are dissolved.
+        """
         self.fence(request.epoch)
         async with self._lock:
             await self._supersede()
-            if request.group_name in self._groups:
-                await self._destroy(request.group_name)
+            for group_name in list(self._groups):
+                await self._destroy(group_name)
             try:
                 await self._replica.client.init_group(
                     name=request.group_name,

@@ -111,7 +111,8 @@ class Worker:
         except PolyheadError as error:
             log.warning("abort_failed", reason=str(error))
             return
-        await asyncio.wait(self._groups, timeout=_DRAIN_ENGINE_S)
+        if self._groups:
+            await asyncio.wait(self._groups, timeout=_DRAIN_ENGINE_S)
 
     async def _end_lease(self) -> None:
         if self._lease is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.lifecycle import Process, run_service
 from services.common.registration import keep_registered
 from services.trainer import model_dir
+from services.trainer.detached import leave
 from services.trainer.io_thread import Io
 from services.trainer.service import TrainerService, describe
 from services.trainer.status import TrainerStatus
@@ -49,4 +49,4 @@ def _train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, 
 
 
 if __name__ == "__main__":
-    sys.exit(run_service("trainer", serve))
+    leave(run_service("trainer", serve))

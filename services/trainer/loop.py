@@ -128,7 +128,7 @@ class Loop:
             with status.waiting("publishing"), _timed(times, "publish_wait_s"):
                 self._publish(version)
         times.step_s = time.monotonic() - started
-        self._record(version, clock, samples, results, times)
+        self._record(version, clock, lease.groups, samples, results, times)
         self._skipped = 0 if trained else self._skipped + 1
         if self._skipped == MAX_SKIPPED:
             raise TrainingDivergedError(f"{MAX_SKIPPED} steps in a row trained nothing, the last is step {step}")
@@ -167,11 +167,12 @@ class Loop:
         self,
         version: Version,
         clock: Clock,
+        groups: Sequence[pb.LeasedGroup],
         samples: Sequence[TrainSample],
         results: Sequence[StepResult],
         times: Times,
     ) -> None:
-        batch = batch_metrics(samples, clock, mask_above(self._config))
+        batch = batch_metrics(groups, samples, clock, mask_above(self._config))
         overlap = self._intervals.overlap_tokens(samples)
         line = step_line(version.step, version, batch, training_metrics(results), overlap, times)
         self._s.metrics.write(line)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.common.versions import Version
 from services.trainer.backends.torch.backend import StepResult
@@ -31,8 +32,10 @@ class Times:
     """All of it."""
 
 
-def batch_metrics(samples: Sequence[TrainSample], clock: Clock, mask_above: int | None) -> dict[str, Any]:
-    """Facts of a batch that need no model: rewards, lengths, staleness (samples by steps behind)."""
+def batch_metrics(
+    groups: Sequence[pb.LeasedGroup], samples: Sequence[TrainSample], clock: Clock, mask_above: int | None
+) -> dict[str, Any]:
+    """Facts of a batch that need no model: its groups, rewards, lengths, staleness (samples by steps behind)."""
     rewards = [sample.reward for sample in samples]
     completions = [sample.completion_length for sample in samples]
     prompts = sum(segment.prompt_length for sample in samples for segment in sample.segments)
@@ -45,7 +48,9 @@ def batch_metrics(samples: Sequence[TrainSample], clock: Clock, mask_above: int 
         "staleness": {str(steps): staleness[steps] for steps in sorted(staleness)},
         "staleness_max": max(staleness, default=0),
         "samples": len(samples),
-        "groups": len({sample.group_id for sample in samples}),
+        "groups": len(groups),
+        "group_ids": [group.group_id for group in groups],
+        "prompt_ordinals": [group.prompt_ordinal for group in groups],
         "completion_tokens": sum(completions),
         "prompt_tokens": prompts,
         "mean_completion_length": sum(completions) / count,

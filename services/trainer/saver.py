@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import structlog
@@ -55,7 +56,9 @@ class Saver:
             watermark=None if watermark is None else json_format.MessageToDict(watermark),
         )
         self._last_step = version.step
-        self._writing = self._executor.submit(self._write, state, backend.state())
+        # The context carries what every log line says.
+        context = contextvars.copy_context()
+        self._writing = self._executor.submit(context.run, self._write, state, backend.state())
 
     def finish(self) -> None:
         """Returns when the last checkpoint is on disk and confirmed. Raises what kept it from that."""

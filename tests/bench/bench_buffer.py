@@ -85,7 +85,9 @@ class Step:
         for _ in range(GROUPS * GROUP_SIZE // self._chunk):
             await self._generate(version)
             await self._score()
-        lease = await self._timed("lease_train", self._client.lease(sample_pb2.STAGE_TRAIN, "t", epoch=epoch, step=step))
+        lease = await self._timed(
+            "lease_train", self._client.lease(sample_pb2.STAGE_TRAIN, "t", epoch=epoch, step=step)
+        )
         await self._timed("commit", self._client.commit_step(epoch, step, lease.batch_lease_id))  # type: ignore[attr-defined]
         await self._timed("publish", self._client.publish_version(Version(epoch, step)))
 

@@ -13,7 +13,16 @@ from polyhead.v1 import sample_pb2
 from services.buffer import partials
 from services.buffer.ids import SampleRef
 from services.buffer.memory_store import MemoryStore
-from services.buffer.records import Extension, Generated, IssuedPrompt, Lease, RunParams, Scored, Waiting, WatermarkRecord
+from services.buffer.records import (
+    Extension,
+    Generated,
+    IssuedPrompt,
+    Lease,
+    RunParams,
+    Scored,
+    Waiting,
+    WatermarkRecord,
+)
 from services.buffer.redis_store import RedisStore
 from services.buffer.store import Store
 from services.common.errors import ConfigError, FencedError, PreconditionError
@@ -211,7 +220,9 @@ async def test_a_late_writer_is_refused(start: Start, store: Store) -> None:
     await store.release(1, released(lease, pb.RELEASE_REASON_DRAIN))
     (_, new), *_ = refs(await driver.generate_lease(1))
     assert outcomes(await store.extend([Extension(ref, old, 0, 1, partials.frame(b"x"))])) == ["LEASE_LOST"]
-    assert outcomes(await store.complete_generate([Generated(ref, old, 5, 4, 1, ((1, 0, 0),), b"late")])) == ["LEASE_LOST"]
+    assert outcomes(await store.complete_generate([Generated(ref, old, 5, 4, 1, ((1, 0, 0),), b"late")])) == [
+        "LEASE_LOST"
+    ]
     assert outcomes(await store.complete_generate([Generated(ref, new, 5, 4, 1, ((1, 0, 0),), b"good")])) == ["OK"]
     (fetched,) = await store.fetch([ref])
     assert fetched.payload == b"good"
@@ -296,9 +307,7 @@ async def test_completing_again_after_the_group_closed_is_still_a_duplicate(star
     lease = await driver.generate_lease(2)
     generated = driver.generated(lease)
     await store.complete_generate(generated)
-    scores = [
-        Scored(ref, lease_id, 1.0, b"") for ref, lease_id in refs(await store.lease_score("s", 2, payload=False))
-    ]
+    scores = [Scored(ref, lease_id, 1.0, b"") for ref, lease_id in refs(await store.lease_score("s", 2, payload=False))]
     await store.complete_score(scores)
     assert outcomes(await store.complete_generate(generated)) == ["DUPLICATE"] * 2
     assert outcomes(await store.complete_score(scores)) == ["DUPLICATE"] * 2
@@ -698,14 +707,16 @@ async def test_an_older_store_retires_what_the_watermark_closed(start: Start, st
     epoch, _ = await store.acquire_epoch()
     await store.recover(epoch, 3, WatermarkRecord(3, 3, (4,), "d0", 7))
     counts = await driver.counts()
-    assert counts == {"CONSUMED": 4, "RETIRED": 2, "READY": 2}
+    assert counts == {"RETIRED": 6, "READY": 2}
     driver.epoch = epoch
     await driver.publish(3)
     lease = await driver.generate_lease()
     assert [group.ordinal for group in lease.groups] == [5, 6, 7]
 
 
-@pytest.mark.parametrize(("digest", "seed", "words"), [("d1", 7, "data set d1, this one is d0"), ("d0", 8, "seed 8, not 7")])
+@pytest.mark.parametrize(
+    ("digest", "seed", "words"), [("d1", 7, "data set d1, this one is d0"), ("d0", 8, "seed 8, not 7")]
+)
 async def test_another_data_set_refuses_to_resume(store: Store, digest: str, seed: int, words: str) -> None:
     await store.open(params())
     epoch, _ = await store.acquire_epoch()

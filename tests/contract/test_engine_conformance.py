@@ -10,17 +10,14 @@ from typing import Any
 
 import aiohttp
 import pytest
-import torch
 
-from services.common.process import free_port
-from services.common.weight_group import WeightGroup
 from tests.kit.engine_process import ADMIN_KEY, STARTS, EngineApi, EngineProcess, logprobs_of
+from tests.kit.engine_push import Channel, Collector
 from tests.kit.hf_reference import greedy, load_reference, teacher_forced, teacher_forced_after_swap
 from tests.kit.tiny_model import EOS_ID, build_tiny_qwen3, build_tokenizer
 
 CONTEXT = 1024
 LONG = 900
-GROUP_TIMEOUT_S = 20.0
 PROMPTS = [[5], [7, 9, 11], list(range(3, 40)), [20] * 32, list(range(60, 99)) + list(range(3, 60))]
 
 
@@ -76,6 +73,7 @@ async def test_logprobs_are_the_temperature_scaled_log_softmax(
     params = {"temperature": temperature, "max_new_tokens": 24, "ignore_eos": True, "top_p": 0.9, "top_k": 50}
     answers = await api.generate(PROMPTS, **params)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert len(answer["output_ids"]) == 24
         expected = teacher_forced(references["old"], prompt, answer["output_ids"], temperature)
         assert logprobs_of(answer) == pytest.approx(expected, abs=1e-4)
         assert [entry[1] for entry in answer["meta_info"]["output_token_logprobs"]] == answer["output_ids"]
@@ -292,7 +290,7 @@ async def test_abort_all(api: EngineApi) -> None:
 async def test_a_pause_changes_nothing_but_time(api: EngineApi, mode: str) -> None:
     params = {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
     expected = await api.generate([7, 9], **params)
-    stream = _Collector(api, [7, 9], **params)
+    stream = Collector(api, [7, 9], **params)
     await stream.has(8)
     await api.ok("/pause_generation", {"mode": mode})
     await asyncio.sleep(0.1)  # what was under way when the pause came
@@ -342,8 +340,8 @@ async def test_weights_change_in_the_middle_of_a_generation(
     api: EngineApi, references: dict[str, Any], mode: str
 ) -> None:
     old, new = references["old"], references["new"]
-    async with _Channel(api) as channel:
-        streams = [_Collector(api, prompt, max_new_tokens=LONG, ignore_eos=True) for prompt in PROMPTS]
+    async with Channel(api) as channel:
+        streams = [Collector(api, prompt, max_new_tokens=LONG, ignore_eos=True) for prompt in PROMPTS]
         for stream in streams:
             await stream.has(8)
         await api.ok("/pause_generation", {"mode": mode})
@@ -368,7 +366,7 @@ async def test_weights_change_in_the_middle_of_a_generation(
 
 
 async def test_one_broadcast_per_tensor(api: EngineApi, references: dict[str, Any]) -> None:
-    async with _Channel(api) as channel:
+    async with Channel(api) as channel:
         await channel.push(references["new"], "v1", flattened=False)
     assert (await api.generate([7, 9], temperature=0, max_new_tokens=8))["output_ids"] == greedy(
         references["new"], [7, 9], 8
@@ -398,7 +396,7 @@ async def test_checksums_tell_weights_apart(
     before = (await api.ok("/weights_checker", {"action": "checksum"}))["per_engine_checksum"]
     await api.ok("/update_weights_from_disk", {"model_path": str(models["new"]), "weight_version": "v1"})
     from_disk = (await api.ok("/weights_checker", {"action": "checksum"}))["per_engine_checksum"]
-    async with _Channel(api) as channel:
+    async with Channel(api) as channel:
         await channel.push(references["new"], "v2")
     pushed = (await api.ok("/weights_checker", {"action": "checksum"}))["per_engine_checksum"]
     assert before != from_disk == pushed
@@ -493,96 +491,7 @@ async def test_server_info(api: EngineApi) -> None:
     assert info["context_length"] == CONTEXT
 
 
-class _Collector:
-    """Reads one stream in the background and keeps what it brought."""
-
-    def __init__(self, api: EngineApi, prompt: list[int], **fields: Any) -> None:
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.meta: dict[str, Any] = {}
-        self._news = asyncio.Event()
-        self._task = asyncio.create_task(self._read(api.stream(prompt, **fields)))
-
-    async def _read(self, events: AsyncIterator[dict[str, Any]]) -> None:
-        async for event in events:
-            self.token_ids += event["output_ids"]
-            self.logprobs += logprobs_of(event)
-            self.meta = event["meta_info"]
-            self._news.set()
-
-    async def has(self, count: int) -> None:
-        async with asyncio.timeout(30):
-            while len(self.token_ids) < count:
-                assert not self._task.done(), f"ended after {len(self.token_ids)} tokens"
-                self._news.clear()
-                await self._news.wait()
-
-    async def ended(self) -> None:
-        async with asyncio.timeout(30):
-            await self._task
-
-
-class _Channel:
-    """The trainer's end of a weight group."""
-
-    def __init__(self, api: EngineApi) -> None:
-        self._api = api
-        self.name = "test_push"
-
-    async def __aenter__(self) -> _Channel:
-        where: dict[str, Any] = {"address": "127.0.0.1", "port": free_port()}
-        body = {
-            "master_address": where["address"],
-            "master_port": where["port"],
-            "rank_offset": 1,
-            "world_size": 2,
-            "group_name": self.name,
-            "backend": "gloo",
-        }
-        rank0 = {"backend": "gloo", "rank": 0, "world_size": 2, "name": self.name, "timeout_s": GROUP_TIMEOUT_S}
-        self.group, _ = await asyncio.gather(
-            asyncio.to_thread(WeightGroup, **where, **rank0), self._api.ok("/init_weights_update_group", body)
-        )
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._api.ok("/destroy_weights_update_group", {"group_name": self.name})
-        self.group.close()
-
-    async def push(self, model: Any, version: str, *, buckets: int = 1, flattened: bool = True) -> None:
-        """All weights of a Hugging Face model, within a session of its own."""
-        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        names = list(tensors)
-        size = -(-len(names) // buckets)
-        await self._api.ok("/begin_weight_update")
-        for start in range(0, len(names), size):
-            last = start + size >= len(names)
-            part = {name: tensors[name] for name in names[start : start + size]}
-            status, answer = await self.send(part, version if last else None, flattened=flattened)
-            assert status == 200, answer
-        await self._api.ok("/end_weight_update")
-
-    async def send(
-        self, tensors: dict[str, torch.Tensor], version: str | None, *, flattened: bool = True
-    ) -> tuple[int, Any]:
-        body = {
-            "names": list(tensors),
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
-            "shapes": [list(tensor.shape) for tensor in tensors.values()],
-            "group_name": self.name,
-            "load_format": "flattened_bucket" if flattened else None,
-            "flush_cache": False,
-            "weight_version": version,
-        }
-        parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]
-        messages = [torch.cat(parts)] if flattened else parts
-        answer = asyncio.create_task(self._api.post("/update_weights_from_distributed", body))
-        for message in messages:
-            await asyncio.to_thread(self.group.broadcast, message)
-        return await answer
-
-
-def _boundary(stream: _Collector, versions: list[str]) -> int:
+def _boundary(stream: Collector, versions: list[str]) -> int:
     """Where the second version begins; the spans cover the completion."""
     spans = stream.meta["weight_versions"]
     assert [span["version"] for span in spans] == versions

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from polyhead.v1 import sample_pb2
-from services.common.errors import FencedError, TrainingDivergedError
+from services.common.errors import FencedError, PolyheadError, TrainingDivergedError
 from services.common.versions import Version
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.checkpoint import CheckpointStore
@@ -228,3 +228,31 @@ async def test_a_publish_interval_publishes_every_other_step(model, tmp_path):
         await asyncio.wait_for(rig.train(), 60)
     assert [push["version"] for push in rig.lines("pushes")] == ["e1.s0", "e1.s2", "e1.s4", "e1.s5"]
     assert steps_of(rig.lines("metrics")) == [1, 2, 3, 4, 5]
+
+
+async def test_a_disk_that_refuses_ends_the_run_in_one_line(model, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("services.trainer.checkpoint.save_file", refuse)
+    config = make_config(model, tmp_path / "run", steps=10)
+    async with running_rig(config, tmp_path) as rig:
+        with pytest.raises(PolyheadError, match=r"run\.dir: the checkpoint of step 2 .* No space left on device"):
+            await asyncio.wait_for(rig.train(), 60)
+
+
+async def test_a_stop_without_a_buffer_still_saves(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("services.trainer.saver.BUFFER_TIMEOUT_S", 0.5)
+    config = make_config(model, tmp_path / "run", steps=100_000)
+    config.trainer.checkpoint.save_interval = 100_000
+    async with running_rig(config, tmp_path) as rig:
+        running = asyncio.create_task(rig.train())
+        await until(lambda: rig.status.steps >= 2)
+        rig.feeding.cancel()
+        await until(lambda: rig.status.phase == "waiting" and rig.status.waiting_for is not None)
+        await rig.stop_buffer()
+        rig.stop.set()
+        await asyncio.wait_for(running, 20)
+    checkpoint = CheckpointStore(config.run.dir, 2).load_newest()
+    assert checkpoint.state.step == rig.status.version.step
+    assert checkpoint.state.watermark is None

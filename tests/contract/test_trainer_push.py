@@ -1,10 +1,8 @@
 """Publication: every replica gets the weights, whatever happens to another one."""
 
 import asyncio
-import signal
 import subprocess
 import sys
-import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -72,6 +70,7 @@ async def test_all_replicas_get_the_same_bytes_in_buckets(tmp_path):
         await push.offer(weights)
         await push.publisher.wait_published(Version(1, 0))
         assert Version.from_proto(await published(push.rig)) == Version(1, 0)
+        await until(lambda: len(push.lines) == 3)
         for replica in push.rig.replicas:
             assert replica.received[Version(1, 0)] == as_bytes(weights)
             assert replica.calls.count("LoadBucket") == 2
@@ -97,9 +96,9 @@ async def test_without_a_replica_nothing_is_published_until_one_comes(tmp_path):
             await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 1.0)
         assert not (await published(push.rig)).epoch
         # Training is not held up by it.
-        await asyncio.wait_for(push.offer(make_weights(1)), 1.0)
+        await asyncio.wait_for(push.offer(make_weights(1)), 20.0)
         replica = await push.rig.add_replica()
-        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 10.0)
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
         assert replica.received[Version(1, 0)] == as_bytes(make_weights(1))
 
 
@@ -108,7 +107,7 @@ async def test_an_engine_that_dies_mid_push_delays_nobody_and_is_repaired(tmp_pa
         victim, other = push.rig.replicas
         victim.before["LoadBucket"] = lambda: (victim.engine.kill(), victim.before.clear())
         await push.offer(make_weights(0))
-        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 5.0)
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
         assert other.received[Version(1, 0)] == as_bytes(make_weights(0))
         assert victim.version != Version(1, 0)
         await until(lambda: "AbortUpdate" in victim.calls)
@@ -132,7 +131,7 @@ async def test_a_push_refused_before_its_first_byte_is_tried_again(tmp_path):
 
         replica.before["BeginUpdate"] = refuse
         await push.offer(make_weights(0))
-        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 10.0)
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
     assert [line["ok"] for line in push.lines] == [False, True]
     assert "did not become quiet" in push.lines[0]["error"]
     # A new group: the old one is forgotten at both ends.
@@ -141,18 +140,37 @@ async def test_a_push_refused_before_its_first_byte_is_tried_again(tmp_path):
 
 async def test_a_replica_that_hangs_holds_up_publication_only_for_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr(publisher_module, "STRAGGLER_S", 0.5)
-    async with pushing(tmp_path, 2, timeout_s=4.0) as push:
+    async with pushing(tmp_path, 2, timeout_s=60.0) as push:
         hung, other = push.rig.replicas
         hung.state = pb.REPLICA_STATE_QUARANTINED
-        await asyncio.sleep(0.3)
-        hung.before["LoadBucket"] = lambda: asyncio.sleep(60)
+        go_on = asyncio.Event()
+        hung.before["LoadBucket"] = go_on.wait
         await push.offer(make_weights(0))
-        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 3.0)
-        # The next version goes out from a second snapshot while the first is still being read from.
-        await asyncio.wait_for(push.offer(make_weights(1)), 1.0)
-        hung.before.clear()
-        await until(lambda: hung.received.get(Version(1, 0)) == as_bytes(make_weights(1)), within_s=15.0)
-    assert other.received[Version(1, 0)] == as_bytes(make_weights(0))
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
+        assert other.received[Version(1, 0)] == as_bytes(make_weights(0))
+        # The next weights are copied into a second snapshot: the first is still being read from.
+        await until(lambda: "LoadBucket" in hung.calls)
+        await asyncio.wait_for(push.offer(make_weights(1)), 20.0)
+        go_on.set()
+        await until(lambda: hung.state == pb.REPLICA_STATE_SERVING)
+        assert hung.received[Version(1, 0)] == as_bytes(make_weights(0))
+
+
+async def test_a_push_past_its_deadline_is_aborted_and_tried_again(tmp_path):
+    async with pushing(tmp_path, 1, timeout_s=2.0) as push:
+        (replica,) = push.rig.replicas
+
+        def hang():
+            replica.before.clear()
+            return asyncio.sleep(60)
+
+        replica.before["LoadBucket"] = hang
+        await push.offer(make_weights(0))
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 30.0)
+        assert replica.received[Version(1, 0)] == as_bytes(make_weights(0))
+    assert replica.calls.count("AbortUpdate") == 1
+    assert [line["ok"] for line in push.lines] == [False, True]
+    assert "DEADLINE_EXCEEDED" in push.lines[0]["error"] or "collective" in push.lines[0]["error"]
 
 
 async def test_a_quarantined_replica_is_repaired(tmp_path):
@@ -178,38 +196,42 @@ async def test_a_registry_that_lags_behind_causes_no_second_push(tmp_path):
 
 
 CLIENT = """
-import asyncio, sys
+import asyncio, sys, torch
 from polyhead.v1 import buffer_pb2 as pb, rollout_pb2 as rpb
 from services.common.config.models import WeightsConfig
 from services.common.errors import UnavailableError
+from services.common.versions import Version
+from services.trainer.detached import leave
 from services.trainer.weights.channel import Channel
+from services.trainer.weights.snapshot import Snapshot, build_manifest
 
 async def main():
     replica = pb.Replica(replica_id="r", address=sys.argv[1])
-    channel = Channel(replica, 1, WeightsConfig(timeout_s=60.0), rpb.PAUSE_MODE_IN_PLACE)
+    channel = Channel(replica, 1, WeightsConfig(timeout_s=120.0), rpb.PAUSE_MODE_IN_PLACE)
     try:
         await channel.join()
-    except UnavailableError:
+        manifest = build_manifest({"w": torch.zeros(16 << 20)}, 1 << 30)
+        await channel.push(Version(1, 0), Snapshot(manifest, torch.device("cpu")))
+    except UnavailableError as error:
         await channel.close()
-        print("left behind")
+        print("left behind", channel.broadcast)
 
 asyncio.run(main())
+leave(5)
 """
 
 
-async def test_a_collective_that_never_forms_does_not_keep_the_process_from_ending(tmp_path):
+@pytest.mark.parametrize("verb", ["JoinWeightGroup", "LoadBucket"])
+async def test_a_collective_left_behind_does_not_keep_the_process_from_ending(tmp_path, verb):
     async with pushing(tmp_path, 1) as push:
         (replica,) = push.rig.replicas
 
         def refuse():
             raise UnavailableError("no", field="engine")
 
-        replica.before["JoinWeightGroup"] = refuse
-        started = time.monotonic()
+        replica.before[verb] = refuse
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", CLIENT, replica.describe().address, stdout=subprocess.PIPE
         )
         output, _ = await asyncio.wait_for(process.communicate(), 30)
-        assert (process.returncode, output) == (0, b"left behind\n")
-        assert time.monotonic() - started < 30
-        assert process.returncode != -signal.SIGABRT
+        assert (process.returncode, output) == (5, b"left behind False\n")

@@ -10,7 +10,9 @@ import pytest
 from tests.kit.runs import Run, surviving
 
 VICTIMS = ("rollout", "engine", "reward", "buffer", "store", "trainer")
-STEPS = 60
+STEPS = 180
+# Steps between two kills.
+APART = 20
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, flags: list[str]) -> tuple[
     run = Run(run_dir, *flags, "--num-rollout", str(STEPS), "--run-dir", str(run_dir), "--save-interval", "7")
     killed_at = {}
     for number, role in enumerate(VICTIMS):
-        run.wait_for(lambda due=4 + 8 * number: run.step() >= due, within_s=90)
+        run.wait_for(lambda due=5 + APART * number: run.step() >= due, within_s=90)
         run.wait_for(lambda role=role: run.victim(role) is not None, within_s=30)
         victim = run.victim(role)
         assert victim is not None
@@ -35,7 +37,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, flags: list[str]) -> tuple[
 def test_a_killed_role_comes_back_and_training_goes_on(killed, role):
     run, killed_at = killed
     assert len(run.summary()["processes"][role]) >= 2
-    assert max(surviving(run.steps())) >= killed_at[role] + 8
+    assert max(surviving(run.steps())) >= killed_at[role] + APART
 
 
 def test_every_step_is_trained_once_in_the_surviving_history(killed):

@@ -81,7 +81,8 @@ class Driver:
     def generated(self, lease: Lease, *versions: Version, tokens: int = 4) -> list[Generated]:
         spans = tuple((each.epoch, each.step, each.step) for each in versions or (self.version,))
         return [
-            Generated(ref, lease_id, 3 + tokens, tokens, 1, spans, b"payload %d %d" % ref) for ref, lease_id in refs(lease)
+            Generated(ref, lease_id, 3 + tokens, tokens, 1, spans, b"payload %d %d" % ref)
+            for ref, lease_id in refs(lease)
         ]
 
     async def generate(self, count: int = 1024) -> list[int]:

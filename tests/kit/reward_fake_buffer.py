@@ -68,9 +68,10 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
 
     async def Lease(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseResponse:
         self.calls.append("Lease")
+        self._notify()
         assert request.stage == sample_pb2.STAGE_SCORE
         assert request.include_payload
-        assert 0 < request.max_samples
+        assert request.max_samples > 0
         try:
             await self.until(lambda: self.waiting, request.wait.ToNanoseconds() / 1e9)
         except TimeoutError:

@@ -31,7 +31,7 @@ async def by_order(args: Any, sample: Any, **kwargs: Any) -> Any:
     elif word == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif word == "orphan":
-        subprocess.Popen(["sleep", "61.25"])
+        subprocess.Popen(["sleep", "61.25"])  # noqa: ASYNC220
         os.kill(os.getpid(), signal.SIGKILL)
     elif word == "nan":
         return float("nan")

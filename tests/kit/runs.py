@@ -91,7 +91,9 @@ class Run:
                 command, title = process.cmdline(), process.name()
             except psutil.Error:
                 continue
-            if any(part.endswith(marks[role]) for part in command) or title.startswith(f"polyhead-{role}"[:15]):
+            if any(part.endswith(marks[role]) for part in command) or title.startswith(
+                (f"polyhead-{role}"[:15], marks[role])
+            ):
                 return process
         return None
 

@@ -1,15 +1,17 @@
-# ruff: noqa: N802 (the contract names the methods)
 """A rollout replica without an engine: it takes weight pushes over a real collective, and keeps the bytes."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import os
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import rollout_pb2 as rpb
@@ -20,6 +22,52 @@ from services.common.errors import FencedError, UnavailableError
 from services.common.versions import Version
 
 BEAT_S = 0.1
+
+
+class Engine:
+    """A process that joins weight groups and receives. Starting one imports torch, so idle ones are used again."""
+
+    _idle: ClassVar[list[Engine]] = []
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.kit.weight_receiver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": ".:protos", "OMP_NUM_THREADS": "1"},
+        )
+        atexit.register(self._process.kill)
+        self._one_command = threading.Lock()
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    @classmethod
+    def take(cls) -> Engine:
+        return cls._idle.pop() if cls._idle else cls()
+
+    def give_back(self) -> None:
+        if self._process.poll() is None and not self._one_command.locked():
+            self._idle.append(self)
+        else:
+            self.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def run(self, command: dict[str, Any]) -> None:
+        """Raises UnavailableError when it fails or dies."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._one_command:
+            try:
+                self._process.stdin.write(json.dumps(command).encode() + b"\n")
+                self._process.stdin.flush()
+                answer = self._process.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+        if not answer or "error" in (said := json.loads(answer)):
+            raise UnavailableError(said["error"] if answer else "the engine died", field="engine")
 
 
 class FakeReplica(rollout_pb2_grpc.RolloutServiceServicer):
@@ -52,24 +100,13 @@ class FakeReplica(rollout_pb2_grpc.RolloutServiceServicer):
         self._tasks.append(asyncio.create_task(self._beat(buffer)))
 
     async def start_engine(self) -> None:
-        self.engine = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.kit.weight_receiver",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": ".:protos", "OMP_NUM_THREADS": "1"},
-        )
-        assert self.engine.stdout is not None
-        await self.engine.stdout.readline()
+        self.engine = await asyncio.to_thread(Engine.take)
 
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
         await self._server.stop(0)
-        if self.engine.returncode is None:
-            self.engine.kill()
-        await self.engine.wait()
+        self.engine.give_back()
 
     def describe(self) -> pb.Replica:
         return pb.Replica(
@@ -87,12 +124,7 @@ class FakeReplica(rollout_pb2_grpc.RolloutServiceServicer):
             await asyncio.sleep(BEAT_S)
 
     async def _engine(self, command: dict[str, Any]) -> None:
-        assert self.engine.stdin is not None
-        assert self.engine.stdout is not None
-        self.engine.stdin.write(json.dumps(command).encode() + b"\n")
-        answer = await self.engine.stdout.readline()
-        if not answer or "error" in (said := json.loads(answer)):
-            raise UnavailableError(said["error"] if answer else "the engine died", field="engine")
+        await asyncio.to_thread(self.engine.run, command)
 
     async def _enter(self, verb: str, epoch: int) -> None:
         self.calls.append(verb)

@@ -38,6 +38,7 @@ class Rig:
         self.replicas: list[FakeReplica] = []
         self.status = TrainerStatus()
         self.stop = asyncio.Event()
+        self.feeding: asyncio.Task[None] | None = None
         self._io = Io(asyncio.get_running_loop(), self.stop)
 
     async def start(self) -> None:
@@ -55,12 +56,16 @@ class Rig:
             lambda server: buffer_pb2_grpc.add_BufferServiceServicer_to_server(self.service, server),
             ["polyhead.v1.BufferService"],
         )
-        self.buffer = BufferClient(self._server.address, retry_for_s=5.0)
+        self.address = self._server.address
+        self.buffer = BufferClient(self.address, retry_for_s=5.0)
 
     async def close(self) -> None:
         for replica in self.replicas:
             await replica.stop()
         await self.buffer.close()
+        await self.stop_buffer()
+
+    async def stop_buffer(self) -> None:
         await self._server.stop(0)
 
     async def add_replica(self) -> FakeReplica:
@@ -130,16 +135,16 @@ class Rig:
 async def running_rig(config: Config, directory: Path, *, replicas: int = 1, feed: bool = True) -> AsyncIterator[Rig]:
     rig = Rig(config, directory)
     await rig.start()
-    feeding = asyncio.create_task(rig.feed()) if feed else None
+    rig.feeding = asyncio.create_task(rig.feed()) if feed else None
     try:
         for _ in range(replicas):
             await rig.add_replica()
         yield rig
     finally:
-        if feeding is not None:
-            feeding.cancel()
+        if rig.feeding is not None:
+            rig.feeding.cancel()
             with suppress(asyncio.CancelledError):
-                await feeding
+                await rig.feeding
         await rig.close()
 
 

@@ -34,6 +34,8 @@ def main() -> None:
             print("{}", flush=True)
         except RuntimeError as error:
             print(json.dumps({"error": str(error)}), flush=True)
+    if group is not None:
+        group.close()
 
 
 if __name__ == "__main__":

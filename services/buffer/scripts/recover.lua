@@ -80,8 +80,9 @@ local function undo_commits()
   return returned
 end
 
--- Takes over what a checkpoint knows and an older store does not.
+-- Takes over what a checkpoint knows and an older store does not. Nothing before it can be replayed any more.
 local function adopt()
+  retire_steps(step)
   local low_water, closed = mark[1], {}
   for _, ordinal in ipairs(mark[2]) do closed[ordinal] = true end
   for _, index in ipairs({ 'fresh', 'live', 'bound' }) do
@@ -100,6 +101,10 @@ local function adopt()
         relist(g, 'scorable', false)
         call('UNLINK', P .. 'g:' .. g.order, P .. 'p:' .. g.order)
         touched[g.order], groups[g.order] = nil, false
+      elseif g.bound > 0 and g.bound <= step then
+        unlist(g)
+        touch(g)
+        call('ZADD', P .. 'live', group_effective(g), m)
       end
     end
   end

@@ -6,6 +6,8 @@ Every mistake becomes one `ConfigError` that names the key and, for an unknown k
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,8 @@ from services.common.config.models import (
     TrainerConfig,
 )
 from services.common.errors import ConfigError
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Config(BaseSettings):
@@ -79,10 +83,11 @@ def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Confi
             raise ConfigError(f"cannot be read: {error.strerror}", field=str(path)) from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"is not valid TOML: {error}", field=str(path)) from error
-    if "password" in (tree.get("store") or {}):
-        raise ConfigError("comes from the environment only: POLYHEAD_STORE__PASSWORD", field="store.password")
     for key, value in (overrides or {}).items():
         _set(tree, key, value)
+    store = tree.get("store")
+    if isinstance(store, dict) and "password" in store:
+        raise ConfigError("comes from the environment only: POLYHEAD_STORE__PASSWORD", field="store.password")
     try:
         return Config(**tree)
     except ValidationError as error:
@@ -137,8 +142,8 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def _write_table(lines: list[str], path: tuple[str, ...], table: Mapping[str, Any]) -> None:
     plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
     if path and (plain or not table):
-        lines += ["", f"[{'.'.join(path)}]"]
-    lines += [f"{key} = {_toml_value(value)}" for key, value in plain.items()]
+        lines += ["", f"[{'.'.join(_toml_key(name) for name in path)}]"]
+    lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in plain.items()]
     for key, value in table.items():
         if isinstance(value, dict):
             _write_table(lines, (*path, key), value)
@@ -149,10 +154,16 @@ def _toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml_key(key)} = {_toml_value(item)}' for key, item in value.items())}}}"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's too, but for DEL, which TOML does not allow as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
+
+
+def _toml_key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) else str(_toml_value(key))
 
 
 def _explain(error: ValidationError) -> ConfigError:
@@ -168,14 +179,16 @@ def _explain(error: ValidationError) -> ConfigError:
 
 
 def _nearest(location: Sequence[str]) -> str:
-    """The suggestion for an unknown key: in its own section first, then anywhere."""
+    """The suggestion for an unknown key: the same name elsewhere, a like one in its section, a like one anywhere."""
     *parents, leaf = location
     section: type[BaseModel] = Config
     for name in parents:
         section = section.model_fields[name].annotation  # type: ignore[assignment]
+    everywhere = dict(_leaves(Config))
+    if leaf in everywhere:
+        return f"; did you mean {everywhere[leaf]}?"
     if near := difflib.get_close_matches(leaf, section.model_fields, n=1):
         return f"; did you mean {'.'.join([*parents, near[0]])}?"
-    everywhere = dict(_leaves(Config))
     if near := difflib.get_close_matches(leaf, everywhere, n=1, cutoff=0.8):
         return f"; did you mean {everywhere[near[0]]}?"
     return f"; known here: {', '.join(section.model_fields)}"

@@ -23,8 +23,9 @@ PauseModeName = Literal["in_place", "retract", "abort"]
 
 CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
-# A stream may be silent while the engine is paused for a push, or has more requests than slots.
-IDLE_TIMEOUT_S = 180.0
+# A stream may be silent while the engine is paused for a push, or has more requests than slots. Giving up on one costs
+# no tokens: what had streamed is saved, and the sample is leased again.
+IDLE_TIMEOUT_S = 600.0
 # The engine gives up first, so that its own reason arrives.
 COLLECTIVE_SLACK_S = 5.0
 # Below the 5 s after which common servers close an idle connection, which would look like an engine that died.

@@ -18,15 +18,17 @@ _DONE = b"[DONE]"
 
 async def events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
     """The JSON events up to [DONE]. Raises EngineUnavailableError when the stream ends without it."""
-    rest = b""
+    rest, done = b"", False
+    # Read to the very end, also after [DONE]: only then is the connection used again.
     while data := await content.readany():
         *complete, rest = (rest + data).split(b"\n\n")
         for event in complete:
             body = event.removeprefix(_PREFIX)
-            if body == _DONE:
-                return
-            yield _parse(body)
-    raise EngineUnavailableError("the stream ended before it was done", field="engine /generate")
+            done = done or body == _DONE
+            if not done:
+                yield _parse(body)
+    if not done:
+        raise EngineUnavailableError("the stream ended before it was done", field="engine /generate")
 
 
 class ChunkReader:

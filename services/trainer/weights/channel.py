@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from services.common.errors import FencedError, PolyheadError, UnavailableError,
 from services.common.process import free_port
 from services.common.versions import Version
 from services.common.weight_group import WeightGroup
+from services.trainer.detached import in_thread
 from services.trainer.weights.snapshot import Snapshot
 
 log = structlog.get_logger()
@@ -58,9 +57,9 @@ class Channel:
         self._collective: asyncio.Future[Any] | None = None
 
     @property
-    def collective(self) -> asyncio.Future[Any] | None:
-        """The last call into the process group. While it is not done, it may still read from a bucket."""
-        return self._collective
+    def broadcast(self) -> asyncio.Future[Any] | None:
+        """The last broadcast: while it is not done, it may still read from a bucket. Joining reads from none."""
+        return self._collective if self._group is not None else None
 
     async def join(self) -> None:
         """Forms the process group with the replica's engine. Raises PolyheadError."""
@@ -184,29 +183,3 @@ def _close_late(joined: asyncio.Future[WeightGroup]) -> None:
     """The engine joined after all, when nobody waited for it any more."""
     if joined.exception() is None:
         joined.result().close()
-
-
-def in_thread(blocking: Callable[[], T]) -> asyncio.Future[T]:
-    """Runs a call that may hang in a thread of its own, which does not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def deliver(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-            future.exception()  # a call that was left behind may fail unheard
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        try:
-            outcome: tuple[T | None, BaseException | None] = (blocking(), None)
-        except BaseException as error:  # handed to the waiter
-            outcome = (None, error)
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is waiting
-            loop.call_soon_threadsafe(deliver, *outcome)
-
-    threading.Thread(target=run, name="collective", daemon=True).start()
-    return future

@@ -81,7 +81,7 @@ class Peer:
     async def drop_channel(self) -> None:
         channel, self._channel = self._channel, None
         if channel is not None:
-            self._left_behind = channel.collective
+            self._left_behind = channel.broadcast
             await channel.close()
 
     async def _serve(self, version: Version, snapshot: Snapshot, ended: Callable[[], None]) -> None:

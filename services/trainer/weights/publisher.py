@@ -64,6 +64,8 @@ class Publisher:
         self._listed_at = -LIST_EVERY_S
         self._snapshots: list[Snapshot] = []
         self._target: tuple[Version, Snapshot] | None = None
+        self._started: Version | None = None
+        """The last version whose pushes have begun."""
         self._published: Version | None = None
         self._round_done = asyncio.Condition()
         self._wake = asyncio.Event()
@@ -126,7 +128,7 @@ class Publisher:
             return False
         if self._target is None or self._published == self._target[0]:
             return True
-        return not any(peer.busy for peer in self._peers.values())
+        return self._started == self._target[0] and not any(peer.busy for peer in self._peers.values())
 
     async def _round(self) -> None:
         for peer in self._peers.values():
@@ -139,6 +141,7 @@ class Publisher:
         for peer in self._peers.values():
             if peer.is_owed(version):
                 peer.start(version, snapshot, self._wake.set)
+        self._started = version
         if self._published != version and self._is_complete(version):
             async with asyncio.timeout(BUFFER_TIMEOUT_S):
                 await self._buffer.publish_version(version)

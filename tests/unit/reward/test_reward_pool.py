@@ -249,10 +249,9 @@ async def test_big_completions_do_not_block_the_event_loop() -> None:
 def test_whatever_is_returned_is_finite_or_refused(value: object) -> None:
     try:
         verdict = to_verdict(value)
-    except SampleError as error:
-        assert "\n" not in str(error)
-    else:
-        assert all(abs(number) < float("inf") for number in (verdict.reward, *verdict.parts.values()))
+    except SampleError:
+        return
+    assert all(abs(number) < float("inf") for number in (verdict.reward, *verdict.parts.values()))
 
 
 def test_a_cancelled_job_reports_nothing() -> None:

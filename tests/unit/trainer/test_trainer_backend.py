@@ -249,6 +249,21 @@ def test_a_batch_of_several_optimizer_steps_takes_them_all(models):
     assert backend.optimizer_steps == len(results) == 4
 
 
+def test_deterministic_runs_are_equal_bit_for_bit(models):
+    config = make_config(models["qwen3"], optimizer={"lr": 1e-3})
+    config.run.deterministic = True
+    samples = decode_groups(make_batch(0), vocab_size=128)
+    try:
+        backends = [TorchBackend(config) for _ in range(2)]
+        for backend in backends:
+            for _ in range(3):
+                train_batch(backend, samples, CLOCK, config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    left, right = (backend.weights() for backend in backends)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_a_directory_with_missing_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -31,7 +31,7 @@ def test_decoding_keeps_groups_rewards_and_arrays():
 
 def test_a_token_outside_the_vocabulary_names_its_sample():
     groups = make_batch(0, groups=1, size=2)
-    with pytest.raises(InvalidArgumentError, match="g00000000-000: token id .* vocabulary of 4"):
+    with pytest.raises(InvalidArgumentError, match=r"g00000000-000: token id .* vocabulary of 4"):
         decode_groups(groups, vocab_size=4)
 
 

@@ -85,23 +85,35 @@ def test_overlap_counts_tokens_inside_training_intervals():
 
 
 def test_a_metrics_line_has_every_documented_key():
-    samples = decode_groups(make_batch(0, groups=2, size=3), vocab_size=128)
+    groups = make_batch(0, groups=2, size=3)
+    samples = decode_groups(groups, vocab_size=128)
     clock = Clock(Version(1, 2), {1: 0})
     results = [
         StepResult(loss=1.0, grad_norm=2.0, lr=3e-4, applied=True, tokens=4, entropy=2.0, ratio=4.0, micro_batches=2),
         StepResult(loss=float("nan"), grad_norm=float("nan"), lr=3e-4, tokens=4, entropy=float("nan")),
     ]
-    batch = batch_metrics(samples, clock, None)
+    batch = batch_metrics(groups, samples, clock, None)
     line = step_line(3, Version(1, 3), batch, training_metrics(results), 5, Times(step_s=0.5))
     parsed = orjson.loads(orjson.dumps(line))
-    wanted = (
-        "step time epoch version reward_mean reward_std loss grad_norm entropy lr ratio_mean clip_fraction mismatch_kl "
-        "mismatch_kl_fresh staleness staleness_max samples groups completion_tokens prompt_tokens "
-        "mean_completion_length truncated_fraction multi_span_samples overlap_tokens wait_s train_s commit_s "
-        "publish_wait_s step_s micro_batches"
-    ).split()
-    assert set(wanted) <= parsed.keys()
+    wanted = {
+        *("step", "time", "epoch", "version", "reward_mean", "reward_std", "loss", "grad_norm", "entropy", "lr"),
+        *("ratio_mean", "clip_fraction", "mismatch_kl", "mismatch_kl_fresh", "staleness", "staleness_max", "samples"),
+        *(
+            "groups",
+            "group_ids",
+            "prompt_ordinals",
+            "completion_tokens",
+            "prompt_tokens",
+            "mean_completion_length",
+            "truncated_fraction",
+        ),
+        *("multi_span_samples", "overlap_tokens", "wait_s", "train_s", "commit_s", "publish_wait_s", "step_s"),
+        "micro_batches",
+    }
+    assert wanted <= parsed.keys()
     assert parsed["version"] == "e1.s3"
+    assert (parsed["groups"], parsed["group_ids"]) == (2, ["g00000000", "g00000001"])
+    assert len(parsed["prompt_ordinals"]) == 2
     assert parsed["staleness"] == {"2": 6}
     assert parsed["loss"] is None
     assert (parsed["entropy"], parsed["ratio_mean"], parsed["optimizer_steps_skipped"]) == (0.5, 1.0, 1)
@@ -110,7 +122,7 @@ def test_a_metrics_line_has_every_documented_key():
 
 
 def test_an_empty_batch_has_metrics_too():
-    line = {**batch_metrics([], Clock(Version(1, 0), {}), None), **training_metrics([])}
+    line = {**batch_metrics([], [], Clock(Version(1, 0), {}), None), **training_metrics([])}
     assert line["samples"] == 0
     assert line["mismatch_kl"] == 0.0
 

@@ -16,7 +16,7 @@ from services.rollout.engines.torch_engine.generate_request import GenerateReque
 from services.rollout.engines.torch_engine.options import MAX_DEFAULT_CONTEXT, EngineOptions
 from services.rollout.engines.torch_engine.parameters import DTYPES, Parameters
 from services.rollout.engines.torch_engine.replies import Reply
-from services.rollout.engines.torch_engine.scheduler import Scheduler, slots_needed
+from services.rollout.engines.torch_engine.scheduler import Scheduler, cache_length, slots_needed
 from services.rollout.engines.torch_engine.sequence import Delta
 from services.rollout.engines.torch_engine.text import TextCodec
 from services.rollout.engines.torch_engine.weight_updates import WeightUpdates
@@ -56,8 +56,7 @@ class Engine:
             self.model_config,
             self.parameters,
             slots_needed(options.max_running_requests, deterministic),
-            # A prefill chunk may reach past the end of the last prompt.
-            self.context_length + options.prefill_chunk,
+            cache_length(self.context_length, options.prefill_chunk),
         )
         self.scheduler = Scheduler(
             decoder,

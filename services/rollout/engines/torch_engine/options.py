@@ -22,7 +22,7 @@ class EngineOptions:
     context_length: int | None = None
     """Tokens of KV cache per slot. None: the model's own, at most 2,048."""
     prefill_chunk: int = 32
-    """Prompt tokens of one request processed per step."""
+    """Prompt tokens of one request processed per step; rounded up to a multiple of four."""
     stream_interval: int = 8
     """Tokens between two events of a stream."""
     incremental_streaming_output: bool = False

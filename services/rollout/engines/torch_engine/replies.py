@@ -104,6 +104,8 @@ class Reply:
         self._answers: dict[str, dict[str, Any]] = {}
         self._events: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
+        self.failure: tuple[int, str] | None = None
+        """Status and reason when the engine itself failed: that is no answer."""
         self.unfinished = set(self._transcripts)
 
     def accept(self, delta: Delta) -> None:
@@ -115,6 +117,8 @@ class Reply:
         else:
             self._answers[rid] = transcript.answer(delta)
         if delta.finish_reason is not None:
+            if status := delta.finish_reason.get("status_code"):
+                self.failure = (status, delta.finish_reason["message"])
             self.unfinished.discard(rid)
             if not self.unfinished:
                 self._changed.set()

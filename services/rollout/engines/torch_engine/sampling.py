@@ -78,7 +78,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, to
 def _truncate(probabilities: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
     """Zeroes all but the `top_k` most probable tokens, then all after the cumulative sum of those reaches `top_p`."""
     device = probabilities.device
-    ordered, order = probabilities.sort(-1, descending=True, stable=True)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(probabilities.shape[-1], device=device)
     ordered = ordered.double().masked_fill_(ranks >= top_k.to(device)[:, None], 0.0)
     before = ordered.cumsum(-1) - ordered

@@ -17,12 +17,21 @@ from services.rollout.engines.torch_engine.slot_table import SlotTable
 _ROW_STEP = 4
 _KV_STEP = 16
 _FIXED_PREFILL_ROWS = 8
-_MIN_FIXED_ROWS = 4
+_FIXED_ROW_STEP = 8
 
 
 def slots_needed(max_running: int, deterministic: bool) -> int:
-    """A row of a matrix product depends on the number of rows when there are fewer than four."""
-    return max(max_running, _MIN_FIXED_ROWS) if deterministic else max_running
+    """Rows of the batch.
+
+    Matrix products compute a row with other kernels when the rows that a thread gets are fewer than four, or do not
+    come in fours: its last bits then depend on its place. Eights leave fours to each of two threads.
+    """
+    return round_up(max_running, _FIXED_ROW_STEP) if deterministic else max_running
+
+
+def cache_length(context_length: int, prefill_chunk: int) -> int:
+    """Positions per slot: a prefill chunk may reach past the end of the longest prompt."""
+    return round_up(context_length + round_up(prefill_chunk, _ROW_STEP), _KV_STEP)
 
 
 class Scheduler:
@@ -41,7 +50,8 @@ class Scheduler:
     ) -> None:
         self._decoder = decoder
         self._slots = slots_needed(max_running, deterministic)
-        self._max_running, self._chunk, self._interval = max_running, prefill_chunk, stream_interval
+        self._max_running, self._interval = max_running, stream_interval
+        self._chunk = round_up(prefill_chunk, _ROW_STEP)
         self._deterministic = deterministic
         self.weight_version = weight_version
         self._deliver = deliver
@@ -122,7 +132,7 @@ class Scheduler:
         slots = self._prefilling[:_FIXED_PREFILL_ROWS] if self._deterministic else list(self._prefilling)
         starts = self._table.position[slots]
         ends = (self._table.prompt_length + self._table.count)[slots] - 1
-        columns = self._chunk if self._deterministic else min(self._chunk, _round_up(int((ends - starts).max()), 4))
+        columns = self._chunk if self._deterministic else min(self._chunk, round_up(int((ends - starts).max()), _ROW_STEP))
         rows = np.full(_FIXED_PREFILL_ROWS if self._deterministic else len(slots), self._decoder.scratch_slot)
         first = np.zeros(len(rows), np.int64)
         rows[: len(slots)], first[: len(slots)] = slots, starts
@@ -151,7 +161,7 @@ class Scheduler:
     def _decode(self) -> None:
         table = self._table
         highest = int(np.flatnonzero(table.decoding)[-1]) + 1
-        batch = self._slots if self._deterministic else min(self._slots, _round_up(highest, _ROW_STEP))
+        batch = self._slots if self._deterministic else min(self._slots, round_up(highest, _ROW_STEP))
         decoding, positions = table.decoding[:batch], table.position[:batch]
         active = np.flatnonzero(decoding)
         rows = self._rows[:batch]
@@ -262,7 +272,7 @@ class Scheduler:
 
     def _kv_length(self, needed: int) -> int:
         length = self._decoder.length
-        return length if self._deterministic else min(length, _round_up(needed, _KV_STEP))
+        return length if self._deterministic else min(length, round_up(needed, _KV_STEP))
 
     def _flush(self) -> None:
         if self._deltas:
@@ -270,5 +280,5 @@ class Scheduler:
             self._deliver(deltas)
 
 
-def _round_up(value: int, step: int) -> int:
+def round_up(value: int, step: int) -> int:
     return -(-value // step) * step

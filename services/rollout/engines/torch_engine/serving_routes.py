@@ -38,7 +38,8 @@ class ServingRoutes:
         try:
             if generation.stream:
                 return await _stream(request, answer)
-            return reply(await answer.answer())
+            content = await answer.answer()
+            return refusal(answer.failure[1], answer.failure[0]) if answer.failure else reply(content)
         finally:
             # The client went away, or writing failed.
             if answer.unfinished:

@@ -54,7 +54,8 @@ class WeightUpdates:
     def __init__(self, parameters: Parameters, device: torch.device) -> None:
         self._parameters, self._device = parameters, device
         self._groups: dict[str, WeightGroup] = {}
-        self._out_of_step: set[str] = set()
+        self._dropped: set[str] = set()
+        """Groups left because a bucket was refused or broke: the sender fails at once instead of waiting for us."""
         self._session: set[str] | None = None
         """Names loaded since begin_weight_update; None: no session is open."""
         self._whole = True
@@ -91,15 +92,15 @@ class WeightUpdates:
             )
         except (RuntimeError, ValueError) as error:
             raise UnavailableError(f"cannot join: {_first_line(error)}", field=where.name) from error
-        self._out_of_step.discard(where.name)
+        self._dropped.discard(where.name)
 
     async def leave(self, name: str) -> None:
         """Leaves a group, after a receive that is under way. Raises PreconditionError when there is no such group."""
         async with self._turn:
-            group = self._groups.pop(name, None)
-            if group is None:
+            if name not in self._groups and name not in self._dropped:
                 raise PreconditionError("there is no such group", field=name)
-            group.close()
+            self._drop(name)
+            self._dropped.discard(name)
 
     async def begin(self) -> None:
         """Opens a session. Raises PreconditionError when one is open."""
@@ -127,12 +128,17 @@ class WeightUpdates:
         transport fails; in all these cases this bucket has not touched the model.
         """
         async with self._turn:
-            group = self._check(bucket)
+            group = self._group(bucket)
             try:
+                self._check(bucket)
                 tensors = await asyncio.to_thread(self._receive, bucket, group)
             except RuntimeError as error:
-                self._out_of_step.add(bucket.group_name)
+                self._drop(bucket.group_name)
                 raise UnavailableError(f"receiving failed: {_first_line(error)}", field=bucket.group_name) from error
+            except PolyheadError:
+                # The sender may have begun to broadcast what is refused; the next receive would get those bytes.
+                self._drop(bucket.group_name)
+                raise
             await thread.call(lambda: self._load(tensors, bucket.weight_version, thread))
 
     async def load_from_disk(self, model_path: Path, weight_version: str | None, thread: EngineThread) -> None:
@@ -144,29 +150,26 @@ class WeightUpdates:
             tensors = await asyncio.to_thread(read_tensors, model_path, self._parameters)
             await thread.call(lambda: self._load(tensors, weight_version, thread))
 
-    def _check(self, bucket: Bucket) -> WeightGroup:
+    def _group(self, bucket: Bucket) -> WeightGroup:
         if self._session is None:
             raise PreconditionError(
                 "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()"
             )
-        group = self._groups.get(bucket.group_name)
-        if group is None:
-            raise PreconditionError("no such group: call init_weights_update_group first", field=bucket.group_name)
-        if bucket.group_name in self._out_of_step:
-            raise PreconditionError(
-                "the group is out of step since a bucket was refused or broke: destroy it and join again",
-                field=bucket.group_name,
-            )
-        try:
-            unknown = sorted(set(bucket.dtypes).difference(DTYPES))
-            if unknown:
-                raise InvalidArgumentError(f"{unknown} are not among {sorted(DTYPES)}", field="dtypes")
-            self._parameters.check(bucket.names, bucket.shapes)
-        except PolyheadError:
-            # The sender may have begun to broadcast what is refused here; the next receive would get those bytes.
-            self._out_of_step.add(bucket.group_name)
-            raise
-        return group
+        if bucket.group_name in self._groups:
+            return self._groups[bucket.group_name]
+        why = ": the engine left it when a bucket was refused or broke" if bucket.group_name in self._dropped else ""
+        raise PreconditionError(f"no such group{why}; call init_weights_update_group first", field=bucket.group_name)
+
+    def _check(self, bucket: Bucket) -> None:
+        unknown = sorted(set(bucket.dtypes).difference(DTYPES))
+        if unknown:
+            raise InvalidArgumentError(f"{unknown} are not among {sorted(DTYPES)}", field="dtypes")
+        self._parameters.check(bucket.names, bucket.shapes)
+
+    def _drop(self, name: str) -> None:
+        if (group := self._groups.pop(name, None)) is not None:
+            group.close()
+            self._dropped.add(name)
 
     def _receive(self, bucket: Bucket, group: WeightGroup) -> dict[str, torch.Tensor]:
         sizes = [

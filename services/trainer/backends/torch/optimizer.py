@@ -92,7 +92,7 @@ class Optimizer:
                 with torch.no_grad():
                     master.copy_(value)
             else:
-                # The step counter stays on the host unless the kernel wants it beside the parameter.
+                # The fused kernel wants the step counter beside the parameter, too.
                 self._adamw.state[master][kind] = value.to(master.device)
 
 

@@ -1,0 +1,264 @@
+"""Random histories: the Redis store on a real Valkey must answer exactly what the reference store answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+from services.buffer import partials
+from services.buffer.ids import SampleRef
+from services.buffer.memory_store import MemoryStore
+from services.buffer.records import Extension, Generated, IssuedPrompt, Lease, Released, Scored, WatermarkRecord
+from services.buffer.redis_store import RedisStore
+from services.buffer.store import Store
+from services.common.errors import PolyheadError
+from services.common.versions import Version
+from tests.kit import valkey
+from tests.kit.buffer_driver import PARAMS, refs
+
+Call = Callable[[Store], Awaitable[Any]]
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+WEIGHTED = (
+    ["round"] * 10
+    + ["generate", "extend", "complete_generate", "score", "complete_score", "release", "work", "train"] * 2
+    + ["submit", "lease_train", "publish", "restart_trainer", "store_falls_behind", "checkpoint", "expire", "fetch"]
+)
+REWARDS = st.sampled_from([0.0, 1.0, 0.1])
+DROPS = st.sampled_from([sample_pb2.DROP_REASON_FILTERED, sample_pb2.DROP_REASON_STALE])
+REASONS = st.sampled_from(
+    [pb.RELEASE_REASON_DRAIN, pb.RELEASE_REASON_SAMPLE_ERROR, pb.RELEASE_REASON_FATAL, pb.RELEASE_REASON_DROP]
+)
+_runs = itertools.count()
+
+
+class TwoStores(RuleBasedStateMachine):
+    """Makes every call on both stores and compares the answers, errors included."""
+
+    url = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.now_ms = 0
+        self.memory = MemoryStore(lambda: self.now_ms)
+        self.redis = RedisStore(self.url, run_name=f"r{next(_runs)}")
+        self.leases: dict[int, list[tuple[SampleRef, int]]] = {1: [], 2: []}
+        self.saved: dict[SampleRef, int] = {}
+        self.epoch = self.step = self.published = 0
+        self.mark: WatermarkRecord | None = None
+
+    def teardown(self) -> None:
+        self.loop.run_until_complete(self.redis.close())
+        self.loop.close()
+
+    def both(self, call: Call) -> Any:
+        answers = [self.loop.run_until_complete(_outcome(call, store)) for store in (self.memory, self.redis)]
+        assert answers[0] == answers[1]
+        return answers[0]
+
+    def some(self, draw: Draw, stage: int) -> list[tuple[SampleRef, int]]:
+        """Some leases of the stage, recent ones mostly, ended ones among them."""
+        known = self.leases[stage][-12:]
+        return draw(st.lists(st.sampled_from(known), min_size=1, max_size=6, unique=True)) if known else []
+
+    @initialize(
+        staleness=st.integers(0, 3),
+        on_stale=st.sampled_from(["wait", "mask", "drop"]),
+        zero_variance=st.booleans(),
+        least=st.integers(1, 2),
+        surplus=st.integers(0, 1),
+    )
+    def open(self, staleness: int, on_stale: str, zero_variance: bool, least: int, surplus: int) -> None:
+        params = replace(
+            PARAMS,
+            max_staleness=staleness,
+            on_stale=on_stale,
+            drop_zero_variance=zero_variance,
+            min_group_size=least,
+            surplus_groups=surplus,
+        )
+        self.both(lambda store: store.open(params))
+        self.new_trainer(0)
+        self.publish_step(0)
+
+    @rule(verb=st.sampled_from(WEIGHTED), data=st.data())
+    def act(self, verb: str, data: st.DataObject) -> None:
+        """One rule for all verbs: separate ones are left out of whole histories, which then never get anywhere."""
+        getattr(self, verb)(data.draw)
+
+    @invariant()
+    def nothing_is_lost_or_doubled(self) -> None:
+        ledger = self.both(lambda store: store.ledger(admit=True))
+        if not isinstance(ledger, tuple):
+            assert ledger.accepted == sum(each.samples for each in ledger.counts)
+
+    # Verbs
+
+    def generate(self, draw: Draw) -> None:
+        count, admit = draw(st.integers(1, 9)), draw(st.sampled_from([True, True, True, False]))
+        self.lease(count, admit=admit, behind=draw(st.sampled_from([0, 0, 0, 1])))
+
+    def lease(self, count: int, *, admit: bool = True, behind: int = 0) -> None:
+        version = Version(self.epoch, max(0, self.published - behind))
+        lease = self.both(lambda store: store.lease_generate("r", count, version, admit=admit))
+        self.leases[1] += refs(lease)
+        if lease.wanted:
+            prompts = [IssuedPrompt(ordinal, b"p%d" % ordinal) for ordinal in lease.wanted]
+            self.both(lambda store: store.issue(lease.cursor, prompts))
+
+    def submit(self, draw: Draw) -> None:
+        name = draw(st.sampled_from("ab"))
+        self.both(lambda store: store.submit(name, [b"submitted"]))
+
+    def score(self, draw: Draw) -> None:
+        count, payload = draw(st.integers(1, 9)), draw(st.booleans())
+        self.leases[2] += refs(self.both(lambda store: store.lease_score("s", count, payload=payload)))
+
+    def extend(self, draw: Draw) -> None:
+        for ref, lease_id in self.some(draw, 1):
+            at = max(0, self.saved.get(ref, 0) + draw(st.sampled_from([0, 0, 0, -1, 1])))
+            tokens = draw(st.integers(0, 3))
+            each = Extension(ref, lease_id, at, tokens, partials.frame(b"t" * tokens) if tokens else b"")
+            report = self.both(lambda store, each=each: store.extend([each]))
+            self.saved[ref] = report.results[0].saved_tokens or self.saved.get(ref, 0)
+
+    def complete_generate(self, draw: Draw) -> None:
+        low = max(0, self.published - draw(st.sampled_from([0, 0, 0, 1, 2])))
+        versions = ((self.epoch, low, low + draw(st.integers(0, 2))),)
+        tokens = draw(st.integers(0, 5))
+        rows = [Generated(ref, lease, 3, tokens, 1, versions, b"s%d" % lease) for ref, lease in self.some(draw, 1)]
+        self.both(lambda store: store.complete_generate(rows))
+
+    def complete_score(self, draw: Draw) -> None:
+        rows = [Scored(ref, lease, draw(REWARDS), b"v") for ref, lease in self.some(draw, 2)]
+        self.both(lambda store: store.complete_score(rows))
+
+    def release(self, draw: Draw) -> None:
+        stage, reason = draw(st.sampled_from([1, 2])), draw(REASONS)
+        drop = draw(DROPS) if reason == pb.RELEASE_REASON_DROP else 0
+        rows = [Released(ref, lease, reason, drop, "error", 2) for ref, lease in self.some(draw, stage)[:2]]
+        self.both(lambda store: store.release(stage, rows))
+
+    def work(self, draw: Draw) -> None:
+        """Completes all there is, so that histories get as far as training."""
+        for _ in range(2):
+            self.lease(9)
+            at = ((self.epoch, self.published, self.published),)
+            rows = [Generated(ref, lease, 4, 1, 1, at, b"s") for ref, lease in self.leases[1]]
+            self.both(lambda store, rows=rows: store.complete_generate(rows))
+            self.leases[2] += refs(self.both(lambda store: store.lease_score("s", 9, payload=False)))
+            scores = [Scored(ref, lease, float(ref.index), b"v") for ref, lease in self.leases[2]]
+            self.both(lambda store, scores=scores: store.complete_score(scores))
+
+    def train(self, draw: Draw) -> None:
+        step = self.step + draw(st.sampled_from([1, 1, 1, 1, 1, 0, 2]))
+        epoch = self.epoch - draw(st.sampled_from([0, 0, 0, 0, 1]))
+        trained = draw(st.sampled_from([True, True, True, False]))
+        lease = self.both(lambda store: store.lease_train(epoch, step, payload=True))
+        lease_id = lease.batch_lease_id if isinstance(lease, Lease) else 1
+        if self.both(lambda store: store.commit_step(epoch, step, lease_id, trained=trained)) is True:
+            self.step = step
+
+    def lease_train(self, draw: Draw) -> None:
+        self.both(lambda store: store.lease_train(self.epoch, self.step + 1, payload=False))
+
+    def publish(self, draw: Draw) -> None:
+        self.publish_step(max(0, self.step - draw(st.sampled_from([0, 0, 0, 0, 1, -1]))))
+
+    def publish_step(self, step: int) -> None:
+        if self.both(lambda store: store.publish_version(Version(self.epoch, step))) is None:
+            self.published = step
+
+    def round(self, draw: Draw) -> None:
+        self.work(draw)
+        self.train(draw)
+        self.publish(draw)
+
+    def restart_trainer(self, draw: Draw) -> None:
+        self.new_trainer(draw(st.integers(0, 4)))
+        if draw(st.booleans()):
+            self.publish_step(self.step)
+
+    def new_trainer(self, back: int) -> None:
+        """Comes up from a checkpoint `back` steps ago, or from the last step when that one is retired."""
+        self.epoch, step = self.both(lambda store: store.acquire_epoch())
+        target = max(0, step - back)
+        mark = self.mark if self.mark and self.mark.step == target else None
+        if isinstance(self.both(lambda store: store.recover(self.epoch, target, mark)), tuple):
+            target = step
+        self.both(lambda store: store.recover(self.epoch, target, None))
+        self.look()
+
+    def store_falls_behind(self, draw: Draw) -> None:
+        """A checkpoint of a later step than the store knows, as after a store that lost its last seconds."""
+        self.epoch, step = self.both(lambda store: store.acquire_epoch())
+        cursor = self.both(lambda store: store.ledger(admit=True)).cursor
+        low = draw(st.integers(0, cursor + 2))
+        closed = tuple(sorted(draw(st.sets(st.integers(low + 1, low + 6), max_size=4))))
+        mark = WatermarkRecord(step + draw(st.integers(1, 2)), low, closed, "d0", 7)
+        self.both(lambda store: store.recover(self.epoch, mark.step, mark))
+        self.look()
+        self.publish_step(self.step)
+
+    def look(self) -> None:
+        ledger = self.both(lambda store: store.ledger(admit=True))
+        self.step = ledger.step
+        self.published = ledger.published.step if ledger.published else 0
+
+    def checkpoint(self, draw: Draw) -> None:
+        step = max(0, self.step - draw(st.integers(0, 3)))
+        mark = self.both(lambda store: store.watermark(self.epoch, step))
+        if isinstance(mark, WatermarkRecord):
+            self.mark = mark
+        if draw(st.booleans()):
+            self.both(lambda store: store.confirm_checkpoint(self.epoch, step))
+
+    def expire(self, draw: Draw) -> None:
+        """The clock of the reference jumps; in Redis the deadlines are moved into the past instead."""
+        self.now_ms += PARAMS.lease_ttl_ms + 1
+        self.loop.run_until_complete(_expire_all(self.redis))
+
+    def fetch(self, draw: Draw) -> None:
+        wanted = [ref for ref, _ in self.leases[1][-12:]]
+        self.both(lambda store: store.fetch(wanted))
+
+
+async def _outcome(call: Call, store: Store) -> Any:
+    """The answer, or an error as its type and text."""
+    try:
+        return await call(store)
+    except PolyheadError as error:
+        return type(error).__name__, str(error)
+
+
+async def _expire_all(store: RedisStore) -> None:
+    client, prefix = store._scripts._redis, store._scripts._prefix
+    for stage in (1, 2):
+        key = f"{prefix}lease:{stage}"
+        for at, member in enumerate(await client.zrange(key, 0, -1)):
+            await client.zadd(key, {member: at})
+
+
+def test_both_stores_answer_alike() -> None:
+    with valkey.running() as server:
+        TwoStores.url = server.url
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            TwoStores,
+            settings=settings(
+                max_examples=60,
+                stateful_step_count=40,
+                deadline=None,
+                derandomize=True,
+                phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=list(HealthCheck),
+            ),
+        )

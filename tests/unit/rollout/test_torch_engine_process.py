@@ -1,0 +1,100 @@
+"""The engine as a process: how it ends, what it refuses to start with, what it tells about itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.kit.engine_process import ROOT, EngineApi, engine_environment, start_torch_engine
+from tests.kit.tiny_model import build_tiny_qwen3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_qwen3(tmp_path_factory.mktemp("model"))
+
+
+def run(model: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "services.rollout.engines.torch_engine", "--model-path", str(model), *flags]
+    return subprocess.run(command, cwd=ROOT, env=engine_environment(), capture_output=True, text=True, timeout=60)
+
+
+def test_a_port_in_use_is_one_line_and_status_2(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run(model, "--port", str(port))
+    assert result.returncode == 2
+    assert result.stderr == f"torch_engine: 127.0.0.1:{port}: the port is in use\n"
+
+
+def test_models_that_cannot_be_served_are_one_line_and_status_2(tmp_path: Path) -> None:
+    result = run(tmp_path / "nothing", "--port", "0")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "config.json" in result.stderr
+    path = build_tiny_qwen3(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    result = run(path, "--port", "0")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "MambaForCausalLM" in result.stderr
+    assert "Qwen3ForCausalLM" in result.stderr
+
+
+async def test_sigterm_ends_it_at_once_with_status_0(model: Path) -> None:
+    with start_torch_engine(model, context_length=512) as engine:
+        async with aiohttp.ClientSession() as session:
+            api = EngineApi(engine.url, session)
+            running = asyncio.create_task(api.post("/generate", {"input_ids": [[5]] * 70}))
+            await api.ok("/pause_generation", {"mode": "in_place"})
+            await asyncio.sleep(0.05)
+            engine.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(engine.process.wait, 10) == 0
+            with pytest.raises(aiohttp.ClientError):
+                await running
+
+
+async def test_without_a_tokenizer_there_is_no_text(model: Path) -> None:
+    flags = ("--skip-tokenizer-init", "--enable-deterministic-inference", "--weight-version", "e1.s0")
+    with start_torch_engine(model, context_length=64, flags=flags) as engine:
+        async with aiohttp.ClientSession() as session:
+            api = EngineApi(engine.url, session)
+            answer = await api.generate([5, 6], max_new_tokens=3, ignore_eos=True)
+            assert set(answer) == {"output_ids", "meta_info"}
+            assert answer["meta_info"]["weight_version"] == "e1.s0"
+            assert (await api.post("/generate", {"text": "x"}))[0] == 400
+            body = {"input_ids": [5], "sampling_params": {"stop": "x"}}
+            assert (await api.post("/generate", body))[0] == 400
+
+
+async def test_server_info_counts_work(model: Path) -> None:
+    with start_torch_engine(model, context_length=512, flags=("--max-running-requests", "2")) as engine:
+        async with aiohttp.ClientSession() as session:
+            api = EngineApi(engine.url, session)
+            before = (await api.get("/server_info"))[1]
+            expected = {"kind": "torch_engine", "max_running_requests": 2, "weights": "whole", "generated_tokens": 0}
+            assert expected.items() <= before.items()
+            await api.generate([[5], [6]], max_new_tokens=10, ignore_eos=True)
+            after = (await api.get("/server_info"))[1]
+            assert after["generated_tokens"] == 20
+            assert after["busy_seconds"] > before["busy_seconds"]
+            await api.ok("/pause_generation", {"mode": "in_place"})
+            waiting = asyncio.create_task(api.generate([[5], [6], [7]], max_new_tokens=10, rid="w"))
+            deadline = time.monotonic() + 10
+            while (info := (await api.get("/server_info"))[1])["num_waiting_requests"] < 3:
+                assert time.monotonic() < deadline
+            assert info["paused"] == "in_place"
+            # Requests in the works keep their ids to themselves.
+            assert (await api.post("/generate", {"input_ids": [5], "rid": "w_1"}))[0] == 400
+            await api.ok("/continue_generation")
+            await waiting
