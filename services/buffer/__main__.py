@@ -42,7 +42,7 @@ async def serve(config: Config, process: Process) -> None:
             message_mb=config.buffer.limits.message_mb,
         )
         log.info("serving", address=server.address, prompts=len(source) if source else 0)
-        watching = asyncio.create_task(watch.run())
+        watching = asyncio.create_task(watch.run(server.set_serving))
         await process.stop.wait()
         watching.cancel()
         await server.stop(STOP_GRACE_S)

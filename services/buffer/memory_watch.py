@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -32,11 +33,13 @@ class MemoryWatch:
             log.warning("admission", open=admit, used_mb=used // MIB, limit_mb=int(self._admit_below) // MIB)
         self.admit = admit
 
-    async def run(self) -> None:
-        """Looks about once a second, until cancelled."""
+    async def run(self, reachable: Callable[[bool], Awaitable[None]]) -> None:
+        """Looks about once a second, until cancelled; tells `reachable` whether the store answers."""
         while True:
             await asyncio.sleep(_INTERVAL_S)
             try:
                 await self.look()
+                await reachable(True)
             except PolyheadError as error:
                 log.warning("store_unreachable", reason=str(error))
+                await reachable(False)

@@ -17,7 +17,7 @@ from services.common.config.models import DataConfig
 from services.common.errors import ConfigError
 
 _SLICE = re.compile(r"(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
-_ORDERS_KEPT = 2  # permutations of the present epoch and of one a re-read may still ask for
+_ORDERS_KEPT = 2  # permutations: prompts are issued across the border of two epochs
 
 
 class PromptSource:
@@ -64,7 +64,7 @@ class PromptSource:
             random.Random(self._keys.seed + epoch).shuffle(order)
             self._orders[epoch] = order
             while len(self._orders) > _ORDERS_KEPT:
-                del self._orders[min(self._orders)]
+                del self._orders[next(iter(self._orders))]
         return self._orders[epoch]
 
     def _identity(self, start: int | None, stop: int | None) -> list[object]:

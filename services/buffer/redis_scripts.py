@@ -122,6 +122,8 @@ class ScriptRunner:
 
 def translate(error: Exception, where: str) -> PolyheadError:
     """A failure of the server or the connection as one clear line."""
+    if isinstance(error.__cause__, failures.RedisError):  # what went wrong while connecting
+        error = error.__cause__
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, failures.AuthenticationError | failures.AuthorizationError | failures.NoPermissionError):
         return ConfigError(f"refused: {text}", field=f"store {where}")

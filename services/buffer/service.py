@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -54,7 +55,8 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         return pb.SubmitResponse(group_ids=[group_id(order) for order in orders])
 
     async def Lease(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseResponse:
-        validation.check_lease(request, self._config.limits)
+        validation.check_lease(request)
+        request.max_samples = min(request.max_samples, self._config.limits.samples_per_rpc)
         clock = asyncio.get_running_loop().time
         until = clock() + min(request.wait.ToNanoseconds() / 1e9, MAX_WAIT_S)
         while True:
@@ -221,7 +223,11 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         )
 
     async def GetLedger(self, request: pb.GetLedgerRequest, context: Any) -> pb.GetLedgerResponse:
-        return convert.ledger(await self._store.ledger(admit=self._watch.admit))
+        record = await self._store.ledger(admit=self._watch.admit)
+        if self._source is not None:  # a lease would issue prompts instead of waiting for them
+            waiting = {stage: reason for stage, reason in record.waiting.items() if reason.code != "prompts"}
+            record = replace(record, waiting=waiting)
+        return convert.ledger(record)
 
     def _wake(self, ready_groups: int, closed_groups: int) -> None:
         if ready_groups:

@@ -42,8 +42,8 @@ def check_count(items: Sequence[T], limits: LimitsConfig, field: str) -> Sequenc
     return items
 
 
-def check_lease(request: pb.LeaseRequest, limits: LimitsConfig) -> None:
-    """What `Lease` needs for its stage is there and within limits."""
+def check_lease(request: pb.LeaseRequest) -> None:
+    """What `Lease` needs for its stage is there."""
     check_name(request.replica_id, "replica_id")
     if request.wait.ToNanoseconds() < 0:
         raise InvalidArgumentError("must not be negative", field="wait")
@@ -53,10 +53,8 @@ def check_lease(request: pb.LeaseRequest, limits: LimitsConfig) -> None:
         return
     if request.stage not in (sample_pb2.STAGE_GENERATE, sample_pb2.STAGE_SCORE):
         raise InvalidArgumentError("must be GENERATE, SCORE or TRAIN", field="stage")
-    if not 0 < request.max_samples <= limits.samples_per_rpc:
-        raise InvalidArgumentError(
-            f"{request.max_samples} is not between 1 and {limits.samples_per_rpc}", field="max_samples"
-        )
+    if not request.max_samples:
+        raise InvalidArgumentError("must be at least 1", field="max_samples")
     if request.stage == sample_pb2.STAGE_GENERATE and not request.HasField("weight_version"):
         raise InvalidArgumentError("a GENERATE lease names the version that is served", field="weight_version")
 

@@ -159,7 +159,7 @@ def _resolve(config: Config, socket_dir: Path) -> Config:
     resolved.run.dir = config.run.dir.resolve()
     if config.store.url == "embedded":
         # In a short private directory: socket paths are limited to 107 bytes, and a run directory may be anywhere.
-        resolved.store.url = f"unix://{socket_dir / 'store.sock'}"
+        resolved.store.url = embedded_store.url(socket_dir / "store.sock")
     if resolved.buffer.address.endswith(":0"):
         resolved.buffer.address = f"127.0.0.1:{free_port()}"
     return resolved

@@ -1,6 +1,7 @@
 """Speed of the in-house engine, as one JSON object on standard output.
 
-`python tests/bench/bench_torch_engine.py` starts an engine of its own: 2 layers, hidden 128, vocabulary 128, one thread.
+`PYTHONPATH=.:protos python -m tests.bench.bench_torch_engine` starts an engine of its own: 2 layers, hidden 128,
+vocabulary 128, one thread.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from typing import Any
 
 import aiohttp
 import orjson
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "protos")]
 
 from tests.kit.engine_process import EngineApi, start_torch_engine
 from tests.kit.tiny_model import build_tiny_qwen3

@@ -102,7 +102,7 @@ async def generate(client: BufferClient, count: int = 16, wait_s: float = 0) -> 
     return await client.lease(GENERATE, "r", max_samples=count, weight_version=FIRST, wait_s=wait_s)
 
 
-def completed(response: pb.LeaseResponse, **changes: object) -> list[pb.CompletedSample]:
+def completed(response: pb.LeaseResponse, version: Version = FIRST, **changes: object) -> list[pb.CompletedSample]:
     """Finished samples of 2 prompt and 3 completion tokens; `changes` go into the segment."""
     rows = []
     for group in response.groups:
@@ -113,7 +113,7 @@ def completed(response: pb.LeaseResponse, **changes: object) -> list[pb.Complete
                 prompt_length=2,
                 loss_mask=wire.encode_mask([1, 1, 1]),
                 rollout_logprobs=wire.encode_logprobs([-0.1, -0.2, -0.3]),
-                spans=[sample_pb2.WeightVersionSpan(version=FIRST.to_proto(), start=0, end=3)],
+                spans=[sample_pb2.WeightVersionSpan(version=version.to_proto(), start=0, end=3)],
             )
             for name, value in changes.items():
                 setattr(segment, name, value)
@@ -181,17 +181,15 @@ async def test_an_epoch_of_prompts_is_followed_by_the_next(client: BufferClient)
     await start_trainer(client)
     seen = []
     for step in range(1, 9):
-        await client.complete(GENERATE, "r", completed(await _lease_now(client, step)))
+        version = Version(1, step - 1)
+        leased = await client.lease(GENERATE, "r", max_samples=16, weight_version=version)
+        await client.complete(GENERATE, "r", completed(leased, version))
         await client.complete(SCORE, "s", scored(await client.lease(SCORE, "s", max_samples=16)))
         batch = await client.lease(TRAIN, "t", epoch=1, step=step)
         seen += [group.prompt_ordinal for group in batch.groups]
         await client.commit_step(1, step, batch.batch_lease_id)
         await client.publish_version(Version(1, step))
     assert seen == list(range(16))
-
-
-async def _lease_now(client: BufferClient, step: int) -> pb.LeaseResponse:
-    return await client.lease(GENERATE, "r", max_samples=16, weight_version=Version(1, step - 1))
 
 
 async def test_partial_samples_come_back(client: BufferClient) -> None:
@@ -284,6 +282,7 @@ async def test_a_caller_that_hangs_up_leaves_nothing_leased(client: BufferClient
 async def test_empty_answers_say_what_they_wait_for(client: BufferClient) -> None:
     reasons = [(await generate(client)).waiting_for]
     await start_trainer(client)
+    assert GENERATE not in {row.stage for row in (await client.get_ledger()).waiting_for}
     leased = await generate(client)
     reasons.append((await generate(client)).waiting_for)
     reasons.append((await client.lease(SCORE, "s", max_samples=1)).waiting_for)
@@ -306,7 +305,7 @@ async def test_without_a_data_set_the_prompts_end(server: valkey.Valkey, config:
     config.data.prompt_data = ""
     async with serving(server.url, config) as address, BufferClient(address) as client:
         await start_trainer(client)
-        assert (await generate(client)).waiting_for.reason == "end of prompts"
+        assert (await generate(client)).waiting_for.reason == "prompts to be issued"
         (group_id,) = (await client.submit("q1", [sample_pb2.Prompt(text="hello")])).group_ids
         leased = await generate(client)
         assert leased.groups[0].group_id == group_id
@@ -373,7 +372,7 @@ async def test_every_request_names_what_is_wrong_with_it(client: BufferClient) -
             "r", [pb.ExtendedSample(sample_id=good.sample_id, lease_id=1, delta=delta)]
         ),
         "replica_id": client.lease(SCORE, "", max_samples=1),
-        "max_samples": client.lease(SCORE, "s", max_samples=17),
+        "max_samples": client.lease(SCORE, "s"),
         "weight_version": client.lease(GENERATE, "s", max_samples=1),
         "step": client.lease(TRAIN, "t", epoch=1),
         "samples[0].reason": client.release(GENERATE, "r", [pb.ReleasedSample(sample_id=good.sample_id, lease_id=1)]),

@@ -62,7 +62,7 @@ async def test_a_run_trains_publishes_saves_and_exports(model, tmp_path):
 
 
 async def test_a_stopped_run_goes_on_at_the_next_step(model, tmp_path):
-    config = make_config(model, tmp_path / "run", steps=6)
+    config = make_config(model, tmp_path / "run", steps=30)
     config.trainer.checkpoint.save_interval = 100
     async with running_rig(config, tmp_path) as rig:
         running = asyncio.create_task(rig.train())
@@ -76,10 +76,11 @@ async def test_a_stopped_run_goes_on_at_the_next_step(model, tmp_path):
         rig.stop.clear()
         await asyncio.wait_for(rig.train(), 60)
         ledger = await rig.buffer.get_ledger()
-    assert steps_of(rig.lines("metrics")) == [1, 2, 3, 4, 5, 6]
-    assert (ledger.step, ledger.epoch, ledger.imbalance) == (6, 2, 0)
+    assert steps_of(rig.lines("metrics")) == list(range(1, 31))
+    assert (ledger.step, ledger.epoch, ledger.imbalance) == (30, 2, 0)
     # The resumed trainer pushed what it had before it took a batch.
-    assert rig.lines("pushes")[stopped_at + 1]["version"] == f"e2.s{stopped_at}"
+    resumed = [push["version"] for push in rig.lines("pushes") if push["version"].startswith("e2.")]
+    assert resumed[0] == f"e2.s{stopped_at}"
     assert (config.run.dir / "hf" / "model.safetensors").exists()
 
 

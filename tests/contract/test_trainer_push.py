@@ -214,7 +214,7 @@ async def main():
         await channel.push(Version(1, 0), Snapshot(manifest, torch.device("cpu")))
     except UnavailableError as error:
         await channel.close()
-        print("left behind", channel.broadcast)
+        print("left behind", channel._collective.done())
 
 asyncio.run(main())
 leave(5)

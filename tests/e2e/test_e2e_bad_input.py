@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.kit.valkey import Valkey
+import redis
 
 from tests.kit.runs import ROOT
+from tests.kit.valkey import running
 
 PLUGINS = """
 import time
@@ -102,8 +103,7 @@ def test_a_redis_that_is_down(tmp_path, flags):
 
 
 def test_a_redis_that_refuses_writes(tmp_path, flags):
-    with Valkey(max_memory_mb=1) as store:
-        client = store.client()
+    with running() as store, redis.Redis.from_url(store.url) as client:
         client.config_set("maxmemory", 1)
         assert "refuses writes" in refused(tmp_path, *flags, "--store.url", store.url)
 

@@ -39,6 +39,14 @@ class Collector:
                 self._news.clear()
                 await self._news.wait()
 
+    async def quiet(self) -> int:
+        """Waits until nothing has come for a while; returns how many tokens there are."""
+        while True:
+            before = len(self.token_ids)
+            await asyncio.sleep(0.3)
+            if len(self.token_ids) == before:
+                return before
+
     async def ended(self) -> None:
         async with asyncio.timeout(30):
             await self._task

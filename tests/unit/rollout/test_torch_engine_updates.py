@@ -16,7 +16,7 @@ from tests.kit.engine_push import Channel, Collector
 from tests.kit.hf_reference import greedy, load_reference, teacher_forced, teacher_forced_after_swap
 from tests.kit.tiny_model import build_tiny_qwen3
 
-CONTEXT = 2048
+CONTEXT = 4096
 PROMPT = [7, 9, 11]
 
 
@@ -198,12 +198,13 @@ async def test_buckets_of_mixed_types_are_converted(api: EngineApi, new: Any) ->
 
 
 async def test_an_update_that_cannot_flush_says_so(api: EngineApi, models: list[Path]) -> None:
-    running = asyncio.create_task(api.generate(PROMPT, max_new_tokens=CONTEXT, ignore_eos=True, rid="runs"))
-    await asyncio.sleep(0.05)
+    running = Collector(api, PROMPT, max_new_tokens=CONTEXT, ignore_eos=True, rid="runs")
+    await running.has(4)
     status, answer = await api.post("/update_weights_from_disk", {"model_path": str(models[1]), "weight_version": "v1"})
     assert (status, answer["success"], answer["weights_touched"]) == (400, False, True)
     await api.ok("/abort_request", {"rid": "runs"})
-    assert (await running)["meta_info"]["weight_versions"][0]["version"] == "default"
+    await running.ended()
+    assert running.meta["weight_versions"][0]["version"] == "default"
 
 
 async def test_joining_a_group_that_nobody_leads_fails_in_time(api: EngineApi) -> None:

@@ -42,11 +42,12 @@ class Engine:
                 f"{self.context_length} is above the model's max_position_embeddings = {own_length}",
                 field="--context-length",
             )
-        self.codec = None if options.skip_tokenizer_init else TextCodec.load(options.model_path)
+        codec = TextCodec.load(options.model_path)
+        self.codec = None if options.skip_tokenizer_init else codec
         self.parser = RequestParser(
             vocab_size=self.model_config.vocab_size,
             context_length=self.context_length,
-            eos_ids=self.model_config.eos_token_ids | (self.codec.eos_ids if self.codec else frozenset()),
+            eos_ids=self.model_config.eos_token_ids | (codec.eos_ids if codec else frozenset()),
             codec=self.codec,
             random_seed=options.random_seed,
         )

@@ -113,8 +113,10 @@ class Scheduler:
     def step(self) -> None:
         """Admits, prefills one chunk, decodes one token for every prefilled request, and delivers."""
         self._admit()
-        if self._prefilling:
-            self._prefill()
+        at_once = _FIXED_PREFILL_ROWS if self._deterministic else max(1, len(self._prefilling))
+        slots = list(self._prefilling)
+        for start in range(0, len(slots), at_once):
+            self._prefill(slots[start : start + at_once])
         if self._table.decoding.any():
             self._decode()
         self._flush()
@@ -128,11 +130,12 @@ class Scheduler:
                 self._prefilling.append(slot)
                 self._end_prefill_if_done(slot)
 
-    def _prefill(self) -> None:
-        slots = self._prefilling[:_FIXED_PREFILL_ROWS] if self._deterministic else list(self._prefilling)
+    def _prefill(self, slots: list[int]) -> None:
+        """One chunk of each prompt; padded to fixed shapes in deterministic mode."""
         starts = self._table.position[slots]
         ends = (self._table.prompt_length + self._table.count)[slots] - 1
-        columns = self._chunk if self._deterministic else min(self._chunk, round_up(int((ends - starts).max()), _ROW_STEP))
+        longest = round_up(int((ends - starts).max()), _ROW_STEP)
+        columns = self._chunk if self._deterministic else min(self._chunk, longest)
         rows = np.full(_FIXED_PREFILL_ROWS if self._deterministic else len(slots), self._decoder.scratch_slot)
         first = np.zeros(len(rows), np.int64)
         rows[: len(slots)], first[: len(slots)] = slots, starts
