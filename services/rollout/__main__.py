@@ -8,11 +8,12 @@ import sys
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.lifecycle import Process, run_service
+from services.common.registration import keep_registered
 from services.rollout.engines.keeper import EngineKeeper
 from services.rollout.engines.process import torch_engine_command
 from services.rollout.layout import ModelLayout
 from services.rollout.prompting import Prompter
-from services.rollout.registration import Registration
+from services.rollout.registration import describe, say_farewell
 from services.rollout.replica import Replica
 from services.rollout.service import RolloutService
 from services.rollout.weights import WeightReceiver
@@ -20,6 +21,8 @@ from services.rollout.worker import Worker
 
 # A buffer that stays away longer is reported, and then tried again.
 BUFFER_RETRY_S = 10.0
+# Counters are this fresh in the registry, and never further apart than a third of its time-to-live.
+BEAT_S = 1.0
 
 
 async def serve(config: Config, process: Process) -> None:
@@ -46,13 +49,14 @@ async def serve(config: Config, process: Process) -> None:
             )
             service = RolloutService(replica, receiver, worker, process.stop)
             async with service.listening(settings.address, message_mb=limits.message_mb) as address:
-                registration = Registration(buffer, replica, address)
-                running += [tasks.create_task(worker.run()), tasks.create_task(registration.run())]
+                beat_s = min(BEAT_S, config.buffer.replica_ttl_s / 3)
+                beating = keep_registered(buffer, lambda: describe(replica, address), replica.changed, beat_s)
+                running += [tasks.create_task(worker.run()), tasks.create_task(beating)]
                 await process.stop.wait()
                 await worker.drain()
             for task in running:
                 task.cancel()
-            await registration.farewell()
+            await say_farewell(buffer, replica, address)
     except ExceptionGroup as failures:
         raise _first(failures) from failures
 

@@ -1,10 +1,9 @@
-"""The replica's heartbeat at the buffer: where it is, what state it is in, what it has done."""
+"""What a rollout replica says of itself at the buffer."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import suppress
 
 import structlog
 
@@ -15,46 +14,7 @@ from services.rollout.replica import Replica
 
 log = structlog.get_logger()
 
-INTERVAL_S = 1.0
 FAREWELL_S = 2.0
-_BEATS_PER_TTL = 3.0
-
-
-class Registration:
-    """Beats every second, and at once when the state changes."""
-
-    def __init__(self, buffer: BufferClient, replica: Replica, address: str) -> None:
-        self._buffer = buffer
-        self._replica = replica
-        self._address = address
-        self._interval_s = INTERVAL_S
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        while True:
-            self._replica.changed.clear()
-            await self.beat()
-            try:
-                await asyncio.wait_for(self._replica.changed.wait(), self._interval_s)
-            except TimeoutError:
-                continue
-
-    async def farewell(self) -> None:
-        """Says that the replica has ended, if the buffer hears it soon."""
-        self._replica.life.end()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.beat(), FAREWELL_S)
-
-    async def beat(self) -> None:
-        """Registers once. A buffer that does not answer is tried again at the next beat."""
-        try:
-            response = await self._buffer.register_replica(describe(self._replica, self._address))
-        except PolyheadError as error:
-            log.warning("register_failed", reason=str(error))
-            return
-        ttl_s = response.ttl.ToTimedelta().total_seconds()
-        if ttl_s > 0:
-            self._interval_s = min(INTERVAL_S, ttl_s / _BEATS_PER_TTL)
 
 
 def describe(replica: Replica, address: str) -> pb.Replica:
@@ -70,3 +30,13 @@ def describe(replica: Replica, address: str) -> pb.Replica:
         stats=replica.stats.snapshot(),
         child_pids={"engine": replica.engine_pid} if replica.engine_pid is not None else {},
     )
+
+
+async def say_farewell(buffer: BufferClient, replica: Replica, address: str) -> None:
+    """Registers the replica as ended, if the buffer hears it soon."""
+    replica.life.end()
+    try:
+        async with asyncio.timeout(FAREWELL_S):
+            await buffer.register_replica(describe(replica, address))
+    except (TimeoutError, PolyheadError) as error:
+        log.info("farewell_unheard", reason=str(error))

@@ -305,7 +305,7 @@ async def test_without_a_data_set_the_prompts_end(server: valkey.Valkey, config:
     config.data.prompt_data = ""
     async with serving(server.url, config) as address, BufferClient(address) as client:
         await start_trainer(client)
-        assert (await generate(client)).waiting_for.reason == "prompts to be issued"
+        assert (await generate(client)).waiting_for.reason == "end of prompts"
         (group_id,) = (await client.submit("q1", [sample_pb2.Prompt(text="hello")])).group_ids
         leased = await generate(client)
         assert leased.groups[0].group_id == group_id

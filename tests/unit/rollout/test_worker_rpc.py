@@ -12,8 +12,9 @@ from polyhead.v1 import rollout_pb2, rollout_pb2_grpc
 from services.common import rpc
 from services.common.buffer_client import BufferClient
 from services.common.errors import FencedError, PreconditionError, from_rpc_error
+from services.common.registration import keep_registered
 from services.common.versions import Version
-from services.rollout.registration import Registration
+from services.rollout.registration import describe
 from services.rollout.service import RolloutService
 from tests.kit.rollout_rig import GROUP, manifest, until
 
@@ -105,7 +106,9 @@ async def test_the_heartbeat_tells_state_changes_at_once(make_rig):
     rig = await make_rig(serving=False)
     address = rig.buffer._server.address
     async with BufferClient(address, retry_for_s=0.2) as buffer:
-        beating = asyncio.create_task(Registration(buffer, rig.replica, "127.0.0.1:7").run())
+        beating = asyncio.create_task(
+            keep_registered(buffer, lambda: describe(rig.replica, "127.0.0.1:7"), rig.replica.changed, 1.0)
+        )
         await until(lambda: len(rig.buffer.replicas) == 1)
         assert rig.buffer.replicas[0].state == pb.REPLICA_STATE_JOINING
         assert rig.buffer.replicas[0].role == pb.ROLE_ROLLOUT
