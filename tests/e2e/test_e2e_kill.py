@@ -19,7 +19,7 @@ APART = 20
 def killed(tmp_path_factory: pytest.TempPathFactory, flags: list[str]) -> tuple[Run, dict[str, int]]:
     """The finished run, and the step at which each victim was killed."""
     run_dir = tmp_path_factory.mktemp("kill") / "run"
-    run = Run(run_dir, *flags, "--num-rollout", str(STEPS), "--run-dir", str(run_dir), "--save-interval", "7")
+    run = Run(run_dir, *flags, "--num-rollout", str(STEPS), "--run-dir", str(run_dir), "--save-interval", "40")
     killed_at = {}
     for number, role in enumerate(VICTIMS):
         run.wait_for(lambda due=5 + APART * number: run.step() >= due, within_s=90)
