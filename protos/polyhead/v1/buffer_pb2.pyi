@@ -95,7 +95,7 @@ class SubmitResponse(_message.Message):
     def __init__(self, group_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
-    __slots__ = ("stage", "replica_id", "max_samples", "wait", "include_payload", "weight_version", "epoch", "step")
+    __slots__ = ("stage", "replica_id", "max_samples", "wait", "include_payload", "weight_version", "epoch", "step", "request_id")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,7 @@ class LeaseRequest(_message.Message):
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     stage: _sample_pb2.Stage
     replica_id: str
     max_samples: int
@@ -112,7 +113,8 @@ class LeaseRequest(_message.Message):
     weight_version: _sample_pb2.WeightVersion
     epoch: int
     step: int
-    def __init__(self, stage: _Optional[_Union[_sample_pb2.Stage, str]] = ..., replica_id: _Optional[str] = ..., max_samples: _Optional[int] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., include_payload: _Optional[bool] = ..., weight_version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, stage: _Optional[_Union[_sample_pb2.Stage, str]] = ..., replica_id: _Optional[str] = ..., max_samples: _Optional[int] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., include_payload: _Optional[bool] = ..., weight_version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class LeaseResponse(_message.Message):
     __slots__ = ("groups", "waiting_for", "lease_ttl", "batch_lease_id")
@@ -307,10 +309,12 @@ class CommitStepRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., batch_lease_id: _Optional[int] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ...) -> None: ...
 
 class CommitStepResponse(_message.Message):
-    __slots__ = ("applied",)
+    __slots__ = ("applied", "checkpoint_wanted")
     APPLIED_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_WANTED_FIELD_NUMBER: _ClassVar[int]
     applied: bool
-    def __init__(self, applied: _Optional[bool] = ...) -> None: ...
+    checkpoint_wanted: bool
+    def __init__(self, applied: _Optional[bool] = ..., checkpoint_wanted: _Optional[bool] = ...) -> None: ...
 
 class PublishVersionRequest(_message.Message):
     __slots__ = ("version",)
@@ -365,10 +369,12 @@ class ConfirmCheckpointResponse(_message.Message):
     def __init__(self, retired_samples: _Optional[int] = ...) -> None: ...
 
 class AcquireEpochRequest(_message.Message):
-    __slots__ = ("holder",)
+    __slots__ = ("holder", "known_epoch")
     HOLDER_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     holder: str
-    def __init__(self, holder: _Optional[str] = ...) -> None: ...
+    known_epoch: int
+    def __init__(self, holder: _Optional[str] = ..., known_epoch: _Optional[int] = ...) -> None: ...
 
 class AcquireEpochResponse(_message.Message):
     __slots__ = ("epoch", "step")
