@@ -23,7 +23,8 @@ SCORED, READY = State.SAMPLE_STATE_SCORED, State.SAMPLE_STATE_READY
 TRAINING, CONSUMED = State.SAMPLE_STATE_TRAINING, State.SAMPLE_STATE_CONSUMED
 RETIRED, DROPPED, DEAD = State.SAMPLE_STATE_RETIRED, State.SAMPLE_STATE_DROPPED, State.SAMPLE_STATE_DEAD
 LEASED = (GENERATING, SCORING)
-NOTHING_APPENDED = -1
+# `appended_from` of a lease that was never extended, and of one under which no token was saved.
+NEVER_EXTENDED, NOTHING_APPENDED = -2, -1
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +36,8 @@ class SampleRow:
     saved: int = 0
     appended_from: int = NOTHING_APPENDED
     """from_token of the last delta saved under the present lease."""
+    lost: int = 0
+    """Leases in a row that expired without a heartbeat."""
     num_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: int = 0
@@ -103,6 +106,8 @@ class MemoryState:
     """Ordinal to the last committed step when it was closed."""
     submits: dict[str, list[int]] = field(default_factory=dict)
     replicas: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    grants: dict[tuple[str, int], tuple[str, list[tuple[SampleRef, int]]]] = field(default_factory=dict)
+    """By replica and state of the leased samples: its newest request, and the leases it was answered with."""
     counters: dict[str, int] = field(default_factory=dict)
     tallies: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """Samples, completion tokens and samples with a token in closed states, by (state, drop reason)."""
@@ -285,7 +290,10 @@ class MemoryState:
             if row.state != state:
                 continue
             self.bump("leases_expired")
-            if row.appended_from == NOTHING_APPENDED:
+            if row.appended_from == NEVER_EXTENDED and row.lost < policy.UNCOUNTED_LOSSES:
+                row.lost += 1
+                self.give_back(row)
+            elif row.appended_from in (NEVER_EXTENDED, NOTHING_APPENDED):
                 self.fail(group, row, "the lease expired without progress")
             else:
                 self.give_back(row)

@@ -10,11 +10,13 @@ from polyhead.v1 import sample_pb2
 from services.buffer import memory_train as train
 from services.buffer import policy
 from services.buffer.ids import SampleRef
+from services.buffer.memory_lease import Handout, leased_sample
 from services.buffer.memory_state import (
     DEAD,
     GENERATED,
     GENERATING,
     LEASED,
+    NEVER_EXTENDED,
     NOTHING_APPENDED,
     PENDING,
     SCORED,
@@ -22,7 +24,6 @@ from services.buffer.memory_state import (
     TRAINING,
     GroupRow,
     MemoryState,
-    SampleRow,
 )
 from services.buffer.records import (
     Extension,
@@ -31,7 +32,6 @@ from services.buffer.records import (
     IssuedPrompt,
     Lease,
     LeasedGroup,
-    LeasedSample,
     LedgerRecord,
     Recovered,
     Released,
@@ -43,7 +43,7 @@ from services.buffer.records import (
     Waiting,
     WatermarkRecord,
 )
-from services.buffer.store import Store
+from services.buffer.store import UNBOUNDED, Store
 from services.common.versions import Version
 
 OK, DUPLICATE = Result(pb.OUTCOME_OK), Result(pb.OUTCOME_DUPLICATE)
@@ -91,27 +91,41 @@ class MemoryStore(Store):
     async def submit(self, request_id: str, prompts: Sequence[bytes]) -> list[int]:
         if request_id not in self.state.submits:
             self.state.submits[request_id] = [self.state.new_group(-1, prompt) for prompt in prompts]
+            if len(self.state.submits) > policy.KEPT_SUBMITS:
+                del self.state.submits[next(iter(self.state.submits))]
         return list(self.state.submits[request_id])
 
-    async def lease_generate(self, replica_id: str, max_samples: int, version: Version, *, admit: bool) -> Lease:
+    async def lease_generate(
+        self,
+        replica_id: str,
+        max_samples: int,
+        version: Version,
+        *,
+        admit: bool,
+        request_id: str = "",
+        more: bool = False,
+        max_bytes: int = UNBOUNDED,
+    ) -> Lease:
         state = self.state
         closed = state.take_back_expired(GENERATING)
+        out = Handout(state, replica_id, GENERATING, max_samples, max_bytes)
+        if not more and out.put_again(request_id):
+            return Lease(out.groups, closed_groups=closed, cursor=state.cursor)
         if refused := state.refuses(version):
             return Lease([], refused, closed_groups=closed, cursor=state.cursor)
-        leased: list[LeasedGroup] = []
-        left = max_samples
         for group in sorted(state.live(), key=lambda group: group.order):
-            left -= self._take(group, PENDING, GENERATING, left, leased)
+            out.take(group, PENDING)
         fresh = [group for group in state.groups.values() if group.birth is None and not group.closed]
         for group in sorted(fresh, key=lambda group: (not group.reissued, group.order)):
-            if not admit or not left or not state.room():
+            if not admit or not state.room() or not out.take(group, PENDING):
                 break
             group.birth = state.published
-            left -= self._take(group, PENDING, GENERATING, left, leased)
-        groups_missing = min(-(-left // state.params.group_size), state.room()) if admit else 0
+        may_issue = admit and not out.full
+        groups_missing = min(-(-out.left // state.params.group_size), state.room()) if may_issue else 0
+        out.remember(request_id, more=more)
         return Lease(
-            leased,
-            None if leased else state.why_no_generate(version, admit=admit),
+            out.groups,
+            None if out.groups else state.why_no_generate(version, admit=admit),
             closed_groups=closed,
             cursor=state.cursor,
             wanted=self._next_ordinals(groups_missing),
@@ -128,29 +142,25 @@ class MemoryStore(Store):
             ordinal += 1
         return tuple(ordinals)
 
-    async def lease_score(self, replica_id: str, max_samples: int, *, payload: bool) -> Lease:
+    async def lease_score(
+        self,
+        replica_id: str,
+        max_samples: int,
+        *,
+        payload: bool,
+        request_id: str = "",
+        max_bytes: int = UNBOUNDED,
+    ) -> Lease:
         state = self.state
         closed = state.take_back_expired(SCORING)
-        leased: list[LeasedGroup] = []
-        left = max_samples
-        for group in sorted(state.live(), key=lambda group: group.order):
-            left -= self._take(group, GENERATED, SCORING, left, leased, payload=payload)
-        return Lease(leased, None if leased else state.why_no_score(), closed_groups=closed)
+        out = Handout(state, replica_id, SCORING, max_samples, max_bytes, payload)
+        if not out.put_again(request_id):
+            for group in sorted(state.live(), key=lambda group: group.order):
+                out.take(group, GENERATED)
+            out.remember(request_id)
+        return Lease(out.groups, None if out.groups else state.why_no_score(), closed_groups=closed)
 
-    def _take(
-        self, group: GroupRow, source: int, target: int, limit: int, leased: list[LeasedGroup], *, payload: bool = False
-    ) -> int:
-        """Leases up to `limit` samples of the group. Returns how many."""
-        found = [(index, row) for index, row in enumerate(group.samples) if row.state == source][:limit]
-        for _, row in found:
-            row.state, row.lease_id, row.appended_from = target, self.state.next_lease(), NOTHING_APPENDED
-            row.due_ms = self._clock_ms() + self.state.params.lease_ttl_ms
-        if found:
-            samples = [_leased(index, row, payload=payload) for index, row in found]
-            leased.append(LeasedGroup(group.order, group.ordinal, 0, group.prompt, samples))
-        return len(found)
-
-    async def lease_train(self, epoch: int, step: int, *, payload: bool) -> Lease:
+    async def lease_train(self, epoch: int, step: int, *, payload: bool, max_bytes: int = UNBOUNDED) -> Lease:
         state = self.state
         batch, closed = train.leased_batch(state, epoch, step), 0
         if batch is None:
@@ -159,13 +169,15 @@ class MemoryStore(Store):
             if waiting is not None:
                 return Lease([], waiting, closed_groups=closed)
             batch = train.record_batch(state, epoch, step, chosen)
-        groups = [self._leased_whole(state.groups[order], step, payload=payload) for order in batch.orders]
+        leased = [state.groups[order] for order in batch.orders]
+        size = sum(len(row.payload) + len(row.score) for group in leased for row in group.alive)
+        groups = [self._leased_whole(group, step, payload=payload and size <= max_bytes) for group in leased]
         return Lease(groups, batch_lease_id=batch.lease_id, closed_groups=closed)
 
     def _leased_whole(self, group: GroupRow, step: int, *, payload: bool) -> LeasedGroup:
         oldest = self.state.tokens_effective(group.alive)
         samples = [
-            _leased(index, row, payload=payload, score=True)
+            leased_sample(index, row, payload=payload, score=True)
             for index, row in enumerate(group.samples)
             if row.state != DEAD
         ]
@@ -183,6 +195,8 @@ class MemoryStore(Store):
             return lost
         row = self.state.groups[each.ref.order].samples[each.ref.index]
         row.due_ms = self._clock_ms() + self.state.params.lease_ttl_ms
+        if row.appended_from == NEVER_EXTENDED:
+            row.appended_from, row.lost = NOTHING_APPENDED, 0
         if not each.num_tokens:
             return OK
         if row.state != GENERATING:
@@ -208,7 +222,7 @@ class MemoryStore(Store):
             return lost
         assert row is not None
         self.state.bump("tokens_generated", max(0, each.completion_tokens - row.saved))
-        row.state, row.generate_lease, row.attempt = GENERATED, each.lease_id, 0
+        row.state, row.generate_lease, row.attempt, row.lost = GENERATED, each.lease_id, 0, 0
         row.num_tokens, row.completion_tokens = each.num_tokens, each.completion_tokens
         row.finish_reason, row.versions, row.payload = each.finish_reason, each.versions, each.payload
         row.partial, row.saved = b"", 0
@@ -226,7 +240,7 @@ class MemoryStore(Store):
         if lost := self._lost(each.ref, each.lease_id, (SCORING,)):
             return lost
         assert row is not None
-        row.state, row.score_lease, row.attempt = SCORED, each.lease_id, 0
+        row.state, row.score_lease, row.attempt, row.lost = SCORED, each.lease_id, 0, 0
         row.reward, row.score = each.reward, each.score
         self.state.finish(self.state.groups[each.ref.order])
         return OK
@@ -287,8 +301,8 @@ class MemoryStore(Store):
     async def confirm_checkpoint(self, epoch: int, oldest_kept_step: int) -> int:
         return train.confirm_checkpoint(self.state, epoch, oldest_kept_step)
 
-    async def acquire_epoch(self) -> tuple[int, int]:
-        self.state.epoch += 1
+    async def acquire_epoch(self, known_epoch: int = 0) -> tuple[int, int]:
+        self.state.epoch = max(self.state.epoch, known_epoch) + 1
         return self.state.epoch, self.state.step
 
     async def recover(self, epoch: int, step: int, watermark: WatermarkRecord | None) -> Recovered:
@@ -299,9 +313,12 @@ class MemoryStore(Store):
         return self.state.floor
 
     async def list_replicas(self) -> list[bytes]:
-        now = self._clock_ms()
-        self.state.replicas = {key: entry for key, entry in self.state.replicas.items() if entry[0] > now}
-        return [self.state.replicas[key][1] for key in sorted(self.state.replicas)]
+        replicas, now = self.state.replicas, self._clock_ms()
+        for key in [key for key, (until, _) in replicas.items() if until <= now]:
+            del replicas[key]
+            for target in LEASED:
+                self.state.grants.pop((key, target), None)
+        return [replicas[key][1] for key in sorted(replicas)]
 
     async def ledger(self, *, admit: bool) -> LedgerRecord:
         state = self.state
@@ -338,15 +355,3 @@ class MemoryStore(Store):
         if reason:
             waiting[int(sample_pb2.STAGE_TRAIN)] = reason
         return waiting
-
-
-def _leased(index: int, row: SampleRow, *, payload: bool, score: bool = False) -> LeasedSample:
-    return LeasedSample(
-        index,
-        row.lease_id,
-        row.attempt,
-        row.facts(),
-        row.partial,
-        row.payload if payload else b"",
-        row.score if score else b"",
-    )

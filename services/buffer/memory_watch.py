@@ -1,4 +1,4 @@
-"""Watches the store's memory: above a share of the budget, new groups are not admitted."""
+"""Watches the store's memory: when it fills up, checkpoints are wanted, and then no group is admitted."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from services.common.rpc import MIB
 
 log = structlog.get_logger()
 
+CHECKPOINT_ABOVE = 0.7
 ADMIT_BELOW = 0.8
 _INTERVAL_S = 1.0
 
 
 class MemoryWatch:
-    """`admit` is the verdict of the last look."""
+    """`admit` and `checkpoint_wanted` are the verdicts of the last look."""
 
     def __init__(self, store: Store, max_memory_mb: int) -> None:
         self._store = store
-        self._admit_below = ADMIT_BELOW * max_memory_mb * MIB
+        self._limit = max_memory_mb * MIB
         self.admit = True
+        self.checkpoint_wanted = False
 
     async def look(self) -> None:
         """Raises UnavailableError when the store does not answer."""
         used = await self._store.used_memory()
-        admit = used < self._admit_below
+        admit = used < ADMIT_BELOW * self._limit
         if admit != self.admit:
-            log.warning("admission", open=admit, used_mb=used // MIB, limit_mb=int(self._admit_below) // MIB)
+            log.warning("admission", open=admit, used_mb=used // MIB, limit_mb=int(ADMIT_BELOW * self._limit) // MIB)
         self.admit = admit
+        self.checkpoint_wanted = used > CHECKPOINT_ABOVE * self._limit
 
     async def run(self, reachable: Callable[[bool], Awaitable[None]]) -> None:
         """Looks about once a second, until cancelled; tells `reachable` whether the store answers."""

@@ -29,6 +29,21 @@ REASONS = {
 """Why nothing could be leased, by code. The figures are those of `Waiting`."""
 
 
+def for_memory(waiting: Waiting) -> Waiting:
+    """The reason of a batch that lacks groups while none is admitted: memory, counted in groups."""
+    if waiting.code != "groups":
+        return waiting
+    have, wanted, *_ = waiting.figures
+    return Waiting("memory", (wanted - have,))
+
+
+UNCOUNTED_LOSSES = 2
+"""So many leases in a row may expire without a heartbeat: their answers may have been lost on the way."""
+
+KEPT_SUBMITS = 10_000
+"""Submits whose request ids are remembered, the newest ones."""
+
+
 def describe(waiting: Waiting) -> tuple[str, int]:
     """The reason in words, and how many things are waited for."""
     figures = waiting.figures

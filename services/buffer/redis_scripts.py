@@ -13,38 +13,41 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from services.buffer.durability import Durability
 from services.common import errors
-from services.common.errors import ConfigError, LimitError, PolyheadError, UnavailableError
+from services.common.errors import ConfigError, PolyheadError, UnavailableError
 
 _DIRECTORY = Path(__file__).parent / "scripts"
 _MAX_CONNECTIONS = 32
 _CONNECT_TIMEOUT_S = 5.0
 _CALL_TIMEOUT_S = 10.0
 
-# Scripts by name, with the files that stand between common.lua and their own.
+# Scripts by name, with the files that follow common.lua.
 _PARTS: dict[str, tuple[str, ...]] = {
-    "open": (),
-    "issue": (),
-    "submit": (),
-    "lease_generate": ("leases",),
-    "lease_score": ("leases",),
-    "lease_train": ("leases", "plan"),
-    "fetch": (),
-    "extend": ("batch",),
-    "complete_generate": ("batch",),
-    "complete_score": ("batch",),
-    "release": ("batch",),
-    "commit_step": (),
-    "publish_version": (),
-    "watermark": (),
-    "confirm_checkpoint": ("retire",),
-    "acquire_epoch": (),
-    "recover": ("retire",),
-    "replicas": (),
-    "ledger": ("leases", "plan"),
+    "open": ("open",),
+    "issue": ("issue",),
+    "submit": ("submit",),
+    "lease_generate": ("leases", "lease_generate"),
+    "lease_score": ("leases", "lease_score"),
+    "lease_train": ("leases", "plan", "lease_train"),
+    "fetch": ("fetch",),
+    "extend": ("batch", "extend"),
+    "heartbeat": ("batch", "extend"),
+    "complete_generate": ("batch", "complete_generate"),
+    "complete_score": ("batch", "complete_score"),
+    "release": ("batch", "release"),
+    "commit_step": ("commit_step",),
+    "publish_version": ("publish_version",),
+    "watermark": ("watermark",),
+    "confirm_checkpoint": ("retire", "confirm_checkpoint"),
+    "acquire_epoch": ("acquire_epoch",),
+    "recover": ("retire", "recover"),
+    "replicas": ("replicas",),
+    "ledger": ("leases", "plan", "ledger"),
 }
-# In a full store these are refused; everything else frees memory or leads to it.
-_NEEDS_ROOM = {"issue", "submit", "lease_generate", "lease_score", "extend", "complete_generate", "complete_score"}
+# A full store refuses these. Everything else frees memory or leads to it, and what it adds is bounded by the groups
+# that are live: admission stops well before the store is full. "extend" is "heartbeat" with tokens.
+_NEEDS_ROOM = {"issue", "submit", "extend"}
 # A run that another client wiped out is created again before anything else is done with it.
 _GUARD = "if not M then return fail('RunMissing', '', '') end\n"
 
@@ -55,12 +58,16 @@ def source(name: str) -> str:
     shebang = "#!lua\n" if name in _NEEDS_ROOM else "#!lua flags=allow-oom\n"
     common = (_DIRECTORY / "common.lua").read_text()
     guard = "" if name == "open" else _GUARD
-    parts = "".join((_DIRECTORY / f"{part}.lua").read_text() for part in (*_PARTS[name], name))
+    parts = "".join((_DIRECTORY / f"{part}.lua").read_text() for part in _PARTS[name])
     return shebang + common + guard + parts
 
 
 class RunMissing(PolyheadError):  # noqa: N818 - a condition that the store heals, not a failure its callers see
     """The store holds no such run."""
+
+
+class StoreFullError(UnavailableError):
+    """The store is out of memory: what needs room has to wait until a checkpoint frees some."""
 
 
 class ScriptRunner:
@@ -80,7 +87,7 @@ class ScriptRunner:
         )
         self._redis = Redis.from_pool(pool)
         self._prefix = f"{{{run_name}}}:"
-        self._where = url.rpartition("@")[2]
+        self.where = url.rpartition("@")[2]
         self._digests: dict[str, str] = {}
 
     async def close(self) -> None:
@@ -92,11 +99,11 @@ class ScriptRunner:
         try:
             answer = await self._call(name, packed, blobs)
         except (failures.RedisError, OSError) as error:
-            raise translate(error, self._where) from error
+            raise translate(error, self.where) from error
         body = msgpack.unpackb(answer[0], strict_map_key=False)
         if isinstance(body, dict) and "error" in body:
             if body["error"] == "RunMissing":
-                raise RunMissing("the store holds no such run", field=self._where)
+                raise RunMissing("the store holds no such run", field=self.where)
             kind: type[PolyheadError] = getattr(errors, body["error"])
             raise kind(body["reason"], field=body["field"])
         return body, answer[1:]
@@ -106,8 +113,25 @@ class ScriptRunner:
         try:
             info = await self._redis.info("memory")
         except (failures.RedisError, OSError) as error:
-            raise translate(error, self._where) from error
+            raise translate(error, self.where) from error
         return int(info["used_memory"])
+
+    async def durability(self) -> Durability:
+        """What the server says of its memory policy and its append-only file."""
+        try:
+            memory, persistence = await self._redis.info("memory"), await self._redis.info("persistence")
+        except (failures.RedisError, OSError) as error:
+            raise translate(error, self.where) from error
+        try:
+            appendfsync = (await self._redis.config_get("appendfsync")).get("appendfsync")
+        except failures.ResponseError:  # managed servers hide CONFIG
+            appendfsync = None
+        return Durability(
+            int(memory.get("maxmemory", 0)),
+            str(memory.get("maxmemory_policy", "noeviction")),
+            bool(persistence.get("aof_enabled", 0)),
+            appendfsync,
+        )
 
     async def _call(self, name: str, packed: bytes, blobs: Sequence[bytes]) -> list[bytes]:
         digest = self._digests.get(name)
@@ -128,7 +152,7 @@ def translate(error: Exception, where: str) -> PolyheadError:
     if isinstance(error, failures.AuthenticationError | failures.AuthorizationError | failures.NoPermissionError):
         return ConfigError(f"refused: {text}", field=f"store {where}")
     if isinstance(error, failures.OutOfMemoryError) or "OOM " in text:
-        return LimitError("out of memory: raise store.max_memory_mb or retire checkpoints", field=f"store {where}")
+        return StoreFullError("out of memory: raise store.max_memory_mb or retire checkpoints", field=f"store {where}")
     if isinstance(error, failures.ConnectionError | failures.TimeoutError | OSError):
         return UnavailableError(f"does not answer: {text}", field=f"store {where}")
     if "NOAUTH" in text or "WRONGPASS" in text or "NOPERM" in text:

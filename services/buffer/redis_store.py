@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from polyhead.v1 import sample_pb2
+from services.buffer.durability import check_durability
 from services.buffer.ids import SampleRef
-from services.buffer.policy import check_same_run
+from services.buffer.policy import KEPT_SUBMITS, check_same_run
 from services.buffer.records import (
     Extension,
     Fetched,
@@ -29,8 +30,8 @@ from services.buffer.records import (
     Waiting,
     WatermarkRecord,
 )
-from services.buffer.redis_scripts import RunMissing, ScriptRunner
-from services.buffer.store import Store
+from services.buffer.redis_scripts import RunMissing, ScriptRunner, StoreFullError
+from services.buffer.store import UNBOUNDED, Store
 from services.common.versions import Version
 
 _CLOSED_STATES = {
@@ -56,6 +57,8 @@ class RedisStore(Store):
         body, _ = await self._scripts.run("open", asdict(params))
         if not body["same"]:
             check_same_run(replace(params, **body["had"]), params)
+        if self._params is None:
+            check_durability(await self._scripts.durability(), self._scripts.where)
         self._params = params
 
     async def close(self) -> None:
@@ -70,17 +73,36 @@ class RedisStore(Store):
         return int(body[0])
 
     async def submit(self, request_id: str, prompts: Sequence[bytes]) -> list[int]:
-        body, _ = await self._run("submit", [request_id], prompts)
+        body, _ = await self._run("submit", [request_id, KEPT_SUBMITS], prompts)
         return list(body)
 
-    async def lease_generate(self, replica_id: str, max_samples: int, version: Version, *, admit: bool) -> Lease:
-        return _lease(*await self._run("lease_generate", [replica_id, max_samples, *version, admit]))
+    async def lease_generate(
+        self,
+        replica_id: str,
+        max_samples: int,
+        version: Version,
+        *,
+        admit: bool,
+        request_id: str = "",
+        more: bool = False,
+        max_bytes: int = UNBOUNDED,
+    ) -> Lease:
+        arguments = [replica_id, max_samples, *version, admit, request_id, more, max_bytes]
+        return _lease(*await self._run("lease_generate", arguments))
 
-    async def lease_score(self, replica_id: str, max_samples: int, *, payload: bool) -> Lease:
-        return _lease(*await self._run("lease_score", [replica_id, max_samples, payload]))
+    async def lease_score(
+        self,
+        replica_id: str,
+        max_samples: int,
+        *,
+        payload: bool,
+        request_id: str = "",
+        max_bytes: int = UNBOUNDED,
+    ) -> Lease:
+        return _lease(*await self._run("lease_score", [replica_id, max_samples, payload, request_id, max_bytes]))
 
-    async def lease_train(self, epoch: int, step: int, *, payload: bool) -> Lease:
-        return _lease(*await self._run("lease_train", [epoch, step, payload]), train=True)
+    async def lease_train(self, epoch: int, step: int, *, payload: bool, max_bytes: int = UNBOUNDED) -> Lease:
+        return _lease(*await self._run("lease_train", [epoch, step, payload, max_bytes]), train=True)
 
     async def fetch(self, refs: Sequence[SampleRef]) -> list[Fetched]:
         states, blobs = await self._run("fetch", refs)
@@ -89,7 +111,14 @@ class RedisStore(Store):
 
     async def extend(self, samples: Sequence[Extension]) -> Report:
         rows = [(*each.ref, each.lease_id, each.from_token, each.num_tokens) for each in samples]
-        return _report(await self._run("extend", rows, [each.delta for each in samples]))
+        deltas = [each.delta for each in samples]
+        if not any(deltas):
+            return _report(await self._run("heartbeat", rows, deltas))
+        try:
+            return _report(await self._run("extend", rows, deltas))
+        except StoreFullError:  # no room for the tokens is no reason to lose the leases
+            await self._run("heartbeat", [(*each.ref, each.lease_id, 0, 0) for each in samples], [b""] * len(samples))
+            raise
 
     async def complete_generate(self, samples: Sequence[Generated]) -> Report:
         rows = [
@@ -133,8 +162,8 @@ class RedisStore(Store):
         body, _ = await self._run("confirm_checkpoint", [epoch, oldest_kept_step])
         return int(body[0])
 
-    async def acquire_epoch(self) -> tuple[int, int]:
-        body, _ = await self._run("acquire_epoch", [])
+    async def acquire_epoch(self, known_epoch: int = 0) -> tuple[int, int]:
+        body, _ = await self._run("acquire_epoch", [known_epoch])
         return body[0], body[1]
 
     async def recover(self, epoch: int, step: int, watermark: WatermarkRecord | None) -> Recovered:

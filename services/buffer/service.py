@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import buffer_pb2_grpc, sample_pb2
-from services.buffer import convert, records, validation
+from services.buffer import convert, policy, records, validation
 from services.buffer.ids import SampleRef, group_id, parse_sample_id
 from services.buffer.memory_watch import MemoryWatch
 from services.buffer.prompts import PromptSource
@@ -21,7 +21,7 @@ from services.buffer.records import IssuedPrompt, LeasedGroup, Released
 from services.buffer.store import Store
 from services.buffer.wakeups import Wakeups
 from services.common.config.models import BufferConfig
-from services.common.errors import InvalidArgumentError, LimitError
+from services.common.errors import InvalidArgumentError, LimitError, PolyheadError
 from services.common.rpc import MIB
 from services.common.versions import Version
 
@@ -45,6 +45,8 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         self._config = config
         self._group_size = group_size
         self._wakeups = Wakeups()
+        # Of the payloads, partials and prompts in an answer: the other half is for records and one more sample.
+        self._answer_bytes = config.limits.message_mb * MIB // 2
         self._lease_ttl = _duration(config.lease_ttl_s)
         self._returning: set[asyncio.Task[None]] = set()
 
@@ -92,10 +94,16 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
 
     async def _lease(self, request: pb.LeaseRequest) -> records.Lease:
         if request.stage == sample_pb2.STAGE_TRAIN:
-            lease = await self._store.lease_train(request.epoch, request.step, payload=request.include_payload)
+            lease = await self._store.lease_train(
+                request.epoch, request.step, payload=request.include_payload, max_bytes=self._answer_bytes
+            )
         elif request.stage == sample_pb2.STAGE_SCORE:
             lease = await self._store.lease_score(
-                request.replica_id, request.max_samples, payload=request.include_payload
+                request.replica_id,
+                request.max_samples,
+                payload=request.include_payload,
+                request_id=request.request_id,
+                max_bytes=self._answer_bytes,
             )
         else:
             lease = await self._lease_generate(request)
@@ -107,27 +115,50 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
 
     async def _lease_generate(self, request: pb.LeaseRequest) -> records.Lease:
         """Leases, issuing prompts as long as there is room for more groups than the store holds."""
-        version = Version.from_proto(request.weight_version)
         groups: list[LeasedGroup] = []
-        while True:
-            left = request.max_samples - _count(groups)
-            admit = self._watch.admit
-            lease = await self._store.lease_generate(request.replica_id, left, version, admit=admit)
-            groups += lease.groups
-            if not lease.wanted or self._source is None:
-                return records.Lease(groups, lease.waiting, closed_groups=lease.closed_groups)
-            prompts = [IssuedPrompt(at, self._source.prompt(at).SerializeToString()) for at in lease.wanted]
-            await self._store.issue(lease.cursor, prompts)
+        closed = 0
+        try:
+            while True:
+                lease = await self._lease_generate_turn(request, groups)
+                groups += lease.groups
+                closed += lease.closed_groups
+                if not lease.wanted or self._source is None:
+                    return records.Lease(groups, lease.waiting, closed_groups=closed)
+                prompts = [IssuedPrompt(at, self._source.prompt(at).SerializeToString()) for at in lease.wanted]
+                await self._store.issue(lease.cursor, prompts)
+        except PolyheadError as error:
+            if not groups:
+                raise
+            log.warning("lease_cut_short", groups=len(groups), reason=str(error))
+            return records.Lease(groups, closed_groups=closed)
+
+    async def _lease_generate_turn(self, request: pb.LeaseRequest, groups: Sequence[LeasedGroup]) -> records.Lease:
+        """What is still wanted beside `groups`, which earlier turns of the same request have leased."""
+        return await self._store.lease_generate(
+            request.replica_id,
+            request.max_samples - _count(groups),
+            Version.from_proto(request.weight_version),
+            admit=self._watch.admit,
+            request_id=request.request_id,
+            more=bool(groups),
+            max_bytes=max(0, self._answer_bytes - _size(groups)),
+        )
 
     def _lease_response(self, request: pb.LeaseRequest, lease: records.Lease) -> pb.LeaseResponse:
         response = pb.LeaseResponse(batch_lease_id=lease.batch_lease_id)
         for group in lease.groups:
             convert.fill_group(response.groups.add(), group, self._group_size)
         if not lease.groups and lease.waiting is not None:
-            response.waiting_for.CopyFrom(convert.waiting_for(request.stage, lease.waiting))
+            waiting = self._reason(request.stage, lease.waiting)
+            response.waiting_for.CopyFrom(convert.waiting_for(request.stage, waiting))
         if request.stage != sample_pb2.STAGE_TRAIN:
             response.lease_ttl.CopyFrom(self._lease_ttl)
         return response
+
+    def _reason(self, stage: int, waiting: records.Waiting) -> records.Waiting:
+        """What is behind a reason of the store, which does not know why no group is admitted."""
+        closed_for_memory = stage == sample_pb2.STAGE_TRAIN and not self._watch.admit
+        return policy.for_memory(waiting) if closed_for_memory else waiting
 
     async def Fetch(self, request: pb.FetchRequest, context: Any) -> pb.FetchResponse:
         ids = validation.check_count(request.sample_ids, self._config.limits, "sample_ids")
@@ -174,7 +205,7 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         if not trained:
             log.warning("step_skipped", epoch=request.epoch, step=request.step)
             self._wakeups.wake(sample_pb2.STAGE_GENERATE)
-        return pb.CommitStepResponse(applied=applied)
+        return pb.CommitStepResponse(applied=applied, checkpoint_wanted=self._watch.checkpoint_wanted)
 
     async def PublishVersion(self, request: pb.PublishVersionRequest, context: Any) -> pb.PublishVersionResponse:
         if not request.HasField("version"):
@@ -195,7 +226,7 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
 
     async def AcquireEpoch(self, request: pb.AcquireEpochRequest, context: Any) -> pb.AcquireEpochResponse:
         validation.check_name(request.holder, "holder")
-        epoch, step = await self._store.acquire_epoch()
+        epoch, step = await self._store.acquire_epoch(validation.check_known_epoch(request))
         log.info("epoch_acquired", epoch=epoch, step=step, holder=request.holder)
         return pb.AcquireEpochResponse(epoch=epoch, step=step)
 
@@ -224,10 +255,13 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
 
     async def GetLedger(self, request: pb.GetLedgerRequest, context: Any) -> pb.GetLedgerResponse:
         record = await self._store.ledger(admit=self._watch.admit)
-        if self._source is not None:  # a lease would issue prompts instead of waiting for them
-            waiting = {stage: reason for stage, reason in record.waiting.items() if reason.code != "prompts"}
-            record = replace(record, waiting=waiting)
-        return convert.ledger(record)
+        waiting = {
+            stage: self._reason(stage, reason)
+            for stage, reason in record.waiting.items()
+            # with a data set, a lease would issue prompts instead of waiting for them
+            if self._source is None or reason.code != "prompts"
+        }
+        return convert.ledger(replace(record, waiting=waiting))
 
     def _wake(self, ready_groups: int, closed_groups: int) -> None:
         if ready_groups:
@@ -238,6 +272,11 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
 
 def _count(groups: Sequence[LeasedGroup]) -> int:
     return sum(len(group.samples) for group in groups)
+
+
+def _size(groups: Sequence[LeasedGroup]) -> int:
+    """Bytes of the prompts and partials."""
+    return sum(len(group.prompt) + sum(len(sample.partial) for sample in group.samples) for group in groups)
 
 
 def _duration(seconds: float) -> Duration:

@@ -22,19 +22,23 @@ from services.buffer.records import (
 )
 from services.common.versions import Version
 
+UNBOUNDED = 1 << 50
+"""Bytes of an answer that need not fit into a message."""
+
 
 class Store(ABC):
-    """Durable mailboxes of one run. Every method is atomic and, but for leases, safe to repeat.
+    """Durable mailboxes of one run. Every method is atomic and safe to repeat, leases under the same `request_id`.
 
-    All raise UnavailableError when the store does not answer, LimitError when it is full, FencedError for an epoch
-    that was superseded and PreconditionError for a call that does not fit the present state.
+    All raise UnavailableError when the store does not answer or is full, FencedError for an epoch that was superseded
+    and PreconditionError for a call that does not fit the present state.
     """
 
     @abstractmethod
     async def open(self, params: RunParams) -> None:
         """Creates the run, or joins it with new settings.
 
-        Raises ConfigError naming both values when the group size, the data set or its seed differ from the run's.
+        Raises ConfigError naming both values when the group size, the data set or its seed differ from the run's, or
+        when the server evicts what it holds; warns when it may lose what it acknowledged.
         """
 
     @abstractmethod
@@ -53,22 +57,51 @@ class Store(ABC):
 
     @abstractmethod
     async def submit(self, request_id: str, prompts: Sequence[bytes]) -> list[int]:
-        """Makes a group of each prompt (serialized Prompt), once per `request_id`. Returns their orders."""
+        """Makes a group of each prompt (serialized Prompt), once per `request_id`. Returns their orders.
 
-    @abstractmethod
-    async def lease_generate(self, replica_id: str, max_samples: int, version: Version, *, admit: bool) -> Lease:
-        """Leases PENDING samples: admitted groups first, by order; then new groups while the bound and `admit` let.
-
-        Expired leases are taken back first. `Lease.wanted` may be set beside `Lease.groups`.
+        The newest `policy.KEPT_SUBMITS` request ids are remembered.
         """
 
     @abstractmethod
-    async def lease_score(self, replica_id: str, max_samples: int, *, payload: bool) -> Lease:
-        """Leases GENERATED samples, oldest group first. Expired leases are taken back first."""
+    async def lease_generate(
+        self,
+        replica_id: str,
+        max_samples: int,
+        version: Version,
+        *,
+        admit: bool,
+        request_id: str = "",
+        more: bool = False,
+        max_bytes: int = UNBOUNDED,
+    ) -> Lease:
+        """Leases PENDING samples: admitted groups first, by order; then new groups while the bound and `admit` let.
+
+        Expired leases are taken back first. `Lease.wanted` may be set beside `Lease.groups`. The answer stays below
+        `max_bytes`, one sample excepted. When the replica's last request had the same `request_id`, what is left of
+        its leases is the answer; with `more`, they are added to.
+        """
 
     @abstractmethod
-    async def lease_train(self, epoch: int, step: int, *, payload: bool) -> Lease:
-        """Leases the batch of a step, whole groups, the same one when asked again."""
+    async def lease_score(
+        self,
+        replica_id: str,
+        max_samples: int,
+        *,
+        payload: bool,
+        request_id: str = "",
+        max_bytes: int = UNBOUNDED,
+    ) -> Lease:
+        """Leases GENERATED samples, oldest group first, with `request_id` and `max_bytes` as in `lease_generate`.
+
+        Expired leases are taken back first.
+        """
+
+    @abstractmethod
+    async def lease_train(self, epoch: int, step: int, *, payload: bool, max_bytes: int = UNBOUNDED) -> Lease:
+        """Leases the batch of a step, whole groups, the same one when asked again.
+
+        Payloads that are more than `max_bytes` together, with the scores, are left out.
+        """
 
     @abstractmethod
     async def fetch(self, refs: Sequence[SampleRef]) -> list[Fetched]:
@@ -107,8 +140,8 @@ class Store(ABC):
         """CONSUMED to RETIRED up to that step, payloads deleted. Returns the number of samples retired."""
 
     @abstractmethod
-    async def acquire_epoch(self) -> tuple[int, int]:
-        """A new epoch, which fences all earlier ones, and the last committed step."""
+    async def acquire_epoch(self, known_epoch: int = 0) -> tuple[int, int]:
+        """A new epoch, above `known_epoch` too, which fences all earlier ones, and the last committed step."""
 
     @abstractmethod
     async def recover(self, epoch: int, step: int, watermark: WatermarkRecord | None) -> Recovered:

@@ -19,6 +19,7 @@ from services.common.versions import Version
 
 _MAX_NAME = 128
 _MAX_ERROR = 500
+_MAX_EPOCH = 1_000_000
 _KIB = 1024
 
 T = TypeVar("T")
@@ -45,6 +46,8 @@ def check_count(items: Sequence[T], limits: LimitsConfig, field: str) -> Sequenc
 def check_lease(request: pb.LeaseRequest) -> None:
     """What `Lease` needs for its stage is there."""
     check_name(request.replica_id, "replica_id")
+    if request.request_id:
+        check_name(request.request_id, "request_id")
     if request.wait.ToNanoseconds() < 0:
         raise InvalidArgumentError("must not be negative", field="wait")
     if request.stage == sample_pb2.STAGE_TRAIN:
@@ -57,6 +60,13 @@ def check_lease(request: pb.LeaseRequest) -> None:
         raise InvalidArgumentError("must be at least 1", field="max_samples")
     if request.stage == sample_pb2.STAGE_GENERATE and not request.HasField("weight_version"):
         raise InvalidArgumentError("a GENERATE lease names the version that is served", field="weight_version")
+
+
+def check_known_epoch(request: pb.AcquireEpochRequest) -> int:
+    """Epochs count starts of a trainer: a number that no run reaches is a mistake, and would not be undone."""
+    if request.known_epoch > _MAX_EPOCH:
+        raise InvalidArgumentError(f"{request.known_epoch} is no epoch", field="known_epoch")
+    return request.known_epoch
 
 
 def prompts(request: pb.SubmitRequest, limits: LimitsConfig) -> list[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,15 @@ from services.common.errors import PolyheadError
 log = structlog.get_logger()
 
 LOOK_EVERY_S = 1.0
+# The ledger is recounted for each look: a big store is looked at less often, so that this stays a small load.
+LOOK_SHARE = 0.05
+END_TRIES = 5
+
+# What the summary, the report and the display read of a step. A long run's metrics stay in its file.
+_KEPT = (
+    *("step", "reward_mean", "staleness", "staleness_max", "completion_tokens", "overlap_tokens", "multi_span_samples"),
+    *("mismatch_kl", "mismatch_kl_fresh", "step_s", "train_s"),
+)
 
 
 class JsonLines:
@@ -30,7 +40,7 @@ class JsonLines:
         self._offset = 0
 
     def read_new(self) -> list[dict[str, Any]]:
-        """Complete lines since the last call."""
+        """Complete lines since the last call. A line that a crash left torn is passed over."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -39,7 +49,15 @@ class JsonLines:
             return []
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return [orjson.loads(line) for line in complete.splitlines()]
+        return [parsed for line in complete.splitlines() if (parsed := self._parse(line)) is not None]
+
+    def _parse(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            parsed = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            log.warning("torn_line", path=str(self._path), bytes=len(line))
+            return None
+        return parsed if isinstance(parsed, dict) else None
 
 
 class Observer:
@@ -47,44 +65,59 @@ class Observer:
 
     def __init__(self, config: Config, supervisor: Supervisor) -> None:
         self._address = config.buffer.address
+        self._buffer: BufferClient | None = None
         self._supervisor = supervisor
         self._metrics = JsonLines(config.run.dir / "metrics.jsonl")
         self._pushes = JsonLines(config.run.dir / "pushes.jsonl")
         self.steps: dict[int, dict[str, Any]] = {}
-        """The metrics of each step; after a recovery the replayed line wins."""
+        """Metrics of each step, the columns above; after a recovery the replayed line wins."""
+        self.last_step = 0
         self.pushes: list[dict[str, Any]] = []
         self.ledger: pb.GetLedgerResponse | None = None
+        self.complete = False
+        """Whether the last look was at the buffer after everybody else had left."""
         self.replicas: dict[str, pb.Replica] = {}
         """The last word of every replica that was ever seen."""
-        self.alive: set[str] = set()
         self._pids: dict[str, dict[int, None]] = defaultdict(dict)
 
     async def watch(self, shown: Callable[[Observer], None]) -> None:
         """Looks and shows until cancelled."""
         while True:
+            began = time.monotonic()
             await self.look()
             shown(self)
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(max(LOOK_EVERY_S, (time.monotonic() - began) / LOOK_SHARE))
 
-    async def look(self) -> None:
-        """One look. A buffer that does not answer is waited for at the next one."""
+    async def look_at_the_end(self) -> None:
+        """The look that the summary is made of; `complete` says whether the buffer answered."""
+        for _ in range(END_TRIES):
+            if await self.look():
+                self.complete = True
+                break
+        if self._buffer is not None:
+            await self._buffer.close()
+
+    async def look(self) -> bool:
+        """One look. False when the buffer does not answer: it is asked again at the next one."""
         for line in self._metrics.read_new():
-            self.steps[line["step"]] = line
+            self.steps[line["step"]] = {key: line.get(key) for key in _KEPT}
+            self.last_step = max(self.last_step, line["step"])
         self.pushes += self._pushes.read_new()
         for child in self._supervisor.children:
             self._pids[child.role] |= dict.fromkeys(child.pids)
+        if self._buffer is None:
+            self._buffer = BufferClient(self._address, retry_for_s=0.5)
         try:
-            async with BufferClient(self._address, retry_for_s=0.5) as buffer:
-                self.ledger = await buffer.get_ledger()
-                replicas = await buffer.list_replicas()
+            self.ledger = await self._buffer.get_ledger()
+            replicas = await self._buffer.list_replicas()
         except PolyheadError as error:
             log.info("buffer_not_seen", reason=str(error))
-            return
-        self.alive = {replica.replica_id for replica in replicas}
+            return False
         for replica in replicas:
             self.replicas[replica.replica_id] = replica
             for name, pid in replica.child_pids.items():
                 self._pids[name][pid] = None
+        return True
 
     @property
     def pids(self) -> dict[str, list[int]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import operator
 import socket
 from pathlib import Path
 
 import redis
 
 from services.buffer.prompts import PromptSource
-from services.common.config import Config
+from services.common.config import Config, load
 from services.common.errors import ConfigError, UnavailableError
 
 
@@ -17,8 +18,8 @@ def check(config: Config) -> None:
     """Raises the ConfigError or UnavailableError of the first thing that is wrong."""
     _check_model(config.model.hf_checkpoint)
     PromptSource(config.data)
-    for field, address in (("buffer.address", config.buffer.address), ("trainer.address", config.trainer.address)):
-        _check_port(field, address)
+    _check_addresses(config)
+    _check_resumable(config)
     if config.store.url != "embedded":
         _check_store(config)
     _check_scorer(config)
@@ -41,6 +42,33 @@ def _check_model(directory: Path) -> None:
         raise ConfigError(f"{directory} has no *.safetensors", field=field)
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"{directory} has no tokenizer", field=field)
+
+
+def _check_addresses(config: Config) -> None:
+    replicas = {"rollout": config.rollout.replicas, "reward": config.reward.replicas}
+    for role in ("buffer", "rollout", "reward", "trainer"):
+        field, address = f"{role}.address", getattr(config, role).address
+        if replicas.get(role, 1) > 1 and not address.endswith(":0"):
+            raise ConfigError(
+                f"{address} cannot serve {replicas[role]} replicas: port 0 gives each its own", field=field
+            )
+        _check_port(field, address)
+
+
+# What the data already generated in a run directory depends on.
+_FIXED = ("run.name", "data.prompt_data", "data.shuffle", "data.seed", "batch.n_samples_per_prompt")
+
+
+def _check_resumable(config: Config) -> None:
+    """What is in the run directory was made with the same data and group size."""
+    path = config.run.dir / "config.toml"
+    if not path.exists():
+        return
+    before = load(path)
+    for key in _FIXED:
+        had, wanted = (operator.attrgetter(key)(each) for each in (before, config))
+        if had != wanted:
+            raise ConfigError(f"{config.run.dir} was begun with {had!r}, not {wanted!r}", field=key)
 
 
 def _check_port(field: str, address: str) -> None:

@@ -62,8 +62,9 @@ class Progress:
         return table
 
     def _rows(self, seen: Observer) -> list[tuple[str, str]]:
-        recent = [seen.steps[step] for step in sorted(seen.steps)[-WINDOW:]]
-        rows = [("step", f"{max(seen.steps, default=0)}/{self._config.run.num_rollout}")]
+        last = seen.last_step
+        recent = [seen.steps[step] for step in range(last - WINDOW + 1, last + 1) if step in seen.steps]
+        rows = [("step", f"{last}/{self._config.run.num_rollout}")]
         if recent:
             rows.append(("reward", f"{sum(line['reward_mean'] for line in recent) / len(recent):.3f}"))
             rows.append(("staleness", _staleness(recent)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import signal
 import sys
@@ -11,10 +10,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import structlog
 
+from services.cli.lock import sole_launcher
 from services.cli.observe import Observer
 from services.cli.preflight import check
 from services.cli.progress import Progress
@@ -22,7 +21,7 @@ from services.cli.summary import write_results
 from services.cli.supervisor import Child, Supervisor
 from services.common import embedded_store
 from services.common.config import Config, dump
-from services.common.errors import ConfigError
+from services.common.lifecycle import STOPPED_EARLY
 from services.common.process import free_port
 from services.common.telemetry import configure_logging
 
@@ -35,7 +34,8 @@ TRAINER_GRACE_S = 120.0
 
 
 def run(config: Config, *, dry_run: bool = False) -> int:
-    """Runs `config` to its end. Returns 0 when the trainer finished, 130 after Ctrl-C, 143 after SIGTERM.
+    """Runs `config` to its end. Returns 0 when the trainer finished, 5 when somebody stopped the trainer before its
+    last step, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises ConfigError before anything is written when the run cannot work, PolyheadError when a service fails for good.
     """
@@ -43,10 +43,7 @@ def run(config: Config, *, dry_run: bool = False) -> int:
     if dry_run:
         print(dump(config), end="")
         return 0
-    config.run.dir.mkdir(parents=True, exist_ok=True)
-    with _sole_launcher(config.run.dir) as lock, tempfile.TemporaryDirectory(prefix="polyhead-") as socket_dir:
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+    with sole_launcher(config.run.dir), tempfile.TemporaryDirectory(prefix="polyhead-") as socket_dir:
         resolved = _resolve(config, Path(socket_dir))
         return asyncio.run(Launcher(resolved, embedded=config.store.url == "embedded").run())
 
@@ -73,7 +70,7 @@ class Launcher:
         try:
             trainer = await self._start_all()
             watching = asyncio.create_task(self._observer.watch(self._progress))
-            finished = await self._supervisor.watch(trainer)
+            status = await self._supervisor.watch(trainer)
             await self._end_all(trainer, watching)
         except BaseException:
             self._supervisor.kill_all()
@@ -82,12 +79,11 @@ class Launcher:
             if watching is not None:
                 watching.cancel()
             self._progress.close()
-        if finished:
+        if status == 0:
             write_results(self._config, self._observer, started)
             return 0
-        assert self._signal is not None
         self._progress.say(f"stopped; the same command resumes {self._dir}")
-        return 128 + self._signal
+        return 128 + self._signal if self._signal is not None else STOPPED_EARLY
 
     async def _start_all(self) -> Child:
         if self._embedded:
@@ -127,7 +123,7 @@ class Launcher:
         await self._supervisor.end([trainer], TRAINER_GRACE_S)
         await self._supervisor.end(self._children("rollout", "reward"), GRACE_S)
         watching.cancel()
-        await self._observer.look()
+        await self._observer.look_at_the_end()
         await self._supervisor.end(self._children("buffer"), GRACE_S)
         await self._supervisor.end(self._children("store"), GRACE_S)
 
@@ -163,14 +159,3 @@ def _resolve(config: Config, socket_dir: Path) -> Config:
     if resolved.buffer.address.endswith(":0"):
         resolved.buffer.address = f"127.0.0.1:{free_port()}"
     return resolved
-
-
-def _sole_launcher(run_dir: Path) -> IO[str]:
-    lock = (run_dir / "launcher.lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise ConfigError(f"is already running (process {lock.read().strip() or '?'})", field=str(run_dir)) from None
-    lock.truncate(0)
-    return lock

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
+from services.cli.lock import holder
 from services.cli.progress import queues, waiting
 from services.common.buffer_client import BufferClient
 from services.common.config import load
@@ -45,16 +46,13 @@ def print_status(run_dir: Path | None) -> int:
 def stop_run(run_dir: Path | None) -> int:
     """Asks the launcher to stop and waits until it is gone."""
     run_dir = _find(run_dir)
-    try:
-        pid = int((run_dir / "launcher.lock").read_text())
-        os.kill(pid, signal.SIGTERM)
-    except (OSError, ValueError):
-        raise UnavailableError("no launcher is running", field=str(run_dir)) from None
+    pid = holder(run_dir)
+    if pid is None:
+        raise UnavailableError("no launcher is running", field=str(run_dir))
+    os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_WITHIN_S
     while time.monotonic() < deadline:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+        if holder(run_dir) is None:
             return 0
         time.sleep(0.2)
     raise UnavailableError(f"process {pid} did not stop within {STOP_WITHIN_S:.0f} s", field=str(run_dir))

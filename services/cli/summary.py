@@ -40,13 +40,19 @@ def write_results(config: Config, seen: Observer, started: float) -> None:
 
 
 def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any]:
-    """The run in one JSON object. Figures over the whole history of the run directory, resumed parts included."""
+    """The run in one JSON object.
+
+    Figures are of the whole history of the run directory, resumed parts included; `wall_s`, `bubble` of rollout and
+    reward, and `processes` are of this launcher alone. The ledger is null when the buffer could not be asked.
+    """
     steps = [seen.steps[step] for step in sorted(seen.steps)]
     staleness = Counter[str]()
     for line in steps:
         staleness.update(line["staleness"])
     pauses = [1000 * push["pause_s"] for push in seen.pushes if push["ok"]]
-    ledger = seen.ledger or pb.GetLedgerResponse()
+    ledger = seen.ledger if seen.complete else None
+    counters = ledger.counters if ledger is not None else {}
+    training_s = sum(line["step_s"] for line in steps)
     trained_tokens = sum(line["completion_tokens"] for line in steps)
     return {
         "reward_first": _mean([line["reward_mean"] for line in steps[:FIRST_STEPS]]),
@@ -56,16 +62,18 @@ def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any
         "install_s": _install_seconds(),
         "weight_pushes": len(pauses),
         "push_pause_ms": {"p50": _median(pauses), "max": max(pauses, default=0.0)},
-        "requests_aborted": int(sum(push["requests_aborted"] for push in seen.pushes if push["ok"])),
+        "weight_push_failures": sum(not push["ok"] for push in seen.pushes),
+        "requests_aborted": int(sum(push["requests_aborted"] for push in seen.pushes)),
         "staleness": {steps: staleness[steps] for steps in sorted(staleness, key=int)},
         "max_staleness": max((int(steps) for steps in staleness), default=0),
-        "length_bias": dict(ledger.length_bias),
+        "length_bias": dict(ledger.length_bias) if ledger is not None else None,
         "bubble": _bubble(seen, steps),
-        "ledger": _ledger(ledger),
-        "ledger_imbalance": ledger.imbalance,
-        "tokens_generated": int(ledger.counters.get("tokens_generated", 0)),
-        "tokens_discarded": int(ledger.counters.get("tokens_discarded", 0)),
-        "tokens_per_s": round(ledger.counters.get("tokens_generated", 0) / wall_s, 1),
+        "ledger": _ledger(ledger) if ledger is not None else None,
+        "ledger_imbalance": ledger.imbalance if ledger is not None else None,
+        "tokens_generated": int(counters.get("tokens_generated", 0)),
+        "tokens_discarded": int(counters.get("tokens_discarded", 0)),
+        "tokens_per_s": round(counters.get("tokens_generated", 0) / max(training_s, 1e-9), 1),
+        "training_s": round(training_s, 1),
         "overlap": round(sum(line["overlap_tokens"] for line in steps) / max(1, trained_tokens), 4),
         "multi_span_samples": sum(line["multi_span_samples"] for line in steps),
         "mismatch_kl": _mean([line["mismatch_kl"] for line in steps[-LAST_STEPS:]]),

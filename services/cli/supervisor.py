@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from services.common.errors import PolyheadError
+from services.common.lifecycle import STOPPED_EARLY
 from services.common.process import last_lines, spawn
 
 log = structlog.get_logger()
@@ -52,7 +53,7 @@ class Child:
 
 
 class Supervisor:
-    """Watches children until `leader` ends with status 0 or `stop` is set.
+    """Watches children until `leader` ends by itself or `stop` is set.
 
     Raises PolyheadError, with the child's last line, when one fails for good.
     """
@@ -67,18 +68,18 @@ class Supervisor:
         self.children.append(child)
         return child
 
-    async def watch(self, leader: Child) -> bool:
-        """True when the leader finished its work, False when stopped."""
+    async def watch(self, leader: Child) -> int | None:
+        """0 when the leader finished, STOPPED_EARLY when it was told to stop before that, None when `stop` is set."""
         while not self._stop.is_set():
             for child in self.children:
                 if child.running:
                     continue
                 assert child.process is not None
-                if child is leader and child.process.returncode == 0:
-                    return True
+                if child is leader and child.process.returncode in (0, STOPPED_EARLY):
+                    return child.process.returncode
                 self._bring_back(child, child.process.returncode)
             await asyncio.sleep(POLL_S)
-        return False
+        return None
 
     async def end(self, children: Sequence[Child], grace_s: float) -> None:
         """SIGTERM, then SIGKILL after `grace_s`. Returns when all are gone."""

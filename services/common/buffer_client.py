@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from google.protobuf.message import Message
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import buffer_pb2_grpc, sample_pb2
 from services.common import rpc
-from services.common.errors import UnavailableError, from_rpc_error
+from services.common.errors import LimitError, PolyheadError, UnavailableError, from_rpc_error
 from services.common.versions import Version
 
 CALL_TIMEOUT_S = 10.0
@@ -35,10 +36,18 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, grpc.aio.AioRpcError) and error.code() in _TRANSIENT
 
 
+def _kind(code: grpc.StatusCode) -> type[PolyheadError]:
+    """The error for a status that no service typed: only what may pass by itself is worth waiting for."""
+    if code in _TRANSIENT:
+        return UnavailableError
+    return LimitError if code is grpc.StatusCode.RESOURCE_EXHAUSTED else PolyheadError
+
+
 class BufferClient:
     """One channel to the buffer. Every verb is safe to repeat, so each is retried for up to `retry_for_s`.
 
-    Raises the typed errors of `services.common.errors`; UnavailableError when the buffer stays away.
+    Raises the typed errors of `services.common.errors`; UnavailableError when the buffer stays away, LimitError for a
+    message that is too big, and PolyheadError when the buffer itself failed.
     """
 
     def __init__(self, address: str, *, retry_for_s: float = RETRY_FOR_S, message_mb: int = 64) -> None:
@@ -71,6 +80,7 @@ class BufferClient:
         epoch: int = 0,
         step: int = 0,
     ) -> pb.LeaseResponse:
+        """One logical call, however often it is repeated: what a lost answer had leased comes with the next one."""
         request = pb.LeaseRequest(
             stage=stage,
             replica_id=replica_id,
@@ -79,6 +89,7 @@ class BufferClient:
             weight_version=weight_version.to_proto() if weight_version else None,
             epoch=epoch,
             step=step,
+            request_id="" if stage == sample_pb2.STAGE_TRAIN else uuid.uuid4().hex,
         )
         request.wait.CopyFrom(_duration(wait_s))
         return await self._call("Lease", request, timeout_s=wait_s + POLL_SLACK_S)
@@ -120,8 +131,8 @@ class BufferClient:
         request = pb.ConfirmCheckpointRequest(epoch=epoch, oldest_kept_step=oldest_kept_step)
         return await self._call("ConfirmCheckpoint", request)
 
-    async def acquire_epoch(self, holder: str) -> pb.AcquireEpochResponse:
-        return await self._call("AcquireEpoch", pb.AcquireEpochRequest(holder=holder))
+    async def acquire_epoch(self, holder: str, known_epoch: int = 0) -> pb.AcquireEpochResponse:
+        return await self._call("AcquireEpoch", pb.AcquireEpochRequest(holder=holder, known_epoch=known_epoch))
 
     async def recover(self, epoch: int, step: int, watermark: pb.Watermark | None = None) -> pb.RecoverResponse:
         return await self._call("Recover", pb.RecoverRequest(epoch=epoch, step=step, watermark=watermark))
@@ -150,9 +161,8 @@ class BufferClient:
                             raise typed from None
                         raise
         except grpc.aio.AioRpcError as error:
-            raise UnavailableError(
-                f"buffer {verb} failed: {error.code().name} {error.details()}", field=self._address
-            ) from error
+            kind = _kind(error.code())
+            raise kind(f"buffer {verb} failed: {error.code().name} {error.details()}", field=self._address) from error
         raise AssertionError("unreachable: the retry loop returns or raises")
 
 

@@ -41,7 +41,7 @@ class InvalidArgumentError(PolyheadError, ValueError):
 
 
 class LimitError(PolyheadError):
-    """A message or the store is over a limit. Retrying the same thing at once does not help."""
+    """A message is over a limit. Retrying the same thing does not help."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -96,11 +96,15 @@ _MAX_FIELD = 120
 
 
 def to_status(error: PolyheadError) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Details and trailing metadata from which `from_rpc_error` rebuilds the error, cut where it is very long."""
+    """Details and trailing metadata from which `from_rpc_error` rebuilds the error, cut where it is very long.
+
+    A subclass of one service travels as its nearest base that all services know.
+    """
+    name = next(cls.__name__ for cls in type(error).__mro__ if cls.__name__ in _BY_NAME)
     field = error.field[:_MAX_FIELD]
     reason = error.reason[:_MAX_REASON]
     # Metadata is ASCII without line ends; a field may be a path.
-    metadata = ((ERROR_NAME_KEY, type(error).__name__), (ERROR_FIELD_KEY, quote(field, safe=" /[]:")))
+    metadata = ((ERROR_NAME_KEY, name), (ERROR_FIELD_KEY, quote(field, safe=" /[]:")))
     return (f"{field}: {reason}" if field else reason), metadata
 
 

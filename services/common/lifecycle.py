@@ -20,6 +20,12 @@ from services.common.telemetry import configure_logging
 
 log = structlog.get_logger()
 
+STOPPED_EARLY = 5
+"""Exit status of a process that was told to stop before its work was complete: no failure, and no success either."""
+
+Serve = Callable[[Config, "Process"], Awaitable[int | None]]
+"""A service's life; what it returns is its exit status, None standing for 0."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -34,7 +40,7 @@ class Process:
     """Set by the first SIGTERM or SIGINT: stop admitting, give work back, leave."""
 
 
-def run_service(role: str, serve: Callable[[Config, Process], Awaitable[None]]) -> int:
+def run_service(role: str, serve: Serve) -> int:
     """Runs one service until it ends or is told to stop; the return value is the exit status.
 
     A typed error becomes one line on standard error and its own exit status. A second signal ends the process at once.
@@ -44,15 +50,14 @@ def run_service(role: str, serve: Callable[[Config, Process], Awaitable[None]]) 
         config = load(arguments.config)
         configure_logging(role, arguments.index)
         _set_title(role, arguments.index)
-        asyncio.run(_serve(role, arguments.index, config, serve))
+        return asyncio.run(_serve(role, arguments.index, config, serve)) or 0
     except PolyheadError as error:
         log.error("ended", error=type(error).__name__, reason=str(error))
         print(f"polyhead {role}: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
-async def _serve(role: str, index: int, config: Config, serve: Callable[[Config, Process], Awaitable[None]]) -> None:
+async def _serve(role: str, index: int, config: Config, serve: Serve) -> int | None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -66,8 +71,9 @@ async def _serve(role: str, index: int, config: Config, serve: Callable[[Config,
         loop.add_signal_handler(number, on_signal)
     process = Process(role, index, f"{role}-{index}.{uuid.uuid4().hex[:8]}", stop)
     log.info("starting", replica_id=process.replica_id, pid=os.getpid())
-    await serve(config, process)
+    status = await serve(config, process)
     log.info("stopped")
+    return status
 
 
 def _parse(role: str) -> argparse.Namespace:

@@ -10,7 +10,7 @@ import structlog
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
-from services.common.errors import InvalidArgumentError, LimitError, UnavailableError
+from services.common.errors import ConfigError, PolyheadError, UnavailableError
 
 log = structlog.get_logger()
 
@@ -47,7 +47,7 @@ class Outbox:
         self._filled.set()
 
     async def run(self) -> None:
-        """Sends what comes, until cancelled. Outages of the buffer are waited out."""
+        """Sends what comes, until cancelled. Outages of the buffer and a full store are waited out."""
         reachable = True
         while True:
             await self._filled.wait()
@@ -66,17 +66,16 @@ class Outbox:
         while self._completed:
             await self._send_completed(self._completed[: self._samples_per_rpc])
         while self._released:
-            released = self._released[: self._samples_per_rpc]
-            response = await self._buffer.release(sample_pb2.STAGE_SCORE, self._replica_id, released)
-            del self._released[: len(released)]
-            self._settle("release", [sample.lease_id for sample in released], response.results)
+            await self._send_released(self._released[: self._samples_per_rpc])
         self._filled.clear()
 
     async def _send_completed(self, samples: list[pb.CompletedSample]) -> None:
         """Sends the first completed samples. One that the buffer refuses is given back instead, alone."""
         try:
             response = await self._buffer.complete(sample_pb2.STAGE_SCORE, self._replica_id, samples)
-        except (InvalidArgumentError, LimitError) as error:
+        except (UnavailableError, ConfigError):
+            raise
+        except PolyheadError as error:
             if len(samples) > 1:
                 await self._send_completed(samples[: len(samples) // 2])
                 return
@@ -93,6 +92,22 @@ class Outbox:
             return
         del self._completed[: len(samples)]
         self._settle("complete", [sample.lease_id for sample in samples], response.results)
+
+    async def _send_released(self, samples: list[pb.ReleasedSample]) -> None:
+        """Sends the first released samples. The lease of one that the buffer refuses, alone, is left to expire."""
+        results: Sequence[pb.SampleResult] = ()
+        try:
+            response = await self._buffer.release(sample_pb2.STAGE_SCORE, self._replica_id, samples)
+            results = response.results
+        except (UnavailableError, ConfigError):
+            raise
+        except PolyheadError as error:
+            if len(samples) > 1:
+                await self._send_released(samples[: len(samples) // 2])
+                return
+            log.warning("release_refused", sample_id=samples[0].sample_id, reason=str(error))
+        del self._released[: len(samples)]
+        self._settle("release", [sample.lease_id for sample in samples], results)
 
     def _settle(self, verb: str, lease_ids: Sequence[int], results: Sequence[pb.SampleResult]) -> None:
         for result in results:

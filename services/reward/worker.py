@@ -13,10 +13,9 @@ from google.protobuf.message import DecodeError
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
-from services.common import rpc
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
-from services.common.errors import UnavailableError
+from services.common.errors import LimitError, PolyheadError, UnavailableError
 from services.reward.items import item_of_sample
 from services.reward.jobs import FailureKind, Job, Result
 from services.reward.outbox import RETRY_S, Outbox
@@ -47,8 +46,6 @@ class Puller:
         self._stats = stats
         self._max_inflight = config.reward.max_inflight
         self._samples_per_rpc = limits.samples_per_rpc
-        self._message_bytes = limits.message_mb * rpc.MIB
-        self._largest_bytes = limits.sample_mb * rpc.MIB  # until one has been seen
         self._gather_s = GATHER_S if config.staleness.max_staleness else SYNC_GATHER_S
         self._lease_ttl_s = config.buffer.lease_ttl_s
         self._leased: dict[int, Job] = {}
@@ -87,7 +84,7 @@ class Puller:
                 response = await self._buffer.lease(
                     sample_pb2.STAGE_SCORE, self._replica_id, max_samples=room, wait_s=POLL_S
                 )
-            except UnavailableError as error:
+            except (UnavailableError, LimitError) as error:
                 log.warning("lease_failing", reason=str(error))
                 await asyncio.sleep(RETRY_S)
                 continue
@@ -103,8 +100,7 @@ class Puller:
         while (room := self._max_inflight - len(self._leased)) < max(1, self._max_inflight // 4):
             self._settled.clear()
             await self._settled.wait()
-        # An answer over the message limit would be lost with all its leases: half of it leaves room for larger samples.
-        return max(1, min(room, self._samples_per_rpc, self._message_bytes // 2 // self._largest_bytes))
+        return min(room, self._samples_per_rpc)
 
     def _take(self, response: pb.LeaseResponse) -> int:
         """Hands what was leased to the pool. Returns how many samples were leased."""
@@ -122,12 +118,10 @@ class Puller:
                 self._leased[leased.lease_id] = job
                 jobs.append(job)
         self._pool.submit(jobs)
-        sizes = [len(leased.sample) for group in response.groups for leased in group.samples]
-        if sizes:
-            seen = self._largest_bytes if self._has_leased.is_set() else 1
-            self._largest_bytes = max(seen, *sizes)
+        taken = sum(len(group.samples) for group in response.groups)
+        if taken:
             self._has_leased.set()
-        return len(sizes)
+        return taken
 
     def _on_result(self, leased: pb.LeasedSample, result: Result) -> None:
         self._stats.count(result)
@@ -166,7 +160,7 @@ class Puller:
         request = [pb.ExtendedSample(sample_id=job.item.sample_id, lease_id=lease_id) for lease_id, job in held]
         try:
             response = await self._buffer.extend(self._replica_id, request)
-        except UnavailableError as error:
+        except PolyheadError as error:
             log.warning("heartbeat_failing", reason=str(error))
             return
         for (lease_id, job), result in zip(held, response.results, strict=True):

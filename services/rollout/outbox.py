@@ -110,9 +110,12 @@ class Outbox:
         sized = [((record, data), len(data)) for record, data in zip(records, payloads, strict=True)]
         for batch in batches(sized, max_items=self._max_items, max_bytes=self._max_bytes):
             await self._complete(batch)
-            del self._completed[: len(batch)]
 
     async def _complete(self, batch: Sequence[tuple[SampleRecord, bytes]]) -> None:
+        """Delivers the head of the queue, and takes it off as soon as its fate is known.
+
+        The buffer stores all of a call or nothing: what it refuses is sent one by one, to find the sample at fault.
+        """
         samples = [
             pb.CompletedSample(sample_id=record.sample_id, lease_id=record.lease_id, sample=data)
             for record, data in batch
@@ -122,8 +125,15 @@ class Outbox:
         except UnavailableError:
             raise
         except PolyheadError as error:
-            await self._refused(batch, error)
+            if len(batch) > 1:
+                log.warning("batch_refused", samples=len(batch), reason=str(error))
+                for item in batch:
+                    await self._complete([item])
+                return
+            del self._completed[0]
+            self._refused(batch[0][0], error)
             return
+        del self._completed[: len(batch)]
         for (record, _), result in zip(batch, response.results, strict=True):
             if result.outcome in (pb.OUTCOME_OK, pb.OUTCOME_DUPLICATE):
                 self._stats.samples_completed += 1
@@ -131,13 +141,7 @@ class Outbox:
             else:
                 self._discarded(record, result.outcome)
 
-    async def _refused(self, batch: Sequence[tuple[SampleRecord, bytes]], error: PolyheadError) -> None:
-        """The buffer stores all of a call or nothing: the samples are sent one by one to find the one at fault."""
-        if len(batch) > 1:
-            for item in batch:
-                await self._complete([item])
-            return
-        record = batch[0][0]
+    def _refused(self, record: SampleRecord, error: PolyheadError) -> None:
         log.error("sample_refused", sample_id=record.sample_id, reason=str(error))
         self.release(
             GivenBack(record, pb.RELEASE_REASON_SAMPLE_ERROR, error=f"refused: {error}"[:500], keep_partial=False)
@@ -172,8 +176,13 @@ class Outbox:
         except UnavailableError:
             raise
         except PolyheadError as error:
-            # The leases will expire: that is slower, and as exact.
-            log.error("release_refused", samples=len(batch), reason=str(error))
+            if len(batch) > 1:
+                log.warning("batch_refused", samples=len(batch), reason=str(error))
+                for item in batch:
+                    await self._release([item])
+                return
+            # The lease will expire: that is slower, and as exact.
+            log.error("release_refused", sample_id=batch[0].record.sample_id, reason=str(error))
         for item in batch:
             self._stats.tokens_discarded += item.record.unsaved
 

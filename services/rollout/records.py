@@ -52,6 +52,8 @@ class SampleRecord:
         self.sample_id = leased.sample_id
         self.index = leased.index
         self.lease_id = leased.lease_id
+        self.attempt = leased.attempt
+        """Failures attributed to it under earlier leases."""
         self.sampling = sampling
         self.token_limit = token_limit
         self.token_ids: list[int] = []
@@ -68,7 +70,8 @@ class SampleRecord:
         self.lost = False
         """The lease has ended under us: the sample is somebody else's."""
         self.rid = ""
-        self._attempts = 0
+        self._requests = 0
+        self._restored = 0
         self._earlier: list[Span] = []
         self._sent = Version(0, 0)
         self._base = 0
@@ -80,11 +83,16 @@ class SampleRecord:
         """
         for delta in partial:
             self._restore(delta)
-        self.saved = self._base = len(self.token_ids)
+        self.saved = self._base = self._restored = len(self.token_ids)
 
     @property
     def unsaved(self) -> int:
         return len(self.token_ids) - self.saved
+
+    @property
+    def fruitless(self) -> bool:
+        """Whether an engine was asked to generate it under this lease, and no token has come of it."""
+        return self._requests > 0 and len(self.token_ids) == self._restored
 
     @property
     def resumed(self) -> bool:
@@ -93,9 +101,9 @@ class SampleRecord:
 
     def begin(self, served: Version) -> str:
         """A request for the rest of the completion goes out while `served` is served: its rid."""
-        self._attempts += 1
+        self._requests += 1
         self._base, self._earlier, self._sent = len(self.token_ids), list(self.spans), served
-        self.rid = f"{self.sample_id}.{self.lease_id}.{self._attempts}"
+        self.rid = f"{self.sample_id}.{self.lease_id}.{self._requests}"
         return self.rid
 
     def extend(self, chunk: Chunk, served: Version, kv_under: KvUnder) -> None:

@@ -25,6 +25,8 @@ class Replica:
         self.stats = Stats()
         self.info: ServerInfo | None = None
         self.engine_pid: int | None = None
+        self.engine_died = False
+        """Whether the last engine ended by itself, as opposed to being ended by us."""
         self.gate = asyncio.Event()
         """Set while requests may go to the engine, and when nobody should wait for that any more."""
         self.changed = asyncio.Event()
@@ -52,7 +54,8 @@ class Replica:
         self.life.engine_ready()
         self.turned()
 
-    def detach(self) -> None:
+    def detach(self, *, died: bool = False) -> None:
+        self.engine_died = died
         for forget in self.on_lost:
             forget()
         self._client, self.engine_pid = None, None

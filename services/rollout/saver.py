@@ -10,7 +10,7 @@ import structlog
 from polyhead.v1 import buffer_pb2 as pb
 from services.common.buffer_client import BufferClient
 from services.common.config.models import LimitsConfig
-from services.common.errors import PolyheadError
+from services.common.errors import InvalidArgumentError, LimitError, PolyheadError, UnavailableError
 from services.rollout.batching import batches
 from services.rollout.records import SampleRecord
 from services.rollout.stats import Stats
@@ -22,6 +22,8 @@ _TOKEN_BYTES = 8
 _HEADER_BYTES = 256
 # Leases are extended at least this often within their time to live.
 _BEATS_PER_TTL = 3.0
+# Refusals that say something about the record. After any other one, the next beat tries again.
+_VERDICTS = (LimitError, InvalidArgumentError)
 
 
 class Saver:
@@ -35,8 +37,11 @@ class Saver:
         interval_s: float,
         stats: Stats,
         lost: Callable[[SampleRecord], None],
+        refused: Callable[[SampleRecord, PolyheadError], None],
     ) -> None:
-        """`lost` is told of each record whose lease has ended, after it was marked so."""
+        """`lost` is told of each record whose lease has ended, after it was marked so; `refused` of each open record
+        whose tokens the buffer does not accept.
+        """
         self._buffer = buffer
         self._replica_id = replica_id
         self._max_items = limits.samples_per_rpc
@@ -44,6 +49,7 @@ class Saver:
         self._interval_s = interval_s
         self._stats = stats
         self._lost = lost
+        self._refused = refused
         self._lock = asyncio.Lock()
 
     def heed_ttl(self, lease_ttl_s: float) -> None:
@@ -60,20 +66,34 @@ class Saver:
                 continue
             try:
                 await self.save(records)
-            except PolyheadError as error:
+            except UnavailableError as error:
                 log.warning("save_failed", samples=len(records), reason=str(error))
 
     async def save(self, records: Sequence[SampleRecord]) -> None:
         """Extends every lease and appends what the store does not have.
 
-        Raises UnavailableError when the buffer stays away; saving again later is right.
+        Raises UnavailableError when the buffer stays away; saving again later is right. What it refuses is the matter
+        of one record, and never raised: that record stays unsaved.
         """
         async with self._lock:
             sized = [(record, record.unsaved * _TOKEN_BYTES + _HEADER_BYTES) for record in records]
             for batch in batches(sized, max_items=self._max_items, max_bytes=self._max_bytes):
-                conflicts = await self._extend(batch)
-                if conflicts:
-                    await self._extend(conflicts)
+                await self._save(batch)
+
+    async def _save(self, records: Sequence[SampleRecord]) -> None:
+        try:
+            conflicts = await self._extend(records)
+            if conflicts:
+                await self._extend(conflicts)
+        except UnavailableError:
+            raise
+        except PolyheadError as error:
+            log.warning("save_refused", samples=len(records), reason=str(error))
+            if len(records) > 1:
+                for record in records:
+                    await self._save([record])
+            elif isinstance(error, _VERDICTS) and not records[0].closed:
+                self._refused(records[0], error)
 
     async def _extend(self, records: Sequence[SampleRecord]) -> list[SampleRecord]:
         """Returns the records whose saved count was corrected, to be tried again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import structlog
 
@@ -33,8 +33,11 @@ LINGER_S = 0.004
 # After an empty answer, or an error, nothing is asked for this long, unless the replica turns.
 _EMPTY_PAUSE_S = 0.1
 _ERROR_PAUSE_S = 1.0
+_ENGINE_ENDED = "the engine ended while generating this sample"
 # While draining: for the lease that is on its way, for the engine's last tokens, for the buffer.
 _DRAIN_LEASE_S = 1.5
+# A broken stream is the first sign of an engine process that has ended; the kernel reports the end a moment later.
+_ENGINE_END_S = 0.5
 _DRAIN_ENGINE_S = 1.0
 _DRAIN_BUFFER_S = 2.0
 
@@ -53,7 +56,16 @@ class Worker:
         self._lease: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._cool_down = False
-        self._saver = Saver(buffer, replica.replica_id, limits, settings.save_interval_s, replica.stats, self._on_lost)
+        self._one_at_a_time = asyncio.Lock()
+        self._saver = Saver(
+            buffer,
+            replica.replica_id,
+            limits,
+            settings.save_interval_s,
+            replica.stats,
+            self._on_lost,
+            self._on_refused,
+        )
         self._outbox = Outbox(
             buffer,
             replica.replica_id,
@@ -66,7 +78,7 @@ class Worker:
         self._intake = Intake(prompter, self._complete, self._release)
         self._generator = Generator(replica, prompter, self._complete, self._release)
         replica.listeners.append(self._wake.set)
-        replica.on_lost.append(lambda: self.give_back(pb.RELEASE_REASON_UNAVAILABLE))
+        replica.on_lost.append(self._on_engine_lost)
 
     @property
     def holding(self) -> int:
@@ -173,11 +185,14 @@ class Worker:
 
     async def _generate(self, records: Sequence[SampleRecord]) -> None:
         try:
-            await self._generator.run(records)
+            # What has failed before runs beside nothing else that has.
+            async with self._one_at_a_time if any(record.attempt for record in records) else nullcontext():
+                await self._generator.run(records)
         except EngineUnavailableError as error:
             log.warning("engine_unavailable", samples=len(records), reason=str(error))
             self._cool_down = True
             self._replica.suspect.set()
+            await asyncio.sleep(_ENGINE_END_S)  # if the process has ended, `_on_engine_lost` decides
             self._release_open(records, pb.RELEASE_REASON_UNAVAILABLE, "")
         except Exception as error:  # a fault of ours must not hold the samples until their leases expire
             log.exception("generation_failed")
@@ -195,6 +210,24 @@ class Worker:
     def _release(self, given_back: GivenBack) -> None:
         self._close(given_back.record)
         self._outbox.release(given_back)
+
+    def _on_engine_lost(self) -> None:
+        """Samples that the engine took with it before their first token are under suspicion of having ended it.
+
+        One that does so each time is dead after `max_attempts` and ends no more engines. Its neighbours survive: they
+        are blamed once, and wait from then on for their turn among those that were. Nobody is blamed while waiting, and
+        a sample whose turn comes gets tokens, which resets its count.
+        """
+        if self._replica.engine_died:
+            for record in [record for record in self._held.values() if record.fruitless]:
+                self._release(GivenBack(record, pb.RELEASE_REASON_SAMPLE_ERROR, error=_ENGINE_ENDED))
+        self.give_back(pb.RELEASE_REASON_UNAVAILABLE)
+
+    def _on_refused(self, record: SampleRecord, error: PolyheadError) -> None:
+        self._release(
+            GivenBack(record, pb.RELEASE_REASON_SAMPLE_ERROR, error=f"refused: {error}"[:500], keep_partial=False)
+        )
+        self._spawn(self._abort(record))
 
     def _on_lost(self, record: SampleRecord) -> None:
         log.warning("lease_lost", sample_id=record.sample_id)

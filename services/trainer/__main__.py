@@ -6,7 +6,7 @@ import asyncio
 
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
-from services.common.lifecycle import Process, run_service
+from services.common.lifecycle import STOPPED_EARLY, Process, run_service
 from services.common.registration import keep_registered
 from services.trainer import model_dir
 from services.trainer.detached import leave
@@ -18,8 +18,11 @@ BEATS_PER_TTL = 3.0
 GRACE_S = 1.0
 
 
-async def serve(config: Config, process: Process) -> None:
-    """Trains until the run is done or a stop is requested. The training thread's error is raised."""
+async def serve(config: Config, process: Process) -> int:
+    """Trains until the run is done or a stop is requested; returns the exit status.
+
+    The training thread's error is raised.
+    """
     model_dir.check_model_dir(config.model.hf_checkpoint)
     status = TrainerStatus()
     server = await TrainerService(status, process.stop).start(config.trainer.address)
@@ -35,17 +38,18 @@ async def serve(config: Config, process: Process) -> None:
         )
         heartbeat.add_done_callback(io.watch)
         try:
-            await asyncio.to_thread(_train, config, io, buffer, status, process.replica_id)
+            complete = await asyncio.to_thread(_train, config, io, buffer, status, process.replica_id)
         finally:
             heartbeat.cancel()
             await server.stop(GRACE_S)
+    return 0 if complete else STOPPED_EARLY
 
 
-def _train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, replica_id: str) -> None:
+def _train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, replica_id: str) -> bool:
     # Importing torch takes seconds: the loop answers and registers meanwhile.
     from services.trainer.trainer import train
 
-    train(config, io, buffer, status, replica_id)
+    return train(config, io, buffer, status, replica_id)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,16 @@ class CheckpointStore:
         """Steps of all checkpoints that have a name, oldest first, good or not."""
         return sorted(int(path.name.removeprefix("step_")) for path in self._root.glob("step_????????"))
 
+    def newest_epoch(self) -> int:
+        """The highest epoch that any checkpoint was written in; 0 for none. Damaged weights do not matter here."""
+        epochs = [0]
+        for step in self.steps():
+            try:
+                epochs.append(int(orjson.loads((self._directory(step) / STATE).read_bytes())["version"]["epoch"]))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return max(epochs)
+
     def save(self, state: CheckpointState, tensors: Tensors) -> int:
         """Writes, verifies, and removes the oldest beyond `keep_last`. Returns the oldest step that is kept.
 
@@ -81,10 +91,11 @@ class CheckpointStore:
         write_directory(directory, lambda path: _write(path, state, tensors))
         if (problem := _problem(directory)) is not None:
             raise OSError(f"{directory} does not verify after writing: {problem}")
-        older = [step for step in self.steps() if step <= state.step]
-        for step in older[: -self._keep_last]:
-            shutil.rmtree(self._directory(step))
-        return older[-self._keep_last :][0]
+        return self._prune(state.step, self._keep_last)
+
+    def keep_only(self, step: int) -> None:
+        """Removes all checkpoints before that of `step`."""
+        self._prune(step, 1)
 
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is complete and verifies; damaged ones are skipped with a warning."""
@@ -95,6 +106,13 @@ class CheckpointStore:
                 return _read(directory)
             log.warning("checkpoint_skipped", step=step, reason=problem)
         return None
+
+    def _prune(self, newest: int, count: int) -> int:
+        """Of the checkpoints up to `newest` keeps the last `count`. Returns the step of the oldest kept."""
+        steps = [step for step in self.steps() if step <= newest]
+        for step in steps[:-count]:
+            shutil.rmtree(self._directory(step))
+        return steps[-count:][0]
 
     def _directory(self, step: int) -> Path:
         return self._root / f"step_{step:08d}"

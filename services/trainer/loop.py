@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import structlog
 
 from polyhead.v1 import buffer_pb2 as pb
-from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import InvalidArgumentError, TrainingDivergedError, UnavailableError
 from services.common.versions import Version
 from services.trainer.backends.torch.backend import StepResult, TorchBackend
+from services.trainer.batch.lease import lease_batch
 from services.trainer.batch.samples import TrainSample, decode_groups
 from services.trainer.batch.staleness import Clock
 from services.trainer.io_thread import Io
@@ -31,8 +31,14 @@ from services.trainer.weights.publisher import Publisher
 log = structlog.get_logger()
 
 LEASE_WAIT_S = 2.0
+# The next attempt does not come sooner after one that brought nothing.
+PAUSE_S = 0.25
 # Steps in a row that trained nothing before the run ends.
 MAX_SKIPPED = 3
+# Under pressure of the store a checkpoint is made at most every so many steps.
+RELIEVE_EVERY = 5
+# What the buffer says it waits for when its memory is used up.
+STORE_MEMORY = "store memory"
 SAMPLES_RECORDED = 2
 # How long the last version is pushed before the run ends without it.
 LAST_PUSH_S = 5.0
@@ -64,6 +70,7 @@ class Loop:
         self._forks = forks
         self._intervals = TrainIntervals()
         self._skipped = 0
+        self._relieved_at = 0
 
     def run(self, step: int) -> int:
         """Trains on from committed `step` until all steps are done or a stop is requested, and saves.
@@ -83,8 +90,11 @@ class Loop:
             if lease is None:
                 break
             step += 1
-            self._train(step, lease, times, started)
-            if step % self._config.trainer.checkpoint.save_interval == 0:
+            checkpoint_wanted = self._train(step, lease, times, started)
+            if checkpoint_wanted and step >= self._relieved_at + RELIEVE_EVERY:
+                with status.busy("saving"):
+                    self._relieve(step)
+            elif step % self._config.trainer.checkpoint.save_interval == 0:
                 self._save(step)
         self._save(step)
         with status.busy("saving"):
@@ -94,35 +104,50 @@ class Loop:
         return step
 
     def _lease(self, step: int, times: Times) -> pb.LeaseResponse | None:
-        """The batch of `step`, however long it takes; None when a stop is requested first."""
+        """The batch of `step`, however long it takes; None when a stop is requested first.
+
+        Raises what the buffer refuses for good.
+        """
         quiet_since = time.monotonic()
         with self._s.status.waiting("waiting"), _timed(times, "wait_s"):
             while not self._s.io.should_stop():
-                lease = self._s.buffer.lease(
-                    sample_pb2.STAGE_TRAIN, self._holder, wait_s=LEASE_WAIT_S, epoch=self._epoch, step=step
-                )
-                try:
-                    response = self._s.io.call_or_stop(lease)
-                except UnavailableError as error:
-                    log.warning("lease_waits", step=step, reason=str(error))
-                    continue
+                asked = time.monotonic()
+                response = self._try_lease(step)
                 if response is None or response.groups:
                     return response
-                self._s.status.waiting_for = response.waiting_for
+                waiting_for = self._s.status.waiting_for = response.waiting_for
+                if waiting_for.reason == STORE_MEMORY:
+                    self._relieve(step - 1)
                 if time.monotonic() - quiet_since > self._config.run.stall_limit_s:
                     quiet_since = time.monotonic()
-                    log.warning("stalled", step=step, waiting_for=response.waiting_for.reason)
+                    log.warning("stalled", step=step, waiting_for=waiting_for.reason)
+                self._pause(asked)
         return None
 
-    def _train(self, step: int, lease: pb.LeaseResponse, times: Times, started: float) -> None:
-        """Everything from a leased batch to a published version."""
+    def _try_lease(self, step: int) -> pb.LeaseResponse | None:
+        """One poll; None when a stop is requested meanwhile. A buffer that is away is waited for like samples."""
+        limits = self._config.buffer.limits
+        lease = lease_batch(
+            self._s.buffer, self._holder, epoch=self._epoch, step=step, wait_s=LEASE_WAIT_S, limits=limits
+        )
+        try:
+            return self._s.io.call_or_stop(lease)
+        except UnavailableError as error:
+            log.warning("lease_waits", step=step, reason=str(error))
+            return pb.LeaseResponse(waiting_for=pb.WaitingFor(reason="the buffer"))
+
+    def _pause(self, since: float) -> None:
+        self._s.io.call_or_stop(asyncio.sleep(since + PAUSE_S - time.monotonic()))
+
+    def _train(self, step: int, lease: pb.LeaseResponse, times: Times, started: float) -> bool:
+        """Everything from a leased batch to a published version. Returns whether the buffer wants a checkpoint."""
         status = self._s.status
         clock = Clock(Version(self._epoch, step - 1), self._forks)
         with status.busy("training"), _timed(times, "train_s"), self._interval():
             samples, results = self._train_batch(lease.groups, clock)
         trained = any(result.applied for result in results)
         with status.waiting("committing"), _timed(times, "commit_s"):
-            self._commit(step, lease.batch_lease_id, trained)
+            checkpoint_wanted = self._commit(step, lease.batch_lease_id, trained)
         version = Version(self._epoch, step)
         if step % self._config.staleness.publish_interval == 0 or step == self._config.run.num_rollout:
             with status.waiting("publishing"), _timed(times, "publish_wait_s"):
@@ -132,6 +157,7 @@ class Loop:
         self._skipped = 0 if trained else self._skipped + 1
         if self._skipped == MAX_SKIPPED:
             raise TrainingDivergedError(f"{MAX_SKIPPED} steps in a row trained nothing, the last is step {step}")
+        return checkpoint_wanted
 
     def _train_batch(
         self, groups: Sequence[pb.LeasedGroup], clock: Clock
@@ -143,17 +169,19 @@ class Loop:
             return [], []
         return samples, train_batch(self._s.backend, samples, clock, self._config)
 
-    def _commit(self, step: int, batch_lease_id: int, trained: bool) -> None:
-        """Returns when the buffer has the step. A refusal is raised: it ends this trainer."""
+    def _commit(self, step: int, batch_lease_id: int, trained: bool) -> bool:
+        """Returns when the buffer has the step: whether it wants a checkpoint. A refusal is raised: it is the end."""
         outcome = pb.STEP_OUTCOME_TRAINED if trained else pb.STEP_OUTCOME_SKIPPED
         while True:
+            asked = time.monotonic()
             try:
-                self._s.io.call(self._s.buffer.commit_step(self._epoch, step, batch_lease_id, outcome))
-                return
+                commit = self._s.buffer.commit_step(self._epoch, step, batch_lease_id, outcome)
+                return self._s.io.call(commit).checkpoint_wanted
             except UnavailableError as error:
                 if self._s.io.should_stop():
                     raise
                 log.warning("commit_waits", step=step, reason=str(error))
+                self._pause(asked)
 
     def _publish(self, version: Version) -> None:
         """Copies the weights, once the last version has been pushed, and leaves the push to the publisher."""
@@ -183,6 +211,11 @@ class Loop:
     def _save(self, step: int) -> None:
         with self._s.status.busy("saving"):
             self._s.saver.save(self._s.backend, Version(self._epoch, step))
+
+    def _relieve(self, step: int) -> None:
+        """Lets the buffer retire all that the steps so far consumed."""
+        self._relieved_at = step
+        self._s.saver.relieve(self._s.backend, Version(self._epoch, step))
 
     async def _last_push(self, version: Version) -> None:
         try:

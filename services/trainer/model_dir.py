@@ -9,9 +9,11 @@ from pathlib import Path
 import orjson
 
 from services.common.errors import ConfigError
+from services.common.versions import Version
 from services.trainer.files import write_directory
 
 FIELD = "model.hf_checkpoint"
+EXPORT_RECORD = "polyhead.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -34,11 +36,19 @@ def check_model_dir(directory: Path) -> None:
         raise ConfigError(f"{directory} holds no tokenizer ({', '.join(_TOKENIZER_FILES)})", field=FIELD)
 
 
-def export(target: Path, source: Path, save_model: Callable[[Path], None]) -> None:
+def exported_version(target: Path) -> Version | None:
+    """The version that an exported directory holds; None when there is none, or it does not say."""
+    try:
+        return Version.parse(orjson.loads((target / EXPORT_RECORD).read_bytes())["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def export(target: Path, source: Path, version: Version, save_model: Callable[[Path], None]) -> None:
     """Writes a directory that transformers loads, atomically: the trained model, and the tokenizer of `source`.
 
-    `save_model` writes config, generation config and safetensors. Of `source`, every other file that is not a weight
-    is copied.
+    `save_model` writes config, generation config and safetensors of `version`. Of `source`, every other file that is
+    not a weight is copied.
     """
 
     def fill(directory: Path) -> None:
@@ -48,5 +58,7 @@ def export(target: Path, source: Path, save_model: Callable[[Path], None]) -> No
             weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
             if path.is_file() and path.name not in written and not weight:
                 shutil.copyfile(path, directory / path.name)
+        record = {"step": version.step, "version": str(version)}
+        (directory / EXPORT_RECORD).write_bytes(orjson.dumps(record))
 
     write_directory(target, fill)

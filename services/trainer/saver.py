@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import structlog
@@ -36,6 +37,7 @@ class Saver:
         self._epoch = epoch
         self._config_digest = config_digest
         self._last_step = last_step
+        self._relieved_at = 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -56,9 +58,19 @@ class Saver:
             watermark=None if watermark is None else json_format.MessageToDict(watermark),
         )
         self._last_step = version.step
-        # The context carries what every log line says.
-        context = contextvars.copy_context()
-        self._writing = self._executor.submit(context.run, self._write, state, backend.state())
+        self._writing = self._submit(self._write, state, backend.state())
+
+    def relieve(self, backend: TorchBackend, version: Version) -> None:
+        """The buffer's store is filling up: like `save`, and then everything up to this step is given up.
+
+        Older checkpoints go first, because what the buffer retires can not be replayed from them any more. Before the
+        first step there is nothing to give up, and a second call for the same step does nothing.
+        """
+        if version.step in (0, self._relieved_at):
+            return
+        self.save(backend, version)
+        self._relieved_at = version.step
+        self._writing = self._submit(self._keep_only, version.step, self._writing)
 
     def finish(self) -> None:
         """Returns when the last checkpoint is on disk and confirmed. Raises what kept it from that."""
@@ -68,6 +80,21 @@ class Saver:
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)
+
+    def _submit(self, work: Callable[..., None], *arguments: object) -> Future[None]:
+        # The context carries what every log line says.
+        return self._executor.submit(contextvars.copy_context().run, work, *arguments)
+
+    def _keep_only(self, step: int, written: Future[None] | None) -> None:
+        """`written` is the save of that very step. It has ended: there is one thread."""
+        if written is not None:
+            written.result()
+        try:
+            self._store.keep_only(step)
+        except OSError as error:
+            raise PolyheadError(f"older checkpoints were not removed: {error}", field="run.dir") from error
+        log.info("store_relieved", step=step)
+        self._io.call(self._confirm(step))
 
     def _write(self, state: CheckpointState, tensors: Tensors) -> None:
         try:

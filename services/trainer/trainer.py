@@ -14,7 +14,7 @@ from services.common.versions import Version
 from services.trainer import model_dir
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.checkpoint import Checkpoint, CheckpointStore
-from services.trainer.history import record_fork
+from services.trainer.history import load_forks, record_fork
 from services.trainer.io_thread import Io
 from services.trainer.loop import Loop, Services
 from services.trainer.records import JsonLines
@@ -25,28 +25,43 @@ from services.trainer.weights.publisher import Publisher
 log = structlog.get_logger()
 
 
-def train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, holder: str) -> None:
+def train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, holder: str) -> bool:
     """Trains to the end, or until a stop is requested. `holder` is this process's replica id.
 
-    Raises ConfigError for a model that cannot be trained, FencedError when another trainer takes over, and
+    Returns whether the run is complete: its last step is committed, and exported where that is wanted. Raises
+    ConfigError for a model that cannot be trained, FencedError when another trainer takes over, and
     TrainingDivergedError.
     """
     backend = TorchBackend(config)
-    acquired = io.call_or_stop(buffer.acquire_epoch(holder))
-    if acquired is None:
-        return
     checkpoints = CheckpointStore(config.run.dir, config.trainer.checkpoint.keep_last)
+    # A store that lost its data would count epochs from the beginning, below versions that replicas may still serve.
+    known_epoch = max(checkpoints.newest_epoch(), *load_forks(config.run.dir), 0)
+    acquired = io.call_or_stop(buffer.acquire_epoch(holder, known_epoch))
+    if acquired is None:
+        return False
+    # Only now: an earlier trainer may have gone on saving until it was fenced.
     checkpoints.clean()
     checkpoint = checkpoints.load_newest()
     if checkpoint is not None:
         _resume(backend, checkpoint, config)
-    step = checkpoint.state.step if checkpoint is not None else 0
-    if step < config.run.num_rollout:
+    version = checkpoint.state.version if checkpoint is not None else Version(acquired.epoch, 0)
+    if version.step < config.run.num_rollout:
         step = _run_epoch(config, io, buffer, status, holder, backend, checkpoints, checkpoint, acquired.epoch)
+        version = Version(acquired.epoch, step)
+    if version.step < config.run.num_rollout:
+        return False
+    if config.trainer.checkpoint.export_hf:
+        _export(config, backend, version)
+    return True
+
+
+def _export(config: Config, backend: TorchBackend, version: Version) -> None:
+    """Leaves ``run.dir/hf`` with the weights of `version`; one that has them already is left alone."""
     target = config.run.dir / "hf"
-    if step >= config.run.num_rollout and config.trainer.checkpoint.export_hf and not target.exists():
-        model_dir.export(target, config.model.hf_checkpoint, backend.save_pretrained)
-        log.info("exported", directory=str(target))
+    if model_dir.exported_version(target) == version:
+        return
+    model_dir.export(target, config.model.hf_checkpoint, version, backend.save_pretrained)
+    log.info("exported", directory=str(target), version=str(version))
 
 
 def _run_epoch(

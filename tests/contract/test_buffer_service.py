@@ -14,11 +14,13 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import buffer_pb2_grpc, sample_pb2
 from services.buffer.memory_watch import MemoryWatch
 from services.buffer.prompts import PromptSource
+from services.buffer.records import Extension
 from services.buffer.redis_store import RedisStore
 from services.buffer.service import BufferService
 from services.buffer.settings import run_params
@@ -35,6 +37,7 @@ from services.common.errors import (
 )
 from services.common.versions import Version
 from tests.kit import valkey
+from tests.kit.buffer_driver import Driver, refs
 
 GENERATE, SCORE, TRAIN = sample_pb2.STAGE_GENERATE, sample_pb2.STAGE_SCORE, sample_pb2.STAGE_TRAIN
 FIRST = Version(1, 0)
@@ -276,6 +279,75 @@ async def test_a_caller_that_hangs_up_leaves_nothing_leased(client: BufferClient
     assert sum(len(group.samples) for group in (await generate(client)).groups) == 8
 
 
+# Lost answers, partly failed leases, big answers
+
+
+async def test_a_lease_asked_again_after_a_lost_answer_is_the_same(client: BufferClient) -> None:
+    await start_trainer(client)
+    generating = pb.LeaseRequest(
+        stage=GENERATE, replica_id="r", max_samples=5, weight_version=FIRST.to_proto(), request_id="a"
+    )
+    first = await client._stub.Lease(generating, timeout=5)
+    assert sum(len(group.samples) for group in first.groups) == 5  # of two turns, prompts issued between
+    assert await client._stub.Lease(generating, timeout=5) == first
+    await client.complete(GENERATE, "r", completed(first))
+    scoring = pb.LeaseRequest(stage=SCORE, replica_id="s", max_samples=9, include_payload=True, request_id="a")
+    to_score = await client._stub.Lease(scoring, timeout=5)
+    assert await client._stub.Lease(scoring, timeout=5) == to_score
+    assert outcomes(await client.complete(SCORE, "s", scored(to_score))) == ["OK"] * 5
+
+
+async def test_what_a_first_turn_leased_is_not_lost_with_the_second(
+    client: BufferClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*args: object) -> int:
+        raise UnavailableError("does not answer", field="store")
+
+    await start_trainer(client)
+    await client.submit("q", [sample_pb2.Prompt(text="submitted")])
+    monkeypatch.setattr(RedisStore, "issue", fails)
+    assert [group.prompt.text for group in (await generate(client)).groups] == ["submitted"]
+    with pytest.raises(UnavailableError):
+        await generate(client)
+
+
+async def test_answers_fit_into_half_a_message(server: valkey.Valkey, config: Config) -> None:
+    config.buffer.limits = config.buffer.limits.model_copy(update={"message_mb": 1, "sample_tokens": 50_000})
+    async with serving(server.url, config) as address, BufferClient(address, message_mb=1) as client:
+        await start_trainer(client)
+        tokens = list(range(20_000))
+        big = {
+            "token_ids": wire.encode_tokens(tokens),
+            "num_tokens": len(tokens),
+            "prompt_length": len(tokens) - 3,
+        }
+        for _ in range(2):
+            await client.complete(GENERATE, "r", completed(await generate(client, 4), **big))
+        counts = []
+        while (to_score := await client.lease(SCORE, "s", max_samples=16)).groups:
+            counts.append(sum(len(group.samples) for group in to_score.groups))
+            await client.complete(SCORE, "s", scored(to_score))
+        assert counts == [6, 2]  # of 80 KB each
+        batch = await client.lease(TRAIN, "t", epoch=1, step=1)
+        assert all(sample.sample for group in batch.groups for sample in group.samples)
+
+
+async def test_a_batch_over_half_a_message_is_fetched_instead(server: valkey.Valkey, config: Config) -> None:
+    config.buffer.limits = config.buffer.limits.model_copy(update={"message_mb": 1, "sample_tokens": 50_000})
+    async with serving(server.url, config) as address, BufferClient(address, message_mb=1) as client:
+        await start_trainer(client)
+        tokens = list(range(40_000))
+        big = {"token_ids": wire.encode_tokens(tokens), "num_tokens": len(tokens), "prompt_length": len(tokens) - 3}
+        await client.complete(GENERATE, "r", completed(await generate(client, 4), **big))
+        for _ in range(2):
+            await client.complete(SCORE, "s", scored(await client.lease(SCORE, "s", max_samples=2)))
+        batch = await client.lease(TRAIN, "t", epoch=1, step=1)
+        samples = [sample for group in batch.groups for sample in group.samples]
+        assert [(sample.sample, sample.record.num_tokens) for sample in samples] == [(b"", 40_000)] * 4
+        fetched = await client.fetch([sample.sample_id for sample in samples[:2]])
+        assert all(row.sample for row in fetched.samples)
+
+
 # Reasons
 
 
@@ -316,6 +388,22 @@ async def test_a_store_above_its_budget_admits_nothing(server: valkey.Valkey, co
     async with serving(server.url, config, max_memory_mb=1) as address, BufferClient(address) as client:
         await start_trainer(client)
         assert (await generate(client)).waiting_for.reason == "store memory"
+        waiting = (await client.lease(TRAIN, "t", epoch=1, step=1)).waiting_for
+        assert (waiting.stage, waiting.reason, waiting.count) == (TRAIN, "store memory", 2)
+        assert {row.stage: row.reason for row in (await client.get_ledger()).waiting_for}[TRAIN] == "store memory"
+
+
+@pytest.mark.parametrize(("max_memory_mb", "wanted"), [(1, True), (4096, False)])
+async def test_a_filling_store_asks_for_a_checkpoint(
+    server: valkey.Valkey, config: Config, max_memory_mb: int, wanted: bool
+) -> None:
+    async with serving(server.url, config) as address, BufferClient(address) as client:
+        await start_trainer(client)
+        await client.complete(GENERATE, "r", completed(await generate(client)))
+        await client.complete(SCORE, "s", scored(await client.lease(SCORE, "s", max_samples=16)))
+    async with serving(server.url, config, max_memory_mb) as address, BufferClient(address) as client:
+        batch = await client.lease(TRAIN, "t", epoch=1, step=1)
+        assert (await client.commit_step(1, 1, batch.batch_lease_id)).checkpoint_wanted == wanted
 
 
 # Validation
@@ -371,6 +459,7 @@ async def test_every_request_names_what_is_wrong_with_it(client: BufferClient) -
         "samples[0].delta.rollout_logprobs": client.extend(
             "r", [pb.ExtendedSample(sample_id=good.sample_id, lease_id=1, delta=delta)]
         ),
+        "known_epoch": client.acquire_epoch("t", 2_000_000_000),
         "replica_id": client.lease(SCORE, "", max_samples=1),
         "max_samples": client.lease(SCORE, "s"),
         "weight_version": client.lease(GENERATE, "s", max_samples=1),
@@ -393,10 +482,10 @@ async def test_every_request_names_what_is_wrong_with_it(client: BufferClient) -
 
 async def test_fencing_arrives_as_its_own_error(client: BufferClient) -> None:
     await start_trainer(client)
-    await client.acquire_epoch("t2")
+    assert (await client.acquire_epoch("t2", known_epoch=6)).epoch == 7
     error = await refusal(client.lease(TRAIN, "t", epoch=1, step=1))
     assert isinstance(error, FencedError)
-    assert str(error) == "epoch: 1 was superseded by 2"
+    assert str(error) == "epoch: 1 was superseded by 7"
 
 
 async def test_replicas_register_and_learn_the_floor(client: BufferClient) -> None:
@@ -503,20 +592,55 @@ async def test_a_store_that_is_away_is_unavailable(config: Config) -> None:
             assert f"store unix://{server.socket_path}: does not answer" in str(error)
 
 
-async def test_a_full_store_says_so_and_what_frees_it_still_works(config: Config) -> None:
-    with valkey.running(max_memory_mb=4) as server:
+async def fill_up(server: valkey.Valkey) -> None:
+    """From now on the server is out of memory."""
+    admin = RedisStore(server.url, run_name="admin")
+    await admin._scripts._redis.config_set("maxmemory", 1)
+    await admin.close()
+
+
+async def test_in_a_full_store_only_what_needs_room_waits(config: Config) -> None:
+    with valkey.running() as server:
         async with serving(server.url, config) as address, BufferClient(address, retry_for_s=0.2) as client:
             await start_trainer(client)
-            leased = await generate(client)
-            await client.complete(GENERATE, "r", completed(leased))
+            leased = await generate(client, 6)
+            drained = [
+                pb.ReleasedSample(sample_id=row.sample_id, lease_id=row.lease_id, reason=pb.RELEASE_REASON_DRAIN)
+                for row in completed(await generate(client, 2))
+            ]
+            await client.release(GENERATE, "r", drained)
+            await client.complete(GENERATE, "r", completed(leased)[:2])
+            await fill_up(server)
+            error = await refusal(client.submit("q", [sample_pb2.Prompt(text="x")]))
+            assert isinstance(error, UnavailableError)
+            assert "out of memory" in str(error)
+            rest = await generate(client, 2)
+            beats = [pb.ExtendedSample(sample_id=row.sample_id, lease_id=row.lease_id) for row in completed(rest)]
+            assert outcomes(await client.extend("r", beats)) == ["OK", "OK"]
+            await client.complete(GENERATE, "r", [*completed(leased)[2:], *completed(rest)])
             await client.complete(SCORE, "s", scored(await client.lease(SCORE, "s", max_samples=16)))
-            big = [sample_pb2.Prompt(text="x" * 1_000_000)]
-            errors = [await _outcome(client.submit(f"q{n}", big)) for n in range(8)]
-            assert isinstance(errors[-1], LimitError)
-            assert "out of memory" in str(errors[-1])
             batch = await client.lease(TRAIN, "t", epoch=1, step=1)
             assert (await client.commit_step(1, 1, batch.batch_lease_id)).applied
             assert (await client.confirm_checkpoint(1, 1)).retired_samples == 4
+
+
+async def test_tokens_that_find_no_room_cost_no_lease(config: Config) -> None:
+    with valkey.running() as server:
+        store = RedisStore(server.url, run_name=config.run.name)
+        await store.open(run_params(config, None))
+        driver = Driver(store)
+        await driver.start()
+        leased = refs(await driver.generate_lease(2))
+        await fill_up(server)
+        key = f"{{{config.run.name}}}:lease:1"
+        before = dict(await store._scripts._redis.zrange(key, 0, -1, withscores=True))
+        await asyncio.sleep(0.02)
+        with pytest.raises(UnavailableError, match="out of memory"):
+            await store.extend([Extension(ref, lease_id, 0, 1, b"t") for ref, lease_id in leased])
+        after = dict(await store._scripts._redis.zrange(key, 0, -1, withscores=True))
+        assert [after[each] > before[each] for each in before] == [True, True]
+        assert [each.partial for each in await store.fetch([ref for ref, _ in leased])] == [b"", b""]
+        await store.close()
 
 
 async def _outcome(call: object) -> object:
@@ -547,3 +671,48 @@ async def test_a_store_that_refuses_writes_is_unavailable(config: Config) -> Non
         with pytest.raises(UnavailableError, match=r"refuses writes: .*read only"):
             await store.open(run_params(config, None))
         await store.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"appendfsync": "always"}, []),
+        ({"appendfsync": "everysec"}, ["loses the last acknowledged second"]),
+        ({"appendonly": "no"}, ["appendonly is off"]),
+    ],
+)
+async def test_what_a_store_can_lose_is_said_at_the_start(
+    config: Config, settings: dict[str, str], words: list[str]
+) -> None:
+    with valkey.running() as server:
+        store = RedisStore(server.url, run_name=config.run.name)
+        for name, value in settings.items():
+            await store._scripts._redis.config_set(name, value)
+        with capture_logs() as lines:
+            await store.open(run_params(config, None))
+            await store.open(run_params(config, None))
+        await store.close()
+    warnings = [line["why"] for line in lines if line["log_level"] == "warning"]
+    assert len(warnings) == len(words)
+    assert all(word in line for word, line in zip(words, warnings, strict=True))
+
+
+async def test_a_store_that_evicts_is_refused(config: Config) -> None:
+    with valkey.running() as server:
+        store = RedisStore(server.url, run_name=config.run.name)
+        await store._scripts._redis.config_set("maxmemory-policy", "allkeys-lru")
+        with pytest.raises(ConfigError, match="maxmemory-policy is allkeys-lru"):
+            await store.open(run_params(config, None))
+        await store._scripts._redis.config_set("maxmemory", 0)
+        await store.open(run_params(config, None))
+        await store.close()
+
+
+async def test_a_store_that_hides_its_settings_is_used_with_a_warning(config: Config) -> None:
+    with valkey.running() as server:
+        admin = RedisStore(server.url, run_name="admin")
+        await admin._scripts._redis.execute_command("ACL", "SETUSER", "default", "-config")
+        with capture_logs() as lines:
+            await admin.open(run_params(config, None))
+        await admin.close()
+    assert ["does not tell its appendfsync" in line["why"] for line in lines] == [True]

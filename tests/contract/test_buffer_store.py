@@ -10,7 +10,7 @@ import pytest
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
-from services.buffer import partials
+from services.buffer import partials, policy, redis_store
 from services.buffer.ids import SampleRef
 from services.buffer.memory_store import MemoryStore
 from services.buffer.records import (
@@ -116,9 +116,20 @@ async def test_submit_is_idempotent_and_leased_like_any_group(start: Start, stor
     assert await store.submit("r1", [b"x", b"y"]) == [0, 1]
     assert await store.submit("r1", [b"x", b"y"]) == [0, 1]
     assert await store.submit("r2", [b"z"]) == [2]
+    assert await store.submit("r1", [b"x", b"y"]) == [0, 1]
     lease = await driver.generate_lease(2)
     assert [(group.order, group.ordinal, group.prompt) for group in lease.groups] == [(0, -1, b"x")]
     assert await driver.counts() == {"PENDING": 4, "GENERATING": 2}
+
+
+async def test_the_newest_submits_are_remembered(start: Start, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (policy, redis_store):
+        monkeypatch.setattr(module, "KEPT_SUBMITS", 3)
+    await start()
+    for number in range(5):
+        assert await store.submit(f"r{number}", [b"x"]) == [number]
+    assert [await store.submit(f"r{number}", [b"x"]) for number in (2, 3, 4)] == [[2], [3], [4]]
+    assert await store.submit("r0", [b"x"]) == [5]
 
 
 # Leases for generation
@@ -180,6 +191,92 @@ async def test_lease_ids_are_never_used_twice(start: Start, store: Store) -> Non
         seen += [lease_id for _, lease_id in refs(lease)]
         await store.release(1, released(lease, pb.RELEASE_REASON_DRAIN))
     assert len(set(seen)) == len(seen) == 24
+
+
+# Repeated and bounded leases
+
+
+async def issue_four_groups(driver: Driver) -> None:
+    """As many as the bound lets; all samples wait."""
+    await driver.store.release(1, released(await driver.generate_lease(), pb.RELEASE_REASON_DRAIN))
+
+
+async def test_a_repeated_request_gets_what_the_lost_answer_had_leased(start: Start, store: Store) -> None:
+    driver = await start()
+    await issue_four_groups(driver)
+    first = await store.lease_generate("r", 3, driver.version, admit=True, request_id="a")
+    assert [ref for ref, _ in refs(first)] == [SampleRef(0, 0), SampleRef(0, 1), SampleRef(1, 0)]
+    again = await store.lease_generate("r", 3, driver.version, admit=True, request_id="a")
+    assert again.groups == first.groups
+    await store.release(1, released(first, pb.RELEASE_REASON_DRAIN)[:2])
+    rest = await store.lease_generate("r", 3, driver.version, admit=True, request_id="a")
+    assert refs(rest) == refs(first)[2:]
+    assert (await store.lease_generate("other", 1, driver.version, admit=True, request_id="a")).groups
+    taken = await store.lease_generate("r", 1, driver.version, admit=True, request_id="b")
+    assert [ref for ref, _ in refs(taken)] == [SampleRef(0, 1)]
+    fresh = await store.lease_generate("r", 1, driver.version, admit=True, request_id="a")
+    assert [ref for ref, _ in refs(fresh)] == [SampleRef(1, 1)]
+
+
+async def test_a_repeated_request_gets_all_its_turns(start: Start, store: Store) -> None:
+    driver = await start()
+    await issue_four_groups(driver)
+    turns: list[tuple[SampleRef, int]] = []
+    for more in (False, True):
+        turns += refs(await store.lease_generate("r", 2, driver.version, admit=True, request_id="a", more=more))
+    assert len(turns) == 4
+    again = await store.lease_generate("r", 4, Version(0, 0), admit=True, request_id="a")
+    assert refs(again) == turns
+
+
+async def test_a_repeated_score_request_brings_its_payloads_and_new_time(start: Start, store: Store) -> None:
+    driver = await start(lease_ttl_ms=300)
+    await driver.generate(2)
+    first = await store.lease_score("s", 2, payload=True, request_id="a")
+    for _ in range(3):
+        await asyncio.sleep(0.15)
+        assert await store.lease_score("s", 2, payload=True, request_id="a") == first
+    await store.complete_score([Scored(ref, lease_id, float(ref.index), b"") for ref, lease_id in refs(first)])
+    assert not (await store.lease_score("s", 2, payload=True, request_id="a")).groups
+
+
+async def test_what_was_granted_is_forgotten_with_the_replica(start: Start, store: Store) -> None:
+    driver = await start()
+    await store.register_replica("r", b"", TTL_MS)
+    await driver.generate_lease(1)
+    first = await store.lease_generate("r", 1, driver.version, admit=True, request_id="a")
+    await asyncio.sleep(2 * TTL_MS / 1000)
+    await store.list_replicas()
+    second = await store.lease_generate("r", 1, driver.version, admit=True, request_id="a")
+    assert refs(second)[0][0] != refs(first)[0][0]
+
+
+async def test_answers_are_bounded_but_never_empty(start: Start, store: Store) -> None:
+    driver = await start()
+    await issue_four_groups(driver)
+    lease = await driver.generate_lease(2)
+    await store.extend([Extension(ref, lease_id, 0, 9, b"t" * 100) for ref, lease_id in refs(lease)])
+    await store.release(1, released(lease, pb.RELEASE_REASON_DRAIN))
+    for bound, count in [(1, 1), (207, 1), (208, 2), (220, 4), (1000, 8)]:
+        lease = await store.lease_generate("r", 8, driver.version, admit=True, max_bytes=bound)
+        assert (len(refs(lease)), bool(lease.wanted)) == (count, False), bound
+        await store.release(1, released(lease, pb.RELEASE_REASON_DRAIN))
+    await driver.generate()
+    for bound, count in [(1, 1), (49, 3), (79, 5), (1000, 8)]:  # groups of 8 + 2 × 11 bytes
+        lease = await store.lease_score("s", 8, payload=True, max_bytes=bound)
+        assert len(refs(lease)) == count, bound
+        await store.release(2, released(lease, pb.RELEASE_REASON_DRAIN))
+    assert len(refs(await store.lease_score("s", 8, payload=False, max_bytes=32))) == 8
+
+
+async def test_a_batch_that_is_too_big_comes_without_payloads(start: Start, store: Store) -> None:
+    driver = await start()
+    await driver.fill()  # payloads of 11 bytes, no scores
+    for bound, payload in [(44, b"payload 0 0"), (43, b""), (1, b"")]:
+        lease = await store.lease_train(driver.epoch, 1, payload=True, max_bytes=bound)
+        assert {bool(sample.payload) for group in lease.groups for sample in group.samples} == {bool(payload)}
+        assert lease.groups[0].samples[0].payload == payload
+        assert lease.groups[1].samples[1].facts.completion_tokens == 4
 
 
 # Partial samples
@@ -385,8 +482,8 @@ async def test_drop_closes_the_whole_group(start: Start, store: Store) -> None:
 async def test_expired_work_returns_and_counts_without_progress(start: Start, store: Store) -> None:
     driver = await start(lease_ttl_ms=TTL_MS)
     lease = await driver.generate_lease(2)
-    (ref, lease_id), *_ = refs(lease)
-    await store.extend([Extension(ref, lease_id, 0, 1, partials.frame(b"t"))])
+    (ref, lease_id), other = refs(lease)
+    await store.extend([Extension(ref, lease_id, 0, 1, partials.frame(b"t")), Extension(*other)])
     await asyncio.sleep(2 * TTL_MS / 1000)
     again = await driver.generate_lease(2)
     assert [(sample.index, sample.attempt) for sample in again.groups[0].samples] == [(0, 0), (1, 1)]
@@ -398,12 +495,35 @@ async def test_scoring_leases_expire_too_and_dead_ones_block_nobody(start: Start
     driver = await start(lease_ttl_ms=TTL_MS, max_attempts=2)
     await driver.generate(2)
     for _ in range(2):
-        assert (await store.lease_score("s", 1, payload=False)).groups
+        await store.extend([Extension(*each) for each in refs(await store.lease_score("s", 1, payload=False))])
         await asyncio.sleep(2 * TTL_MS / 1000)
     lease = await store.lease_score("s", 2, payload=False)
     assert not lease.groups
     assert lease.closed_groups == 1
     assert await driver.counts() == {"DEAD": 1, "DROPPED(GROUP_DEAD)": 1, "PENDING": 2}
+
+
+async def test_leases_that_nobody_heard_of_count_only_when_they_go_on(start: Start, store: Store) -> None:
+    driver = await start(lease_ttl_ms=TTL_MS, max_attempts=3)
+    attempts = []
+    for _ in range(5):
+        attempts.append((await driver.generate_lease(1)).groups[0].samples[0].attempt)
+        await asyncio.sleep(2 * TTL_MS / 1000)
+    assert attempts == [0, 0, 0, 1, 2]
+    assert (await driver.generate_lease(1)).groups[0].order == 1
+    assert (await driver.counts())["DEAD"] == 1
+
+
+async def test_a_heartbeat_between_ends_the_row_of_lost_leases(start: Start, store: Store) -> None:
+    driver = await start(lease_ttl_ms=TTL_MS, max_attempts=2)
+    for _ in range(3):
+        for _ in range(2):
+            assert (await driver.generate_lease(1)).groups[0].samples[0].attempt == 0
+            await asyncio.sleep(2 * TTL_MS / 1000)
+        lease = await driver.generate_lease(1)
+        await store.extend([Extension(*refs(lease)[0])])
+        await store.release(1, released(lease, pb.RELEASE_REASON_DRAIN))
+    assert (await driver.counts()).get("DEAD") is None
 
 
 async def test_a_heartbeat_keeps_a_lease(start: Start, store: Store) -> None:
@@ -560,6 +680,17 @@ async def test_an_older_epoch_is_fenced_everywhere(start: Start, store: Store) -
         await store.lease_train(9, 1, payload=False)
     with pytest.raises(PreconditionError, match="epoch 2 has to Recover first"):
         await store.lease_train(2, 1, payload=False)
+
+
+async def test_an_epoch_that_a_checkpoint_knows_is_not_used_again(start: Start, store: Store) -> None:
+    await start()
+    assert await store.acquire_epoch(1) == (2, 0)
+    assert await store.acquire_epoch(7) == (8, 0)
+    assert await store.acquire_epoch(3) == (9, 0)
+    await store.recover(9, 0, None)
+    await store.publish_version(Version(9, 0))
+    with pytest.raises(FencedError):
+        await store.publish_version(Version(8, 0))
 
 
 async def test_a_new_trainer_gets_the_batch_of_the_old_one(start: Start, store: Store) -> None:

@@ -2,16 +2,22 @@
 
 import asyncio
 import math
+import shutil
 
+import orjson
 import pytest
 import torch
+from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
+from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
-from services.common.errors import FencedError, PolyheadError, TrainingDivergedError
+from services.common.buffer_client import BufferClient
+from services.common.errors import FencedError, LimitError, PolyheadError, TrainingDivergedError, UnavailableError
 from services.common.versions import Version
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.checkpoint import CheckpointStore
+from services.trainer.history import record_fork
 from tests.kit.tiny_model import build_tiny_qwen3
 from tests.kit.trainer_rig import make_config, running_rig, steps_of, until
 
@@ -68,13 +74,13 @@ async def test_a_stopped_run_goes_on_at_the_next_step(model, tmp_path):
         running = asyncio.create_task(rig.train())
         await until(lambda: rig.status.steps >= 3)
         rig.stop.set()
-        await asyncio.wait_for(running, 20)
+        assert await asyncio.wait_for(running, 20) is False
         stopped_at = steps_of(rig.lines("metrics"))[-1]
         assert CheckpointStore(config.run.dir, 2).steps() == [stopped_at]
         assert not (config.run.dir / "hf").exists()
 
         rig.stop.clear()
-        await asyncio.wait_for(rig.train(), 60)
+        assert await asyncio.wait_for(rig.train(), 60) is True
         ledger = await rig.buffer.get_ledger()
     assert steps_of(rig.lines("metrics")) == list(range(1, 31))
     assert (ledger.step, ledger.epoch, ledger.imbalance) == (30, 2, 0)
@@ -211,8 +217,6 @@ async def test_a_stop_is_heard_while_waiting_and_names_what_was_waited_for(model
 
 
 async def test_a_finished_run_only_exports_what_is_missing(model, tmp_path):
-    import shutil
-
     config = make_config(model, tmp_path / "run", steps=2)
     async with running_rig(config, tmp_path) as rig:
         await asyncio.wait_for(rig.train(), 60)
@@ -221,6 +225,139 @@ async def test_a_finished_run_only_exports_what_is_missing(model, tmp_path):
         await asyncio.wait_for(rig.train(), 20)
     assert (config.run.dir / "hf" / "model.safetensors").read_bytes() == before
     assert steps_of(rig.lines("metrics")) == [1, 2]
+
+
+async def test_a_finished_run_that_is_extended_exports_again(model, tmp_path):
+    config = make_config(model, tmp_path / "run", steps=2)
+    async with running_rig(config, tmp_path) as rig:
+        await asyncio.wait_for(rig.train(), 60)
+        before = (config.run.dir / "hf" / "model.safetensors").read_bytes()
+        assert orjson.loads((config.run.dir / "hf" / "polyhead.json").read_bytes()) == {"step": 2, "version": "e1.s2"}
+        config.run.num_rollout = 3
+        await asyncio.wait_for(rig.train(), 60)
+    assert orjson.loads((config.run.dir / "hf" / "polyhead.json").read_bytes()) == {"step": 3, "version": "e2.s3"}
+    assert (config.run.dir / "hf" / "model.safetensors").read_bytes() != before
+
+
+async def test_epochs_go_on_above_those_of_a_lost_store(model, tmp_path):
+    config = make_config(model, tmp_path / "run", steps=2)
+    async with running_rig(config, tmp_path / "a") as rig:
+        await rig.buffer.acquire_epoch("an earlier trainer")
+        await asyncio.wait_for(rig.train(), 60)
+        assert (await rig.buffer.get_ledger()).epoch == 2
+    config.run.num_rollout = 3
+    async with running_rig(config, tmp_path / "b") as rig:
+        await asyncio.wait_for(rig.train(), 60)
+        ledger = await rig.buffer.get_ledger()
+    assert (ledger.epoch, ledger.step) == (3, 3)
+    # Also when there is no checkpoint yet, only the memory that an epoch began.
+    shutil.rmtree(config.run.dir)
+    record_fork(config.run.dir, 7, 0)
+    async with running_rig(config, tmp_path / "c") as rig:
+        await asyncio.wait_for(rig.train(), 60)
+        assert (await rig.buffer.get_ledger()).epoch == 8
+
+
+async def test_a_wanted_checkpoint_is_made_and_frees_what_it_covers(model, tmp_path, monkeypatch):
+    config = make_config(model, tmp_path / "run", steps=8)
+    config.trainer.checkpoint.save_interval = 100
+    commit_step = BufferClient.commit_step
+
+    async def wanting(self, *arguments):
+        response = await commit_step(self, *arguments)
+        response.checkpoint_wanted = True
+        return response
+
+    monkeypatch.setattr(BufferClient, "commit_step", wanting)
+    confirmed = spy_on_confirmations(monkeypatch)
+    async with running_rig(config, tmp_path) as rig:
+        await asyncio.wait_for(rig.train(), 60)
+    # Not at every step: the save and the relief of step 5, and the last save, which keeps two.
+    assert confirmed == [5, 5, 5]
+    assert CheckpointStore(config.run.dir, 2).steps() == [5, 8]
+
+
+async def test_a_store_without_memory_gets_a_checkpoint_of_the_present_step(model, tmp_path, monkeypatch):
+    config = make_config(model, tmp_path / "run", steps=3)
+    lease, waits = BufferClient.lease, []
+
+    async def full(self, *arguments, epoch=0, step=0, **settings):
+        if step == 3 and len(waits) < 3:
+            waits.append(step)
+            return pb.LeaseResponse(waiting_for=pb.WaitingFor(reason="store memory"))
+        return await lease(self, *arguments, epoch=epoch, step=step, **settings)
+
+    monkeypatch.setattr(BufferClient, "lease", full)
+    confirmed = spy_on_confirmations(monkeypatch)
+    async with running_rig(config, tmp_path) as rig:
+        await asyncio.wait_for(rig.train(), 60)
+    assert confirmed == [2, 2, 2]
+    assert CheckpointStore(config.run.dir, 2).steps() == [2, 3]
+
+
+def spy_on_confirmations(monkeypatch):
+    confirm, confirmed = BufferClient.confirm_checkpoint, []
+
+    async def noted(self, epoch, oldest_kept_step):
+        confirmed.append(oldest_kept_step)
+        return await confirm(self, epoch, oldest_kept_step)
+
+    monkeypatch.setattr(BufferClient, "confirm_checkpoint", noted)
+    return confirmed
+
+
+async def test_a_batch_too_big_for_one_message_is_fetched_in_parts(model, tmp_path, monkeypatch):
+    config = make_config(model, tmp_path / "run", steps=2)
+    lease, fetch, fetched = BufferClient.lease, BufferClient.fetch, []
+
+    async def without_payloads(self, stage, *arguments, **settings):
+        if stage == sample_pb2.STAGE_TRAIN:
+            settings["include_payload"] = False
+        return await lease(self, stage, *arguments, **settings)
+
+    async def at_most_three(self, sample_ids):
+        if len(sample_ids) > 3:
+            raise LimitError("too many bytes in one answer", field="sample_ids")
+        fetched.append(len(sample_ids))
+        return await fetch(self, sample_ids)
+
+    monkeypatch.setattr(BufferClient, "lease", without_payloads)
+    monkeypatch.setattr(BufferClient, "fetch", at_most_three)
+    async with running_rig(config, tmp_path) as rig:
+        await asyncio.wait_for(rig.train(), 60)
+    assert [line["samples"] for line in rig.lines("metrics")] == [8, 8]
+    assert fetched == [2] * 8
+
+
+async def test_a_buffer_that_refuses_the_lease_for_good_ends_the_run(model, tmp_path, monkeypatch):
+    async def refuse(self, *arguments, **settings):
+        raise LimitError("a message of 70 MB", field="buffer.limits.message_mb")
+
+    config = make_config(model, tmp_path / "run")
+    async with running_rig(config, tmp_path, feed=False) as rig:
+        monkeypatch.setattr(BufferClient, "lease", refuse)
+        with pytest.raises(LimitError, match="message_mb"):
+            await asyncio.wait_for(rig.train(), 20)
+
+
+async def test_a_buffer_that_is_away_is_reported_as_a_stall_and_not_asked_all_the_time(model, tmp_path, monkeypatch):
+    asked = []
+
+    async def away(self, *arguments, **settings):
+        asked.append(1)
+        raise UnavailableError("full", field="buffer")
+
+    config = make_config(model, tmp_path / "run")
+    config.run.stall_limit_s = 0.3
+    async with running_rig(config, tmp_path, feed=False) as rig:
+        monkeypatch.setattr(BufferClient, "lease", away)
+        with capture_logs() as lines:
+            running = asyncio.create_task(rig.train())
+            await until(lambda: any(line["event"] == "stalled" for line in lines))
+            assert rig.status.waiting_for.reason == "the buffer"
+            rig.stop.set()
+            await asyncio.wait_for(running, 20)
+    assert len(asked) <= 4
 
 
 async def test_a_publish_interval_publishes_every_other_step(model, tmp_path):

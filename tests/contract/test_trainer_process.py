@@ -12,6 +12,7 @@ from polyhead.v1 import trainer_pb2 as tpb
 from polyhead.v1 import trainer_pb2_grpc
 from services.common import rpc
 from services.common.config import dump
+from services.common.lifecycle import STOPPED_EARLY
 from services.trainer.checkpoint import CheckpointStore
 from tests.kit.tiny_model import build_tiny_qwen3
 from tests.kit.trainer_rig import make_config, running_rig, until
@@ -67,7 +68,7 @@ async def test_it_answers_registers_and_stops_with_a_checkpoint(model, tmp_path)
             assert stats["wait_seconds"] > 0
             assert stats["steps"] > 0
             await stub.Stop(tpb.StopRequest(), timeout=5)
-        assert await asyncio.wait_for(process.wait(), 30) == 0
+        assert await asyncio.wait_for(process.wait(), 30) == STOPPED_EARLY
         steps = [line["step"] for line in rig.lines("metrics")]
         assert CheckpointStore(config.run.dir, 2).steps() == [steps[-1]]
         assert (await rig.buffer.get_ledger()).step == steps[-1]
@@ -80,7 +81,7 @@ async def test_sigterm_is_an_orderly_end_and_being_superseded_is_status_3(model,
         process = await start(config, tmp_path)
         await until(lambda: len(rig.lines("metrics")) > 2, within_s=60)
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 30) == 0
+        assert await asyncio.wait_for(process.wait(), 30) == STOPPED_EARLY
         last = rig.lines("metrics")[-1]["step"]
         assert CheckpointStore(config.run.dir, 2).steps()[-1] == last
 
@@ -92,6 +93,16 @@ async def test_sigterm_is_an_orderly_end_and_being_superseded_is_status_3(model,
         log = (tmp_path / "trainer.log").read_text()
         assert log.splitlines()[-1].startswith("polyhead trainer: ")
         assert "Traceback" not in log
+
+
+async def test_only_a_complete_run_is_status_0(model, tmp_path):
+    config = make_config(model, tmp_path / "run", steps=2)
+    async with running_rig(config, tmp_path) as rig:
+        config.buffer.address = rig.address
+        process = await start(config, tmp_path)
+        assert await asyncio.wait_for(process.wait(), 60) == 0
+        assert (await rig.buffer.get_ledger()).step == 2
+    assert (config.run.dir / "hf" / "model.safetensors").exists()
 
 
 async def test_a_missing_model_is_one_line_and_nothing_is_written(model, tmp_path):

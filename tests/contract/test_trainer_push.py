@@ -138,6 +138,22 @@ async def test_a_push_refused_before_its_first_byte_is_tried_again(tmp_path):
     assert replica.calls.count("JoinWeightGroup") == 2
 
 
+async def test_a_commit_whose_answer_is_lost_is_found_out_and_not_pushed_again(tmp_path):
+    async with pushing(tmp_path, 1) as push:
+        (replica,) = push.rig.replicas
+        replica.beats = False  # nor does the registry tell
+
+        def lose():
+            replica.after.clear()
+            raise UnavailableError("the answer is lost")
+
+        replica.after["CommitUpdate"] = lose
+        await push.offer(make_weights(0))
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
+        assert replica.calls.count("BeginUpdate") == 1
+    assert [line["ok"] for line in push.lines] == [False]
+
+
 async def test_a_replica_that_hangs_holds_up_publication_only_for_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr(publisher_module, "STRAGGLER_S", 0.5)
     async with pushing(tmp_path, 2, timeout_s=60.0) as push:

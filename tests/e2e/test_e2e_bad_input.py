@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import redis
 
-from tests.kit.runs import ROOT
+from tests.kit.runs import polyhead
 from tests.kit.valkey import running
 
 PLUGINS = """
@@ -29,18 +26,6 @@ def plugins(tmp_path_factory):
     (directory / "my_rewards.py").write_text(PLUGINS)
     (directory / "broken_rewards.py").write_text("import a_module_that_is_not_there\n")
     return directory
-
-
-def polyhead(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "services.cli.main", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}", **env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def refused(tmp_path: Path, *arguments: str) -> str:

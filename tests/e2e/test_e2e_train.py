@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from tests.kit.runs import Run, surviving
+from services.common.lifecycle import STOPPED_EARLY
+from tests.kit.runs import Run, polyhead, surviving
 
 
 @pytest.mark.timeout(180)
@@ -30,11 +31,17 @@ def test_an_interrupted_run_resumes_without_repeating_or_skipping_a_prompt(tmp_p
     command = [*flags, "--num-rollout", "24", "--run-dir", str(tmp_path / "run")]
     first = Run(tmp_path / "run", *command)
     first.wait_for(lambda: first.step() >= 8, within_s=90)
+    status = polyhead("status", str(first.dir))
+    assert "ledger imbalance 0" in status.stdout, status.stderr
+    assert "rollout-0" in status.stdout
     first.process.send_signal(signal.SIGINT)
     assert first.finish(within_s=60) == 128 + signal.SIGINT, first.tail()
     assert first.left_behind() == []
     reached = first.step()
     assert reached < 24
+
+    assert "no launcher is running" in polyhead("down", str(first.dir)).stderr
+    assert "was begun with 4, not 8" in polyhead(*command, "--n-samples-per-prompt", "8").stderr
 
     second = Run(tmp_path / "run", *command)
     assert second.finish(within_s=120) == 0, second.tail()
@@ -47,3 +54,16 @@ def test_an_interrupted_run_resumes_without_repeating_or_skipping_a_prompt(tmp_p
     assert ledger["accepted"] // 4 >= max(ordinals) + 1
     assert sum(ledger["dropped"].values()) == ledger["dead"] == 0
     assert second.left_behind() == []
+
+
+@pytest.mark.timeout(240)
+def test_a_trainer_that_is_told_to_stop_ends_the_run_unfinished(tmp_path, flags):
+    run = Run(tmp_path / "run", *flags, "--num-rollout", "5000", "--run-dir", str(tmp_path / "run"))
+    run.wait_for(lambda: run.step() >= 3, within_s=90)
+    trainer = run.victim("trainer")
+    assert trainer is not None
+    trainer.terminate()
+    assert run.finish(within_s=60) == STOPPED_EARLY, run.tail()
+    assert not (run.dir / "summary.json").exists()
+    assert list((run.dir / "checkpoints").glob("step_*"))
+    assert run.left_behind() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import grpc
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import buffer_pb2_grpc, sample_pb2
 from services.common import rpc, wire
-from services.common.errors import InvalidArgumentError, UnavailableError
+from services.common.errors import InvalidArgumentError, PolyheadError, UnavailableError
 
 Context = grpc.aio.ServicerContext
 
@@ -25,6 +26,7 @@ class Held:
     group: str
     lease_id: int = 0
     leased: bool = False
+    attempts: int = 0
     deltas: list[sample_pb2.TokenDelta] = field(default_factory=list)
     sample: sample_pb2.Sample | None = None
     released: pb.ReleasedSample | None = None
@@ -49,6 +51,9 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         self.down = False
         self.apply_extend_then_fail = 0
         self.refuse_samples_with_finish: int | None = None
+        self.refuse_extending: dict[str, PolyheadError] = {}
+        """By sample: what an Extend with tokens of it is answered."""
+        self.refuse_complete: dict[str, PolyheadError] = {}
         self.ttl_s = 30.0
         self.releasing = True
         """Released samples may be leased again."""
@@ -94,6 +99,7 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
 
     async def Extend(self, request: pb.ExtendRequest, context: Context) -> pb.ExtendResponse:
         self._check("Extend", request)
+        self._refuse(self.refuse_extending, [item.sample_id for item in request.samples if item.HasField("delta")])
         response = pb.ExtendResponse(results=[self._extend(sample) for sample in request.samples])
         if self.apply_extend_then_fail:
             self.apply_extend_then_fail -= 1
@@ -102,6 +108,7 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
 
     async def Complete(self, request: pb.CompleteRequest, context: Context) -> pb.CompleteResponse:
         self._check("Complete", request)
+        self._refuse(self.refuse_complete, [item.sample_id for item in request.samples])
         parsed = [
             wire.parse_sample(item.sample, max_bytes=1 << 20, max_tokens=4096, max_metadata_bytes=4096)
             for item in request.samples
@@ -124,6 +131,7 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
             held = self._leased(item.sample_id, item.lease_id)
             if held is not None:
                 held.released, held.leased = item, False
+                held.attempts += item.reason == pb.RELEASE_REASON_SAMPLE_ERROR
             results.append(_result(item.sample_id, held))
         return pb.ReleaseResponse(results=results)
 
@@ -136,6 +144,11 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         if self.down:
             raise UnavailableError("down", field="buffer")
         self.requests.append((verb, request))
+
+    def _refuse(self, refusals: dict[str, PolyheadError], sample_ids: Iterable[str]) -> None:
+        for sample_id in sample_ids:
+            if sample_id in refusals:
+                raise refusals[sample_id]
 
     def _take_lease_id(self) -> int:
         self._next_lease += 1
@@ -162,7 +175,11 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
                 )
                 group.samples.append(
                     pb.LeasedSample(
-                        sample_id=held.sample_id, index=held.index, lease_id=held.lease_id, partial=held.deltas
+                        sample_id=held.sample_id,
+                        index=held.index,
+                        lease_id=held.lease_id,
+                        attempt=held.attempts,
+                        partial=held.deltas,
                     )
                 )
         return list(groups.values())

@@ -26,7 +26,7 @@ class Run:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "services.cli.main", *arguments],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"},
+                env=_environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -110,3 +110,20 @@ class Run:
 def surviving(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The line of each step in the surviving history: a replayed step's last line."""
     return {line["step"]: line for line in lines}
+
+
+def polyhead(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A `polyhead` command that ends by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "services.cli.main", *arguments],
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"}

@@ -18,7 +18,7 @@ from polyhead.v1 import rollout_pb2 as rpb
 from polyhead.v1 import rollout_pb2_grpc, weights_pb2
 from services.common import rpc
 from services.common.buffer_client import BufferClient
-from services.common.errors import FencedError, UnavailableError
+from services.common.errors import FencedError, PreconditionError, UnavailableError
 from services.common.versions import Version
 
 BEAT_S = 0.1
@@ -71,7 +71,7 @@ class Engine:
 
 
 class FakeReplica(rollout_pb2_grpc.RolloutServiceServicer):
-    """`before` maps a verb to what happens at its start: raise, hang, die."""
+    """`before` maps a verb to what happens at its start: raise, hang, die; `after`, to what becomes of its answer."""
 
     def __init__(self, replica_id: str, directory: Path) -> None:
         self.replica_id = replica_id
@@ -82,6 +82,7 @@ class FakeReplica(rollout_pb2_grpc.RolloutServiceServicer):
         self.manifests: dict[Version, weights_pb2.WeightManifest] = {}
         self.calls: list[str] = []
         self.before: dict[str, Callable[[], Any]] = {}
+        self.after: dict[str, Callable[[], Any]] = {}
         self.fence = 0
         self.beats = True
         self._directory = directory
@@ -156,6 +157,8 @@ class FakeReplica(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def BeginUpdate(self, request: rpb.BeginUpdateRequest, context: Any) -> rpb.BeginUpdateResponse:
         await self._enter("BeginUpdate", request.epoch)
+        if self.state == pb.REPLICA_STATE_SERVING and Version.from_proto(request.version) <= self.version:
+            raise PreconditionError(f"not newer than {self.version}, which is served", field="version")
         self._manifest, self._parts = request.manifest, []
         return rpb.BeginUpdateResponse(running_requests=3)
 
@@ -178,6 +181,8 @@ class FakeReplica(rollout_pb2_grpc.RolloutServiceServicer):
         self.state = pb.REPLICA_STATE_SERVING
         response = rpb.CommitUpdateResponse(requests_continued=3)
         response.pause.FromMilliseconds(5)
+        if "CommitUpdate" in self.after:
+            self.after["CommitUpdate"]()
         return response
 
     async def AbortUpdate(self, request: rpb.AbortUpdateRequest, context: Any) -> rpb.AbortUpdateResponse:

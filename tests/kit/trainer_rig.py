@@ -42,6 +42,7 @@ class Rig:
         self._io = Io(asyncio.get_running_loop(), self.stop)
 
     async def start(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
         prompts = self.directory / "prompts.jsonl"
         prompts.write_text("".join(f'{{"input": "{n}+{n}=", "label": "{2 * n}"}}\n' for n in range(10)))
         self.config.data.prompt_data = str(prompts)
@@ -75,8 +76,8 @@ class Rig:
         self.replicas.append(replica)
         return replica
 
-    async def train(self) -> None:
-        await asyncio.to_thread(train, self.config, self._io, self.buffer, self.status, "trainer-0")
+    async def train(self) -> bool:
+        return await asyncio.to_thread(train, self.config, self._io, self.buffer, self.status, "trainer-0")
 
     async def feed(self, seed: int = 0) -> None:
         """Generates and scores whatever there is to do, until cancelled."""

@@ -19,7 +19,7 @@ from services.buffer.ids import SampleRef
 from services.buffer.memory_store import MemoryStore
 from services.buffer.records import Extension, Generated, IssuedPrompt, Lease, Released, Scored, WatermarkRecord
 from services.buffer.redis_store import RedisStore
-from services.buffer.store import Store
+from services.buffer.store import UNBOUNDED, Store
 from services.common.errors import PolyheadError
 from services.common.versions import Version
 from tests.kit import valkey
@@ -33,6 +33,10 @@ WEIGHTED = (
     + ["submit", "lease_train", "publish", "restart_trainer", "store_falls_behind", "checkpoint", "expire", "fetch"]
 )
 REWARDS = st.sampled_from([0.0, 1.0, 0.1])
+# A request that is often the one before, and bounds that prompts, partials and payloads of a few bytes reach.
+ASKS = st.fixed_dictionaries(
+    {"request_id": st.sampled_from(["", "a", "b"]), "max_bytes": st.sampled_from([UNBOUNDED, UNBOUNDED, 1, 6, 12])}
+)
 DROPS = st.sampled_from([sample_pb2.DROP_REASON_FILTERED, sample_pb2.DROP_REASON_STALE])
 REASONS = st.sampled_from(
     [pb.RELEASE_REASON_DRAIN, pb.RELEASE_REASON_SAMPLE_ERROR, pb.RELEASE_REASON_FATAL, pb.RELEASE_REASON_DROP]
@@ -105,11 +109,12 @@ class TwoStores(RuleBasedStateMachine):
 
     def generate(self, draw: Draw) -> None:
         count, admit = draw(st.integers(1, 9)), draw(st.sampled_from([True, True, True, False]))
-        self.lease(count, admit=admit, behind=draw(st.sampled_from([0, 0, 0, 1])))
+        behind, ask = draw(st.sampled_from([0, 0, 0, 1])), draw(ASKS)
+        self.lease(count, admit=admit, behind=behind, more=draw(st.sampled_from([False, False, True])), **ask)
 
-    def lease(self, count: int, *, admit: bool = True, behind: int = 0) -> None:
+    def lease(self, count: int, *, admit: bool = True, behind: int = 0, **ask: Any) -> None:
         version = Version(self.epoch, max(0, self.published - behind))
-        lease = self.both(lambda store: store.lease_generate("r", count, version, admit=admit))
+        lease = self.both(lambda store: store.lease_generate("r", count, version, admit=admit, **ask))
         self.leases[1] += refs(lease)
         if lease.wanted:
             prompts = [IssuedPrompt(ordinal, b"p%d" % ordinal) for ordinal in lease.wanted]
@@ -120,8 +125,8 @@ class TwoStores(RuleBasedStateMachine):
         self.both(lambda store: store.submit(name, [b"submitted"]))
 
     def score(self, draw: Draw) -> None:
-        count, payload = draw(st.integers(1, 9)), draw(st.booleans())
-        self.leases[2] += refs(self.both(lambda store: store.lease_score("s", count, payload=payload)))
+        count, payload, ask = draw(st.integers(1, 9)), draw(st.booleans()), draw(ASKS)
+        self.leases[2] += refs(self.both(lambda store: store.lease_score("s", count, payload=payload, **ask)))
 
     def extend(self, draw: Draw) -> None:
         for ref, lease_id in self.some(draw, 1):
@@ -163,7 +168,8 @@ class TwoStores(RuleBasedStateMachine):
         step = self.step + draw(st.sampled_from([1, 1, 1, 1, 1, 0, 2]))
         epoch = self.epoch - draw(st.sampled_from([0, 0, 0, 0, 1]))
         trained = draw(st.sampled_from([True, True, True, False]))
-        lease = self.both(lambda store: store.lease_train(epoch, step, payload=True))
+        bound = draw(st.sampled_from([UNBOUNDED, 4, 8]))
+        lease = self.both(lambda store: store.lease_train(epoch, step, payload=True, max_bytes=bound))
         lease_id = lease.batch_lease_id if isinstance(lease, Lease) else 1
         if self.both(lambda store: store.commit_step(epoch, step, lease_id, trained=trained)) is True:
             self.step = step
@@ -200,7 +206,8 @@ class TwoStores(RuleBasedStateMachine):
 
     def store_falls_behind(self, draw: Draw) -> None:
         """A checkpoint of a later step than the store knows, as after a store that lost its last seconds."""
-        self.epoch, step = self.both(lambda store: store.acquire_epoch())
+        known = self.epoch + draw(st.integers(-1, 2))
+        self.epoch, step = self.both(lambda store: store.acquire_epoch(known))
         cursor = self.both(lambda store: store.ledger(admit=True)).cursor
         low = draw(st.integers(0, cursor + 2))
         closed = tuple(sorted(draw(st.sets(st.integers(low + 1, low + 6), max_size=4))))

@@ -8,6 +8,8 @@
 --   fresh         groups never leased                pending, scorable  live groups that have such samples
 --   live, ready   live groups by effective step      bound              groups to be replayed, by step
 --   lease:<stage> leased samples by deadline (ms)    closed             closed ordinals by step
+--   replicas      registered replicas by id          grants             last lease by stage and replica
+--   submits       orders by request id               submit_ids         those ids, oldest first
 -- Groups are members as 12 digits, so that equal scores sort by order.
 local P = KEYS[1]
 local call = redis.call
@@ -22,10 +24,13 @@ local OK, DUPLICATE, LEASE_LOST, CONFLICT, GONE = 1, 2, 3, 4, 5
 -- DropReason
 local STALE, ZERO_VARIANCE, GROUP_DEAD, INVALID = 1, 2, 4, 7
 
--- Places in a sample's record. OWNER is the replica that leased it; VERSIONS is {epoch, lowest, highest, ...}.
+-- Places in a sample's record. OWNER is the replica that leased it; VERSIONS is {epoch, lowest, highest, ...}; LOST
+-- counts leases in a row that expired without a heartbeat.
 local STATE, LEASE, OWNER, ATTEMPT, SAVED, APPENDED_FROM = 1, 2, 3, 4, 5, 6
 local TOKENS, COMPLETION, FINISH, VERSIONS, REWARD = 7, 8, 9, 10, 11
-local GENERATE_LEASE, SCORE_LEASE, RELEASED_LEASE, ERROR = 12, 13, 14, 15
+local GENERATE_LEASE, SCORE_LEASE, RELEASED_LEASE, ERROR, LOST = 12, 13, 14, 15, 16
+-- APPENDED_FROM of a lease that was never extended, and of one under which no token was saved.
+local NEVER_EXTENDED, NOTHING_APPENDED = -2, -1
 
 -- A closed group is remembered this long, to tell repeated calls from unknown samples.
 local CLOSED_TTL_MS = 3600000
@@ -140,7 +145,7 @@ end
 local function new_group(ordinal, prompt, reissued)
   local g = { order = M.next_order, ordinal = ordinal, birth_epoch = 0, birth_step = 0, bound = 0, closed = '',
               pending = false, scorable = false, samples = {} }
-  for i = 1, M.group_size do g.samples[i] = { PENDING, 0, '', 0, 0, -1, 0, 0, 0, {}, 0, 0, 0, 0, '' } end
+  for i = 1, M.group_size do g.samples[i] = { PENDING, 0, '', 0, 0, -1, 0, 0, 0, {}, 0, 0, 0, 0, '', 0 } end
   M.next_order = M.next_order + 1
   M.accepted = M.accepted + M.group_size
   meta_changed = true

@@ -13,7 +13,7 @@ return each_sample(function(row, k)
   end_lease(g, i)
   if saved > 0 then call('UNLINK', partial_key(g, i)) end
   call('HSET', P .. 'p:' .. order, 's' .. index, ARGV[k + 1])
-  s[STATE], s[GENERATE_LEASE], s[ATTEMPT], s[SAVED] = GENERATED, lease, 0, 0
+  s[STATE], s[GENERATE_LEASE], s[ATTEMPT], s[LOST], s[SAVED] = GENERATED, lease, 0, 0, 0
   s[TOKENS], s[COMPLETION], s[FINISH], s[VERSIONS] = num_tokens, completion_tokens, finish_reason, versions
   -- Tokens older than the group's birth bring its deadline forward.
   local oldest = tokens_effective(s)

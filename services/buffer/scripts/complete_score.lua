@@ -7,7 +7,7 @@ return each_sample(function(row, k)
   if refused then return refused end
   end_lease(g, i)
   call('HSET', P .. 'p:' .. order, 'v' .. index, ARGV[k + 1])
-  s[STATE], s[SCORE_LEASE], s[ATTEMPT], s[REWARD] = SCORED, lease, 0, reward
+  s[STATE], s[SCORE_LEASE], s[ATTEMPT], s[LOST], s[REWARD] = SCORED, lease, 0, 0, reward
   touch(g)
   finish(g)
   return OK

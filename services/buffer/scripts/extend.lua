@@ -5,6 +5,10 @@ return each_sample(function(row, k)
   local refused = lost(g, s, lease, GENERATING, SCORING)
   if refused then return refused end
   call('ZADD', P .. 'lease:' .. (s[STATE] == GENERATING and GENERATE or SCORE), now + M.lease_ttl_ms, serial(g, i))
+  if s[APPENDED_FROM] == NEVER_EXTENDED then
+    s[APPENDED_FROM], s[LOST] = NOTHING_APPENDED, 0
+    touch(g)
+  end
   if num_tokens == 0 then return OK end
   if s[STATE] ~= GENERATING then return LEASE_LOST end
   if from_token == s[APPENDED_FROM] and from_token + num_tokens == s[SAVED] then return DUPLICATE, s[SAVED] end

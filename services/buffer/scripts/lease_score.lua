@@ -1,11 +1,15 @@
--- ARGV[1]: {replica_id, max_samples, payload}. Blobs: per group its prompt, then per sample '', payload.
-local owner, left, payload = unpack(cmsgpack.unpack(ARGV[1]))
+-- ARGV[1]: {replica_id, max_samples, payload, request_id, max_bytes}. Blobs: per group its prompt, then per sample '',
+-- payload.
+local owner, left, payload, request_id, most = unpack(cmsgpack.unpack(ARGV[1]))
 take_back_expired(SCORE)
 reindex()
-local leased, blobs = {}, {}
-for _, m in ipairs(listed('scorable', left)) do
-  if left == 0 then break end
-  left = left - take(group(tonumber(m)), SCORE, GENERATED, SCORING, owner, left, leased, blobs, payload)
+local out = new_handout(SCORE, owner, left, most, payload)
+if not put_again(out, request_id) then
+  for _, m in ipairs(listed('scorable', left)) do
+    if out.left == 0 or out.full then break end
+    take(out, group(tonumber(m)), GENERATED)
+  end
+  remember(out, request_id, false)
 end
-local waiting = #leased == 0 and why_no_score() or {}
-return answer({ leased, waiting, closed_groups, 0, {} }, blobs)
+local waiting = #out.groups == 0 and why_no_score() or {}
+return answer({ out.groups, waiting, closed_groups, 0, {} }, out.blobs)

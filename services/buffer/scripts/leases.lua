@@ -1,5 +1,9 @@
 -- Taking and ending leases of single samples, and why there are none to take.
 
+-- So many leases in a row may expire without a heartbeat: their answers may have been lost on the way to the replica.
+local UNCOUNTED_LOSSES = 2
+local LEASED = { [GENERATE] = GENERATING, [SCORE] = SCORING }
+
 -- Ends expired leases of a stage: the work returns, or dies.
 local function take_back_expired(stage)
   local expired = call('ZRANGEBYSCORE', P .. 'lease:' .. stage, '-inf', now, 'LIMIT', 0, 1024)
@@ -10,7 +14,10 @@ local function take_back_expired(stage)
     local s = g and g.samples[i]
     if s and (s[STATE] == GENERATING or s[STATE] == SCORING) then
       bump('leases_expired', 1)
-      if s[APPENDED_FROM] < 0 then
+      if s[APPENDED_FROM] == NEVER_EXTENDED and s[LOST] < UNCOUNTED_LOSSES then
+        s[LOST] = s[LOST] + 1
+        give_back(g, i)
+      elseif s[APPENDED_FROM] < 0 then
         count_failure(g, i, 'the lease expired without progress')
       else
         give_back(g, i)
@@ -24,29 +31,79 @@ local function facts(s)
   return { s[TOKENS], length(s), s[FINISH], oldest_epoch, oldest_step, s[REWARD] }
 end
 
--- Leases up to `left` samples of the group that are in `source`. Appends to `leased` and `blobs`; returns how many.
-local function take(g, stage, source, target, owner, left, leased, blobs, payload)
-  local samples, fields = {}, { 'prompt' }
-  for i, s in ipairs(g.samples) do
-    if #samples >= left then break end
-    if s[STATE] == source then
-      s[STATE], s[LEASE], s[OWNER], s[APPENDED_FROM] = target, next_lease(), owner, -1
-      call('ZADD', P .. 'lease:' .. stage, now + M.lease_ttl_ms, serial(g, i))
-      samples[#samples + 1] = { i - 1, s[LEASE], s[ATTEMPT], facts(s) }
-      if payload then fields[#fields + 1] = 's' .. (i - 1) end
+-- An answer in the making: at most `left` samples and, after the first one, `most` bytes.
+local function new_handout(stage, owner, left, most, payload)
+  return { stage = stage, owner = owner, left = left, most = most, payload = payload, bytes = 0, full = false,
+           groups = {}, blobs = {}, granted = {} }
+end
+
+-- Puts samples of the group, by their places, into the answer as far as it has room, leasing those that are not leased
+-- yet. Returns how many.
+local function put(out, g, places)
+  local fields = { 'prompt' }
+  for k, i in ipairs(out.payload and places or {}) do fields[k + 1] = 's' .. (i - 1) end
+  local stored = call('HMGET', P .. 'p:' .. g.order, unpack(fields))
+  local samples, blobs, size = {}, { stored[1] or '' }, #(stored[1] or '')
+  for k, i in ipairs(places) do
+    local s = g.samples[i]
+    local partial, sample = s[SAVED] > 0 and call('GET', partial_key(g, i)) or '', stored[k + 1] or ''
+    size = size + #partial + #sample
+    out.full = out.full or (#out.granted > 0 and out.bytes + size > out.most)
+    if out.full then break end
+    if s[STATE] ~= LEASED[out.stage] then
+      s[STATE], s[LEASE], s[OWNER], s[APPENDED_FROM] = LEASED[out.stage], next_lease(), out.owner, NEVER_EXTENDED
+      touch(g)
     end
+    call('ZADD', P .. 'lease:' .. out.stage, now + M.lease_ttl_ms, serial(g, i))
+    samples[#samples + 1] = { i - 1, s[LEASE], s[ATTEMPT], facts(s) }
+    blobs[#blobs + 1] = partial
+    blobs[#blobs + 1] = sample
+    out.granted[#out.granted + 1] = { g.order, i, s[LEASE] }
   end
   if #samples == 0 then return 0 end
-  touch(g)
-  leased[#leased + 1] = { g.order, g.ordinal, 0, samples }
-  local stored = call('HMGET', P .. 'p:' .. g.order, unpack(fields))
-  blobs[#blobs + 1] = stored[1] or ''
-  for k, each in ipairs(samples) do
-    local i = each[1] + 1
-    blobs[#blobs + 1] = g.samples[i][SAVED] > 0 and call('GET', partial_key(g, i)) or ''
-    blobs[#blobs + 1] = payload and stored[k + 1] or ''
-  end
+  out.bytes, out.left = out.bytes + size, out.left - #samples
+  out.groups[#out.groups + 1] = { g.order, g.ordinal, 0, samples }
+  for _, blob in ipairs(blobs) do out.blobs[#out.blobs + 1] = blob end
   return #samples
+end
+
+-- Leases samples of the group that are in `source`. Returns how many.
+local function take(out, g, source)
+  local places = {}
+  for i, s in ipairs(g.samples) do
+    if #places >= out.left then break end
+    if s[STATE] == source then places[#places + 1] = i end
+  end
+  return #places > 0 and put(out, g, places) or 0
+end
+
+local function grant_of(out, request_id)
+  local raw = request_id ~= '' and call('HGET', P .. 'grants', out.stage .. ':' .. out.owner)
+  local grant = raw and cmsgpack.unpack(raw)
+  return grant and grant[1] == request_id and grant[2] or {}
+end
+
+-- Puts what the replica still holds of an earlier answer to this request into the answer. Returns whether it does.
+local function put_again(out, request_id)
+  local orders, places = {}, {}
+  for _, ref in ipairs(grant_of(out, request_id)) do
+    local order, i, lease = unpack(ref)
+    local g = group(order)
+    if g and g.samples[i][STATE] == LEASED[out.stage] and g.samples[i][LEASE] == lease then
+      if not places[order] then orders[#orders + 1], places[order] = order, {} end
+      table.insert(places[order], i)
+    end
+  end
+  for _, order in ipairs(orders) do put(out, group(order), places[order]) end
+  return #orders > 0
+end
+
+-- Remembers what the answer grants, beside what an earlier turn of the same request did.
+local function remember(out, request_id, more)
+  if request_id == '' or #out.granted == 0 then return end
+  local refs = more and grant_of(out, request_id) or {}
+  for _, ref in ipairs(out.granted) do refs[#refs + 1] = ref end
+  call('HSET', P .. 'grants', out.stage .. ':' .. out.owner, cmsgpack.pack({ request_id, refs }))
 end
 
 -- The groups of an index in order; at most `most`, since each holds at least one sample of that kind.

@@ -11,6 +11,7 @@ for at = 1, #stored, 2 do
   local entry = cmsgpack.unpack(stored[at + 1])
   if entry[1] <= now then
     call('HDEL', P .. 'replicas', stored[at])
+    call('HDEL', P .. 'grants', GENERATE .. ':' .. stored[at], SCORE .. ':' .. stored[at])
   else
     ids[#ids + 1] = stored[at]
     entries[stored[at]] = entry[2]

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.cli.demo.common import config_file
+from services.cli.demo.common import config_file, prepare_directory
 from services.cli.run import run as run_config
 from services.common.config import load
 
@@ -27,10 +27,9 @@ WARMUP_ACCURACY = 0.16
 
 
 def run(seed: int, overrides: Mapping[str, Any]) -> int:
-    """Prepares what is missing under the run directory and runs. A finished demo is started anew."""
+    """Prepares what is missing under the run directory and runs."""
     config = load(config_file("demo.toml"), {"run.seed": seed, **overrides})
-    if (config.run.dir / "summary.json").exists():
-        shutil.rmtree(config.run.dir)
+    prepare_directory(config.run.dir, "addition", config.run.seed)
     prepare(config.run.dir / "model", config.run.dir / "prompts.jsonl", config.run.seed)
     inputs = {
         "model.hf_checkpoint": str(config.run.dir / "model"),

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from services.cli.demo.common import config_file
+from services.cli.demo.common import config_file, prepare_directory
 from services.cli.run import run as run_config
 from services.common.config import load
 from services.common.errors import ConfigError
@@ -20,12 +20,11 @@ MODEL = Path(".cache/smollm2-135m-instruct")
 
 
 def run(seed: int, overrides: Mapping[str, Any]) -> int:
-    """Converts the model if needed and runs. A finished demo is started anew."""
+    """Converts the model if needed and runs."""
     convert(MODEL)
     inputs = {"run.seed": seed, "model.hf_checkpoint": str(MODEL), **overrides}
     config = load(config_file("demo-smollm2.toml"), inputs)
-    if (config.run.dir / "summary.json").exists():
-        shutil.rmtree(config.run.dir)
+    prepare_directory(config.run.dir, "smollm2", config.run.seed)
     return run_config(config)
 
 

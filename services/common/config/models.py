@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -149,6 +150,9 @@ class StoreConfig(Section):
     def _known_scheme(cls, value: str) -> str:
         if value != "embedded" and not value.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError('must be "embedded" or begin with redis://, rediss:// or unix://')
+        if urlsplit(value).password:
+            # It would be written to the run directory with the rest of the configuration.
+            raise ValueError("a password comes from the environment only: POLYHEAD_STORE__PASSWORD")
         return value
 
 

@@ -62,11 +62,13 @@ class EngineKeeper:
             info = await engine.ready(self._start_timeout_s)
             log.info("engine_ready", engine=info.name, pid=engine.pid)
             self._replica.attach(engine.client, info, engine.pid)
+            died = False
             try:
                 await self._watch(engine)
+                died = not engine.killed
                 log.error("engine_ended", status=engine.status, log=str(self._log_path))
             finally:
-                self._replica.detach()
+                self._replica.detach(died=died)
         finally:
             await engine.close()
 

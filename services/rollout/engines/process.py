@@ -15,8 +15,10 @@ from services.common.config import Config
 from services.common.process import free_port, last_lines, spawn
 from services.rollout.engines.client import EngineClient
 from services.rollout.engines.messages import EngineUnavailableError, ServerInfo
+from services.rollout.engines.torch_engine.options import ADMIN_KEY_VARIABLE
 
-# (port, admin key) -> command line
+# (port, admin key) -> command line. The key is in the engine's environment too, as ADMIN_KEY_VARIABLE: an engine that
+# reads it there keeps it out of the list of processes.
 EngineCommand = Callable[[int, str], Sequence[str]]
 
 _POLL_S = 0.2
@@ -28,7 +30,7 @@ def torch_engine_command(config: Config) -> EngineCommand:
     """The in-house engine, set up from the run's configuration."""
     engine = config.rollout.engine
 
-    def command(port: int, admin_key: str) -> Sequence[str]:
+    def command(port: int, _admin_key: str) -> Sequence[str]:
         options: dict[str, object] = {
             "--model-path": config.model.hf_checkpoint,
             "--port": port,
@@ -38,7 +40,6 @@ def torch_engine_command(config: Config) -> EngineCommand:
             "--threads": engine.threads,
             "--dtype": config.model.dtype,
             "--random-seed": config.run.seed,
-            "--admin-api-key": admin_key,
         }
         if engine.context_length is not None:
             options["--context-length"] = engine.context_length
@@ -61,9 +62,14 @@ class EngineProcess:
         port, admin_key = free_port(), secrets.token_urlsafe(24)
         self._log_path = log_path
         self._process: subprocess.Popen[bytes] = spawn(
-            command(port, admin_key), log_path=log_path, death_signal=signal.SIGKILL
+            command(port, admin_key),
+            log_path=log_path,
+            env={ADMIN_KEY_VARIABLE: admin_key},
+            death_signal=signal.SIGKILL,
         )
         self.client = EngineClient(f"http://127.0.0.1:{port}", admin_key)
+        self.killed = False
+        """Whether we ended it."""
         self._ended = asyncio.Event()
         self._pidfd = os.pidfd_open(self._process.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_end)
@@ -97,6 +103,7 @@ class EngineProcess:
 
     def kill(self) -> None:
         if not self._ended.is_set():
+            self.killed = True
             self._process.kill()
 
     async def close(self) -> None:

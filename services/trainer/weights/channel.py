@@ -57,6 +57,11 @@ class Channel:
         self._collective: asyncio.Future[Any] | None = None
 
     @property
+    def joined(self) -> bool:
+        """Whether there is a group to push over; `status` needs none."""
+        return self._group is not None
+
+    @property
     def broadcast(self) -> asyncio.Future[Any] | None:
         """The last broadcast: while it is not done, it may still read from a bucket. Joining reads from none."""
         return self._collective if self._group is not None else None

@@ -86,9 +86,9 @@ class Peer:
 
     async def _serve(self, version: Version, snapshot: Snapshot, ended: Callable[[], None]) -> None:
         try:
-            if self.has == version and await self._has_already(version):
+            if self.has in (version, None) and await self._has_already(version):
                 return
-            if self.replica.state == pb.REPLICA_STATE_JOINING:
+            if self.replica.state == pb.REPLICA_STATE_JOINING and self._open_channel().joined:
                 # A new engine is in no group yet.
                 await self.drop_channel()
             channel = await self._joined_channel()
@@ -99,19 +99,29 @@ class Peer:
             ended()
 
     async def _has_already(self, version: Version) -> bool:
-        """Whether the registry, which hears of a push a heartbeat later, is merely behind."""
-        if self._channel is None:
-            return False
+        """Asks the replica itself: the registry hears of a push a heartbeat later, and the answer to a commit may have
+        been lost, after which no second push of that version would be accepted.
+
+        A version names its epoch, which is this trainer's alone: who serves it has these very weights.
+        """
         try:
-            self.replica = await self._channel.status()
+            self.replica = await self._open_channel().status()
         except UnavailableError:
             return False
-        return _serves(self.replica, version)
+        if not _serves(self.replica, version):
+            return False
+        self.has, self._retry_s = version, RETRY_S
+        return True
+
+    def _open_channel(self) -> Channel:
+        if self._channel is None:
+            self._channel = Channel(self.replica, self._epoch, self._config, self._pause_mode)
+        return self._channel
 
     async def _joined_channel(self) -> Channel | None:
-        if self._channel is not None:
-            return self._channel
-        channel = self._channel = Channel(self.replica, self._epoch, self._config, self._pause_mode)
+        channel = self._open_channel()
+        if channel.joined:
+            return channel
         try:
             await channel.join()
         except UnavailableError as error:

@@ -175,8 +175,8 @@ async def test_the_memory_watch_closes_and_opens() -> None:
     store = Filling()
     watch = MemoryWatch(store, max_memory_mb=10)
     verdicts = []
-    for megabytes in (7, 8, 9, 7):
-        store.used = megabytes << 20
+    for megabytes in (7, 7.5, 8, 9, 7):
+        store.used = int(megabytes * (1 << 20))
         await watch.look()
-        verdicts.append(watch.admit)
-    assert verdicts == [True, False, False, True]
+        verdicts.append((watch.admit, watch.checkpoint_wanted))
+    assert verdicts == [(True, False), (True, True), (False, True), (False, True), (True, False)]

@@ -6,6 +6,7 @@ import pytest
 
 from services.cli.supervisor import Child, Supervisor
 from services.common.errors import PolyheadError
+from services.common.lifecycle import STOPPED_EARLY
 
 
 def child(tmp_path, role, code):
@@ -24,7 +25,7 @@ async def test_a_child_that_dies_is_restarted_until_the_leader_is_done(tmp_path)
     watching = asyncio.create_task(watcher.watch(leader))
     await asyncio.sleep(0.3)
     victim.process.kill()
-    assert await watching
+    assert await watching == 0
     assert restarted == [("victim", -9)]
     assert len(victim.pids) == 2
     await watcher.end([victim], grace_s=5)
@@ -55,3 +56,10 @@ async def test_one_that_ignores_sigterm_is_killed_after_the_grace(tmp_path):
     await watcher.end([stubborn], grace_s=0.5)
     assert stubborn.process.returncode == -9
     assert watcher.children == []
+
+
+async def test_a_leader_that_was_told_to_stop_is_not_restarted_and_not_taken_for_done(tmp_path):
+    watcher, restarted = supervisor()
+    leader = watcher.add(child(tmp_path, "trainer", f"import sys; sys.exit({STOPPED_EARLY})"))
+    assert await watcher.watch(leader) == STOPPED_EARLY
+    assert restarted == []

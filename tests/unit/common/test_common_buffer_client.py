@@ -12,7 +12,7 @@ import pytest
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
-from services.common.errors import FencedError, InvalidArgumentError, UnavailableError
+from services.common.errors import FencedError, InvalidArgumentError, LimitError, PolyheadError, UnavailableError
 from services.common.process import free_port
 from services.common.registration import keep_registered
 from services.common.versions import Version
@@ -103,8 +103,50 @@ async def test_a_busy_store_is_asked_again(buffer: FakeBuffer) -> None:
 async def test_a_verb_the_server_does_not_know_is_not_asked_again(buffer: FakeBuffer) -> None:
     async with BufferClient(buffer.address) as client:
         async with asyncio.timeout(10):
-            with pytest.raises(UnavailableError, match=grpc.StatusCode.UNIMPLEMENTED.name):
+            with pytest.raises(PolyheadError, match=grpc.StatusCode.UNIMPLEMENTED.name) as caught:
                 await client.acquire_epoch("me")
+    assert type(caught.value) is PolyheadError
+
+
+async def test_a_bug_of_the_buffer_is_no_outage(buffer: FakeBuffer) -> None:
+    async def breaks(request: Any, context: Any) -> None:
+        raise KeyError("a bug")
+
+    buffer.Extend = breaks  # type: ignore[method-assign]
+    await buffer.stop()
+    await buffer.start()
+    async with BufferClient(buffer.address) as client:
+        with pytest.raises(PolyheadError, match="buffer Extend failed: UNKNOWN") as caught:
+            await client.extend("r", [])
+    assert type(caught.value) is PolyheadError
+
+
+async def test_a_message_that_is_too_big_is_over_a_limit(buffer: FakeBuffer) -> None:
+    buffer.add(generated(0, "x" * (1 << 21)))
+    async with BufferClient(buffer.address, message_mb=1) as client:
+        with pytest.raises(LimitError, match="buffer Lease failed: RESOURCE_EXHAUSTED"):
+            await client.lease(sample_pb2.STAGE_SCORE, "r", max_samples=1)
+
+
+async def test_a_lease_keeps_its_request_id_when_repeated_and_only_then(buffer: FakeBuffer) -> None:
+    seen: list[str] = []
+
+    async def flaky(request: Any, context: Any) -> pb.LeaseResponse:
+        seen.append(request.request_id)
+        if len(seen) == 1:
+            raise UnavailableError("the store does not answer")
+        return pb.LeaseResponse()
+
+    buffer.Lease = flaky  # type: ignore[method-assign]
+    await buffer.stop()
+    await buffer.start()
+    async with BufferClient(buffer.address) as client:
+        for _ in range(2):
+            await client.lease(sample_pb2.STAGE_SCORE, "r", max_samples=1)
+        await client.lease(sample_pb2.STAGE_TRAIN, "t", epoch=1, step=1)
+    assert seen[0] == seen[1] != seen[2]
+    assert all(seen[:3])
+    assert seen[3] == ""
 
 
 class Heart:

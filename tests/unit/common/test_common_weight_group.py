@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from services.common.weight_group import WeightGroup
 
 ROOT = Path(__file__).parents[3]
 NUM_BYTES = 8 << 20
+LISTENING = "0A"
+# 127.0.0.1 and ::1, as /proc/net/tcp writes them.
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
 
 @contextmanager
@@ -73,6 +77,35 @@ def test_buckets_arrive_as_they_were_sent_and_both_leave() -> None:
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(30) == 0
+
+
+def listening_on(pid: int) -> set[str]:
+    """Local addresses of the process's listening TCP sockets, of both families, as the kernel lists them (hex)."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            inodes.add(str(entry.readlink()).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == LISTENING and row[9] in inodes}
+
+
+def test_both_ends_listen_on_loopback_only() -> None:
+    port = free_port()
+    before = listening_on(os.getpid())
+    with peer(port, 60) as process:
+        group = lead(port)
+        assert hear(process) == "joined"
+        ours = listening_on(os.getpid())
+        assert ours - before <= LOOPBACK
+        assert ours & LOOPBACK
+        assert listening_on(process.pid) <= LOOPBACK
+        group.close()
+
+
+def test_a_port_that_is_taken_is_an_error_of_the_collective() -> None:
+    in_use = pytest.raises(torch.distributed.DistError, match="in use")
+    with socket.create_server(("127.0.0.1", 0)) as taken, in_use:
+        lead(taken.getsockname()[1], timeout_s=1.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,45 @@ async def test_a_verdict_the_buffer_refuses_blocks_no_other(buffer: FakeBuffer) 
     [released] = buffer.released
     assert (released.sample_id, released.reason) == ("g00000001-005", pb.RELEASE_REASON_SAMPLE_ERROR)
     assert "refused by the test" in released.error
+
+
+async def test_a_buffer_that_fails_on_one_sample_does_not_end_the_puller(
+    buffer: FakeBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks_on_five(verb: str) -> None:
+        inner = getattr(buffer, verb)
+
+        async def breaking(request: Any, context: Any) -> Any:
+            if any(sample.sample_id == "g00000001-005" for sample in request.samples):
+                raise KeyError("a bug")
+            return await inner(request, context)
+
+        monkeypatch.setattr(buffer, verb, breaking)
+
+    for verb in ("Complete", "Release", "Extend"):
+        breaks_on_five(verb)
+    buffer.lease_ttl_s = 0.3
+    await buffer.stop()
+    await buffer.start()
+    buffer.add(*(generated(number, "sleep 0.3") for number in range(12)))
+    async with pulling(buffer) as (_, task, _):
+        await buffer.until(lambda: len(buffer.scores) == 11)
+        buffer.add(generated(12, "ok"))
+        await buffer.until(lambda: len(buffer.scores) == 12)
+        assert not task.done()
+    assert "g00000001-005" not in buffer.scores
+
+
+async def test_an_answer_that_is_too_big_does_not_end_the_puller(
+    buffer: FakeBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "RETRY_S", 0.05)
+    buffer.add(generated(0, "x" * (65 << 20)))
+    async with pulling(buffer) as (_, task, _):
+        await buffer.until(lambda: buffer.leased)
+        buffer.add(generated(1, "ok"))
+        await buffer.until(lambda: buffer.scores)
+        assert not task.done()
 
 
 async def test_an_outage_of_the_buffer_loses_nothing(buffer: FakeBuffer, monkeypatch: pytest.MonkeyPatch) -> None:

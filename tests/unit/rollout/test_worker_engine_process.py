@@ -34,6 +34,20 @@ web.run_app(app, host="127.0.0.1", port=port, print=None)
 """
 
 
+async def test_the_admin_key_is_in_the_engines_environment_only(tmp_path):
+    program = "import os; print('key', os.environ['POLYHEAD_ENGINE_ADMIN_KEY'])"
+    given = []
+
+    def command(port, key):
+        given.append(key)
+        return [sys.executable, "-c", program]
+
+    engine = EngineProcess(command, tmp_path / "log")
+    await engine.ended()
+    await engine.close()
+    assert (tmp_path / "log").read_text() == f"key {given[0]}\n"
+
+
 def stub(*arguments: str):
     return lambda port, key: [sys.executable, "-c", ENGINE, str(port), key, *arguments]
 
@@ -110,6 +124,7 @@ def test_the_command_line_carries_the_settings(base_config: Config):
     options = dict(zip(command[3::2], command[4::2], strict=False))
     assert Path(options["--model-path"]) == config.model.hf_checkpoint
     assert options["--port"] == "123"
+    assert "secret" not in " ".join(command)
     assert options["--context-length"] == "77"
     assert options["--dtype"] == "float32"
     assert "--skip-tokenizer-init" not in command

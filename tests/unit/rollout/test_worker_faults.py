@@ -9,6 +9,7 @@ import pytest
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
+from services.common.errors import LimitError, PolyheadError
 from services.common.versions import Version
 from services.rollout.prompting import sampling_seed
 from tests.kit.rollout_fake_buffer import Held
@@ -59,6 +60,55 @@ async def test_an_engine_that_ends_gives_everything_back_at_once(make_rig):
     await until(lambda: released(*held))
     assert all(sample.saved_tokens == expected_tokens(sample, 4) for sample in held)
     assert rig.replica.life.state == pb.REPLICA_STATE_SUSPECT
+
+
+async def test_an_engine_process_that_dies_is_blamed_on_what_had_no_token_yet(make_rig):
+    rig = await make_rig(save_interval_s=60.0)
+    rig.buffer.releasing = False
+    rig.engine.limit_tokens = 4
+    streaming = rig.buffer.add_group(PROMPT, 4)
+    await until(lambda: rig.replica.stats.tokens_generated == 16)
+    rig.engine.limit_tokens = 0
+    barren = rig.buffer.add_group("5+5=", 4)
+    await until(lambda: len(rig.engine.requests) == 2)
+    rig.engine.cut()  # the broken streams are noticed first
+    await asyncio.sleep(0.05)
+    assert not released(*barren)
+    rig.replica.detach(died=True)
+    await until(lambda: released(*streaming, *barren))
+    assert {held.released.reason for held in streaming} == {pb.RELEASE_REASON_UNAVAILABLE}
+    assert {held.released.reason for held in barren} == {pb.RELEASE_REASON_SAMPLE_ERROR}
+    assert barren[0].released.error == "the engine ended while generating this sample"
+
+
+async def test_an_engine_that_is_ended_by_us_is_blamed_on_nothing(make_rig):
+    rig = await make_rig()
+    rig.buffer.releasing = False
+    rig.engine.limit_tokens = 0
+    held = rig.buffer.add_group(PROMPT, 4)
+    await until(lambda: len(rig.engine.requests) == 1)
+    rig.replica.detach()
+    await until(lambda: released(*held))
+    assert {sample.released.reason for sample in held} == {pb.RELEASE_REASON_UNAVAILABLE}
+
+
+async def test_what_has_failed_before_runs_one_group_at_a_time(make_rig):
+    """So only one of them can be blamed when the engine ends again."""
+    rig = await make_rig()
+    rig.buffer.releasing = False
+    rig.engine.limit_tokens = 0
+    failed = [rig.buffer.add_group(f"{number}+0=", 2) for number in range(2)]
+    for group in failed:
+        for sample in group:
+            sample.attempts = 1
+    fresh = rig.buffer.add_group(PROMPT, 2)
+    await until(lambda: rig.worker.holding == 6 and len(rig.engine.requests) == 2)
+    await asyncio.sleep(0.05)
+    assert len(rig.engine.requests) == 2
+    rig.replica.detach(died=True)
+    everything = [*failed[0], *failed[1], *fresh]
+    await until(lambda: released(*everything))
+    assert [sample.attempts for sample in everything] == [2, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("failed_index", [0, 2])
@@ -156,6 +206,49 @@ async def test_a_sample_the_buffer_refuses_does_not_hold_up_the_others(make_rig)
     await until(lambda: released(held[0]) and done(held[1]))
     assert held[0].released.reason == pb.RELEASE_REASON_SAMPLE_ERROR
     assert "not this one" in held[0].released.error
+
+
+async def test_partial_tokens_the_buffer_refuses_fail_their_sample_only(make_rig):
+    rig = await make_rig(save_interval_s=0.05)
+    rig.buffer.releasing = False
+    rig.engine.limit_tokens = 4
+    held = rig.buffer.add_group(PROMPT, 3)
+    rig.buffer.refuse_extending = {
+        held[1].sample_id: LimitError("this message is too big"),
+        # Nothing is known of this one: it is tried again, and does not stand in the way of others.
+        held[2].sample_id: PolyheadError("INTERNAL"),
+    }
+    await until(lambda: held[0].saved == 4 and released(held[1]))
+    assert held[1].released.reason == pb.RELEASE_REASON_SAMPLE_ERROR
+    assert "too big" in held[1].released.error
+    assert held[2].released is None
+    del rig.buffer.refuse_extending[held[2].sample_id]
+    await until(lambda: held[2].saved == 4)
+
+
+async def test_a_release_whose_tokens_are_refused_still_happens(make_rig):
+    rig = await make_rig(save_interval_s=60.0)
+    rig.buffer.releasing = False
+    rig.engine.limit_tokens = 4
+    held = rig.buffer.add_group(PROMPT, 2)
+    rig.buffer.refuse_extending = {held[0].sample_id: LimitError("this message is too big")}
+    await until(lambda: rig.replica.stats.tokens_generated == 8)
+    await rig.worker.drain()
+    await until(lambda: released(*held))
+    assert [sample.saved for sample in held] == [0, 4]
+    assert held[0].released.tokens_discarded == 4
+
+
+async def test_unknown_errors_are_not_the_head_of_the_line_for_ever(make_rig):
+    rig = await make_rig()
+    rig.buffer.releasing = False
+    first = rig.buffer.add_group(PROMPT, 4)
+    rig.buffer.refuse_complete = {sample.sample_id: PolyheadError("INTERNAL") for sample in first[:3]}
+    rig.buffer.refuse_complete[first[0].sample_id] = LimitError("this message is too big")
+    await until(lambda: released(*first[:3]) and done(first[3]))
+    assert {sample.released.reason for sample in first[:3]} == {pb.RELEASE_REASON_SAMPLE_ERROR}
+    second = rig.buffer.add_group(PROMPT, 4)
+    await until(lambda: done(*second))
 
 
 async def test_oversize_prompts_drop_their_group(make_rig):

@@ -19,7 +19,7 @@ from services.trainer.batch.samples import decode_groups
 from services.trainer.batch.staleness import Clock
 from services.trainer.checkpoint import CheckpointState, CheckpointStore
 from services.trainer.history import load_forks, record_fork
-from services.trainer.model_dir import check_model_dir, export
+from services.trainer.model_dir import check_model_dir, export, exported_version
 from services.trainer.step import train_batch
 from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen3
 from tests.kit.trainer_batch import make_batch
@@ -196,7 +196,9 @@ def test_an_export_is_a_directory_that_transformers_loads(tmp_path, build):
     backend = TorchBackend(config)
     train_steps(backend, config, 0, 2)
     target = tmp_path / "run" / "hf"
-    export(target, source, backend.save_pretrained)
+    export(target, source, Version(2, 5), backend.save_pretrained)
+    assert exported_version(target) == Version(2, 5)
+    assert exported_version(source) is None
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     mine = backend.weights()
     assert all(torch.equal(weight, mine[name]) for name, weight in loaded.state_dict().items() if name in mine)
@@ -234,3 +236,21 @@ def test_checkpoints_of_another_model_are_refused(model, tmp_path):
     other = TorchBackend(make_config(build_tiny_qwen3(tmp_path / "other", hidden=32)))
     with pytest.raises(ConfigError, match="another model"):
         TorchBackend(make_config(model)).load_state(other.state(), 0)
+
+
+def test_earlier_checkpoints_can_be_given_up(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=3)
+    for step in (1, 2, 3):
+        store.save(state_at(step), small_tensors(step))
+    store.keep_only(2)
+    assert store.steps() == [2, 3]
+
+
+def test_the_newest_epoch_is_known_from_damaged_checkpoints_too(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=3)
+    assert store.newest_epoch() == 0
+    store.save(state_at(1), small_tensors(1))
+    store.save(state_at(2), small_tensors(2))
+    (tmp_path / "checkpoints" / "step_00000001" / "model.safetensors").unlink()
+    (tmp_path / "checkpoints" / "step_00000002" / "state.json").write_text("{")
+    assert store.newest_epoch() == 2

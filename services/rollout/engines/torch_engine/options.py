@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MAX_DEFAULT_CONTEXT = 2048
+ADMIN_KEY_VARIABLE = "POLYHEAD_ENGINE_ADMIN_KEY"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> EngineOptions:
     parser.add_argument("--incremental-streaming-output", action="store_true")
     parser.add_argument("--threads", type=_positive, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--admin-api-key")
+    # Everybody on the machine can read a command line.
+    parser.add_argument(
+        "--admin-api-key", default=os.environ.get(ADMIN_KEY_VARIABLE), help=f"better given as {ADMIN_KEY_VARIABLE}"
+    )
     parser.add_argument("--weight-version", default="default")
     parser.add_argument("--random-seed", type=int, default=0)
     parser.add_argument("--enable-deterministic-inference", action="store_true")
