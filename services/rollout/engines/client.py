@@ -102,7 +102,8 @@ class EngineClient:
 
     async def server_info(self) -> ServerInfo:
         info = await self._get("/server_info")
-        context_length = info.get("context_length")
+        # SGLang takes no prompt of the last few tokens of its context, which a partial may have to be resumed from.
+        context_length = info.get("max_req_input_len", info.get("context_length"))
         name = f"{info.get('kind', 'sglang')}/{info.get('version', 'unknown')}"
         return ServerInfo(name, context_length if isinstance(context_length, int) else None)
 
