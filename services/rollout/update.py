@@ -105,6 +105,9 @@ class Update:
         try:
             if self.group_name:
                 await replica.client.end_update()
+            if self._pause_mode == "retract":
+                # Retracted requests keep their salt: they would find the prompt's KV of the old version in the cache.
+                await replica.client.flush()
             replica.remember_arrival(
                 self.version, sample_pb2.KV_ORIGIN_CARRIED if carried else sample_pb2.KV_ORIGIN_FRESH
             )

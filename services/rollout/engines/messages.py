@@ -74,6 +74,8 @@ class Chunk:
     """Completion tokens of the request so far, these included."""
     spans: Sequence[EngineSpan] | None
     """Cover [0, total); None when the engine does not say yet."""
+    version: str | None
+    """What the engine served when it put this event together; None when it does not say."""
     finish: Finish | None
     message: str
     """Why, for ABORT and ERROR."""
