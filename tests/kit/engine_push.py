@@ -22,6 +22,8 @@ class Collector:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.meta: dict[str, Any] = {}
+        self.stated: list[tuple[int, str]] = []
+        """For each event: tokens so far, and the version it states."""
         self._news = asyncio.Event()
         self._task = asyncio.create_task(self._read(api.stream(prompt, **fields)))
 
@@ -30,6 +32,7 @@ class Collector:
             self.token_ids += event["output_ids"]
             self.logprobs += logprobs_of(event)
             self.meta = event["meta_info"]
+            self.stated.append((len(self.token_ids), self.meta["weight_version"]))
             self._news.set()
 
     async def has(self, count: int) -> None:
