@@ -330,10 +330,8 @@ async def test_weights_change_in_the_middle_of_a_generation(
         for stream in streams:
             await stream.has(8)
         await api.ok("/pause_generation", {"mode": mode})
-        await channel.push(new, "v1", buckets=3)
-        if mode == "retract":
-            # What is prefilled again must not find the old version's KV.
-            await api.ok("/flush_cache")
+        # What is prefilled again must not find the old version's KV.
+        await channel.push(new, "v1", buckets=3, flush=mode == "retract")
         await api.ok("/continue_generation")
         fresh = await api.generate([7, 9], max_new_tokens=6, ignore_eos=True, extra_key="v1")
         for stream in streams:
@@ -387,10 +385,8 @@ async def test_every_token_drawn_before_a_push_is_of_the_old_version(
             await stream.has(8)
         await api.ok("/pause_generation", {"mode": mode})
         await api.get("/server_info")
-        await channel.push(references["new"], "v1")
+        await channel.push(references["new"], "v1", flush=mode == "retract")
         streamed = [len(stream.token_ids) for stream in streams]
-        if mode == "retract":
-            await api.ok("/flush_cache")
         await api.ok("/continue_generation")
         for stream, count in zip(streams, streamed, strict=True):
             await stream.has(count + 12)
