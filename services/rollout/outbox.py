@@ -149,7 +149,7 @@ class Outbox:
 
     async def _deliver_released(self, count: int) -> None:
         released = self._released[:count]
-        keep = [item.record for item in released if item.keep_partial and item.record.unsaved]
+        keep = [item.record for item in released if item.keep_partial and item.record.savable]
         if keep:
             await self._saver.save(keep)
         sized = [(item, len(item.error) + _RELEASE_BYTES) for item in released]

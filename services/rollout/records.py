@@ -59,6 +59,8 @@ class SampleRecord:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.spans: list[Span] = []
+        self.settled = 0
+        """Tokens whose version is certain: only they are saved, because a stored span is never replaced."""
         self.saved = 0
         """Completion tokens the store has."""
         self.first_token_us = 0
@@ -73,7 +75,8 @@ class SampleRecord:
         self._requests = 0
         self._restored = 0
         self._earlier: list[Span] = []
-        self._sent = Version(0, 0)
+        self._sent = self._stated = Version(0, 0)
+        self._certain = True
         self._base = 0
 
     def restore(self, partial: Iterable[sample_pb2.TokenDelta]) -> None:
@@ -83,7 +86,7 @@ class SampleRecord:
         """
         for delta in partial:
             self._restore(delta)
-        self.saved = self._base = self._restored = len(self.token_ids)
+        self.saved = self.settled = self._base = self._restored = len(self.token_ids)
 
     @property
     def unsaved(self) -> int:
@@ -95,6 +98,11 @@ class SampleRecord:
         return self._requests > 0 and len(self.token_ids) == self._restored
 
     @property
+    def savable(self) -> int:
+        """How many of the unsaved tokens may be saved now."""
+        return self.settled - self.saved
+
+    @property
     def resumed(self) -> bool:
         """Whether the request that runs now continues tokens that the engine was given with the prompt."""
         return self._base > 0
@@ -103,13 +111,15 @@ class SampleRecord:
         """A request for the rest of the completion goes out while `served` is served: its rid."""
         self._requests += 1
         self._base, self._earlier, self._sent = len(self.token_ids), list(self.spans), served
+        self._stated, self._certain = served, True
         self.rid = f"{self.sample_id}.{self.lease_id}.{self._requests}"
         return self.rid
 
     def extend(self, chunk: Chunk, served: Version, kv_under: KvUnder) -> None:
         """Appends new tokens.
 
-        `served` stamps them when the engine does not say, until it does. Raises InvalidArgumentError for a value that
+        Where the engine does not say which version each was sampled by, the one it states with the event stamps them,
+        or else `served`, until it does say. Raises InvalidArgumentError for a value that
         is no log-probability, EngineUnavailableError for a version that is none of ours.
         """
         if chunk.token_ids:
@@ -123,22 +133,23 @@ class SampleRecord:
         if chunk.spans is not None:
             self._stamp(chunk.spans, kv_under)
         elif chunk.token_ids:
-            end = len(self.token_ids)
-            span = Span(served, end - len(chunk.token_ids), end, kv_under(served, self._sent))
-            self.spans = merge([*self.spans, span])
+            self._stamp_by_position(chunk, served, kv_under)
+        if chunk.spans is not None or chunk.finish is not None or self._certain:
+            self.settled = len(self.token_ids)
 
     def truncate(self, length: int) -> None:
         """Forgets completion tokens from `length` on."""
         del self.token_ids[length:], self.logprobs[length:]
         self.spans = clip(self.spans, 0, length)
+        self.settled = min(self.settled, length)
 
     def delta(self) -> sample_pb2.TokenDelta:
-        """What the store does not have yet."""
+        """What the store does not have yet, as far as it may be saved."""
         return sample_pb2.TokenDelta(
             from_token=self.saved,
-            token_ids=wire.encode_tokens(self.token_ids[self.saved :]),
-            rollout_logprobs=wire.encode_logprobs(self.logprobs[self.saved :]),
-            spans=spans_to_proto(clip(self.spans, self.saved, len(self.token_ids))),
+            token_ids=wire.encode_tokens(self.token_ids[self.saved : self.settled]),
+            rollout_logprobs=wire.encode_logprobs(self.logprobs[self.saved : self.settled]),
+            spans=spans_to_proto(clip(self.spans, self.saved, self.settled)),
             first_token_unix_us=self.first_token_us,
         )
 
@@ -164,6 +175,19 @@ class SampleRecord:
             version = _version(span.version)
             stamped.append(Span(version, self._base + span.start, self._base + span.end, kv_under(version, self._sent)))
         self.spans = merge([*self._earlier, *stamped])
+        self._stated, self._certain = stamped[-1].version if stamped else self._stated, True
+
+    def _stamp_by_position(self, chunk: Chunk, served: Version, kv_under: KvUnder) -> None:
+        """An engine keeps tokens back until they fill an event, so the first event that states a version may begin
+        with tokens of the version before, unless it holds a single one and generation had gone on by then.
+        """
+        version = served if chunk.version is None else _version(chunk.version)
+        if version != self._stated and (len(chunk.token_ids) > 1 or version != served):
+            self._certain = False
+        self._stated = version
+        end = len(self.token_ids)
+        span = Span(version, end - len(chunk.token_ids), end, kv_under(version, self._sent))
+        self.spans = merge([*self.spans, span])
 
 
 def merge(spans: Sequence[Span]) -> list[Span]:

@@ -76,7 +76,7 @@ class Saver:
         of one record, and never raised: that record stays unsaved.
         """
         async with self._lock:
-            sized = [(record, record.unsaved * _TOKEN_BYTES + _HEADER_BYTES) for record in records]
+            sized = [(record, record.savable * _TOKEN_BYTES + _HEADER_BYTES) for record in records]
             for batch in batches(sized, max_items=self._max_items, max_bytes=self._max_bytes):
                 await self._save(batch)
 
@@ -97,12 +97,12 @@ class Saver:
 
     async def _extend(self, records: Sequence[SampleRecord]) -> list[SampleRecord]:
         """Returns the records whose saved count was corrected, to be tried again."""
-        reaches = [len(record.token_ids) for record in records]
+        reaches = [record.settled for record in records]
         samples = [
             pb.ExtendedSample(
                 sample_id=record.sample_id,
                 lease_id=record.lease_id,
-                delta=record.delta() if record.unsaved else None,
+                delta=record.delta() if record.savable else None,
             )
             for record in records
         ]

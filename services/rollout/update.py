@@ -56,6 +56,8 @@ class Update:
         """Requests that were running when the engine became quiet."""
         self._replica = replica
         self._pause_mode = pause_mode
+        # Retracted requests keep their salt: they would find the prompt's KV of the old version in the cache.
+        self._flush = pause_mode == "retract"
         self._paused_at = 0.0
         self._aborted_before = 0
         self._running_before = 0
@@ -85,6 +87,7 @@ class Update:
             self.buckets[number],
             group_name=self.group_name,
             version=str(self.version) if last else None,
+            flush=last and self._flush,
             timeout_s=timeout_s,
         )
         await self._touch(call)
@@ -92,7 +95,9 @@ class Update:
 
     async def load_directory(self, directory: str, timeout_s: float) -> None:
         await self._touch(
-            self._replica.client.update_from_disk(directory, version=str(self.version), timeout_s=timeout_s)
+            self._replica.client.update_from_disk(
+                directory, version=str(self.version), flush=self._flush, timeout_s=timeout_s
+            )
         )
 
     async def resume(self) -> Committed:

@@ -83,6 +83,11 @@ def test_a_port_in_use(tmp_path, flags):
     assert address in line
 
 
+def test_an_engine_that_is_not_installed(tmp_path, flags):
+    engine = ("--rollout.engine.kind", "sglang", "--rollout.engine.python", "no/such/python")
+    assert "rollout.engine.python: no/such/python is not a file" in refused(tmp_path, *flags, *engine)
+
+
 def test_a_redis_that_is_down(tmp_path, flags):
     assert "does not answer" in refused(tmp_path, *flags, "--store.url", f"unix://{tmp_path}/nobody.sock")
 

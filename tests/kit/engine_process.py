@@ -16,11 +16,17 @@ from typing import Any
 
 import aiohttp
 import orjson
+import pytest
 
+from services.common.config import Config
+from services.common.errors import ConfigError
 from services.common.process import free_port
+from services.rollout.engines.launch import engine_command
 
 ROOT = Path(__file__).parents[2]
 ADMIN_KEY = "an-admin-key"
+ENGINES_REQUIRED = "POLYHEAD_ENGINES_REQUIRED"
+"""Set by `make conformance`: an engine that is not installed is then a failure."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,49 @@ def start_torch_engine(
     port = free_port()
     module = [sys.executable, "-m", "services.rollout.engines.torch_engine", "--model-path", str(model_path)]
     arguments = ["--port", str(port), "--context-length", str(context_length), "--admin-api-key", ADMIN_KEY, *flags]
-    process = subprocess.Popen([*module, *arguments], cwd=ROOT, env=engine_environment())
-    url = f"http://127.0.0.1:{port}"
+    with _running("torch", [*module, *arguments], engine_environment(), port, model_path, context_length) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def start_sglang(model_path: Path, *, context_length: int, flags: tuple[str, ...] = ()) -> Iterator[EngineProcess]:
+    """Real SGLang on the CPU, as a replica starts it; skips the test where its environment has not been made."""
+    engine = {"kind": "sglang", "context_length": context_length, "max_running_requests": 16}
+    # Stop strings need its tokenizer.
+    rollout = {"engine": engine, "sampling": {"stop": ["\n"]}}
+    config = Config.model_validate({"model": {"hf_checkpoint": model_path}, "rollout": rollout})
     try:
-        wait_healthy(url, process, within_s=60)
-        yield EngineProcess("torch", url, process, model_path, context_length)
-    finally:
-        process.terminate()
-        process.wait(10)
+        launch = engine_command(config)(port := free_port(), ADMIN_KEY)
+    except ConfigError as error:
+        if os.environ.get(ENGINES_REQUIRED):
+            raise
+        pytest.skip(str(error))
+    command = [part for part in launch.command if part != "--incremental-streaming-output"]
+    environment = {**os.environ, **launch.environment}
+    with _running("sglang", [*command, *flags], environment, port, model_path, context_length) as process:
+        yield process
 
 
 # The same conformance suite runs over every engine that is started here.
-STARTS: dict[str, Start] = {"torch": start_torch_engine}
+STARTS: dict[str, Start] = {"torch": start_torch_engine, "sglang": start_sglang}
+
+
+@contextlib.contextmanager
+def _running(
+    kind: str, command: list[str], environment: dict[str, str], port: int, model_path: Path, context_length: int
+) -> Iterator[EngineProcess]:
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_healthy(url, process, within_s=120)
+        yield EngineProcess(kind, url, process, model_path, context_length)
+    finally:
+        process.terminate()
+        try:
+            process.wait(10 if kind == "torch" else 1)
+        except subprocess.TimeoutExpired:
+            process.kill()  # SGLang takes seconds to notice the gentle way
+            process.wait(10)
 
 
 def engine_environment() -> dict[str, str]:
@@ -80,12 +117,12 @@ class EngineApi:
 
     async def post(self, path: str, body: Any = None, *, key: str | None = ADMIN_KEY) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else orjson.dumps({} if body is None else body)
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        headers = {"Content-Type": "application/json", **_bearer(key)}
         async with self._session.post(self.url + path, data=data, headers=headers) as response:
             return response.status, _content(await response.read())
 
-    async def get(self, path: str) -> tuple[int, Any]:
-        async with self._session.get(self.url + path) as response:
+    async def get(self, path: str, *, key: str | None = ADMIN_KEY) -> tuple[int, Any]:
+        async with self._session.get(self.url + path, headers=_bearer(key)) as response:
             return response.status, _content(await response.read())
 
     async def ok(self, path: str, body: Any = None) -> Any:
@@ -100,7 +137,7 @@ class EngineApi:
     async def stream(self, input_ids: list[Any], **fields: Any) -> AsyncIterator[dict[str, Any]]:
         """Events of a stream up to [DONE]."""
         body = {**generate_body(input_ids, **fields), "stream": True}
-        async with self._session.post(f"{self.url}/generate", json=body) as response:
+        async with self._session.post(f"{self.url}/generate", json=body, headers=_bearer(ADMIN_KEY)) as response:
             assert response.status == 200, await response.text()
             async for line in response.content:
                 if line.strip() == b"data: [DONE]":
@@ -122,6 +159,10 @@ def generate_body(input_ids: list[Any], **fields: Any) -> dict[str, Any]:
 
 def logprobs_of(answer: dict[str, Any]) -> list[float]:
     return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _content(data: bytes) -> Any:

@@ -22,6 +22,8 @@ class Collector:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.meta: dict[str, Any] = {}
+        self.stated: list[tuple[int, str]] = []
+        """For each event: tokens so far, and the version it states."""
         self._news = asyncio.Event()
         self._task = asyncio.create_task(self._read(api.stream(prompt, **fields)))
 
@@ -30,6 +32,7 @@ class Collector:
             self.token_ids += event["output_ids"]
             self.logprobs += logprobs_of(event)
             self.meta = event["meta_info"]
+            self.stated.append((len(self.token_ids), self.meta["weight_version"]))
             self._news.set()
 
     async def has(self, count: int) -> None:
@@ -79,8 +82,10 @@ class Channel:
         await self._api.ok("/destroy_weights_update_group", {"group_name": self.name})
         self.group.close()
 
-    async def push(self, model: Any, version: str, *, buckets: int = 1, flattened: bool = True) -> None:
-        """All weights of a Hugging Face model, within a session of its own."""
+    async def push(
+        self, model: Any, version: str, *, buckets: int = 1, flattened: bool = True, flush: bool = False
+    ) -> None:
+        """All weights of a Hugging Face model, within a session of its own. `flush` goes with the last bucket."""
         tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
         names = list(tensors)
         size = -(-len(names) // buckets)
@@ -88,14 +93,14 @@ class Channel:
         for start in range(0, len(names), size):
             last = start + size >= len(names)
             part = {name: tensors[name] for name in names[start : start + size]}
-            status, answer = await self.send(part, version if last else None, flattened=flattened)
+            status, answer = await self.send(part, version if last else None, flattened=flattened, flush=last and flush)
             assert status == 200, answer
         await self._api.ok("/end_weight_update")
 
     async def send(
-        self, tensors: dict[str, torch.Tensor], version: str | None, *, flattened: bool = True
+        self, tensors: dict[str, torch.Tensor], version: str | None, *, flattened: bool = True, flush: bool = False
     ) -> tuple[int, Any]:
-        body = self._body(tensors, version, flattened)
+        body = self._body(tensors, version, flattened=flattened, flush=flush)
         parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]
         messages = [torch.cat(parts)] if flattened else parts
         answer = asyncio.create_task(self._api.post("/update_weights_from_distributed", body))
@@ -116,13 +121,15 @@ class Channel:
         assert not isinstance(answer, BaseException)
         return answer
 
-    def _body(self, tensors: dict[str, torch.Tensor], version: str | None, flattened: bool) -> dict[str, Any]:
+    def _body(
+        self, tensors: dict[str, torch.Tensor], version: str | None, *, flattened: bool, flush: bool = False
+    ) -> dict[str, Any]:
         return {
             "names": list(tensors),
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
             "shapes": [list(tensor.shape) for tensor in tensors.values()],
             "group_name": self.name,
             "load_format": "flattened_bucket" if flattened else None,
-            "flush_cache": False,
+            "flush_cache": flush,
             "weight_version": version,
         }

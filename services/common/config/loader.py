@@ -66,6 +66,8 @@ class Config(BaseSettings):
     def _sections_fit(self) -> Config:
         if self.run.deterministic and self.staleness.max_staleness != 0:
             raise ValueError(f"run.deterministic needs staleness.max_staleness = 0, not {self.staleness.max_staleness}")
+        if self.run.deterministic and self.rollout.engine.kind != "torch":
+            raise ValueError(f'run.deterministic needs rollout.engine.kind = "torch", not {self.rollout.engine.kind!r}')
         return self
 
 

@@ -188,18 +188,35 @@ class SamplingConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["torch"] = "torch"
-    """"torch" is the in-house engine."""
+    kind: Literal["torch", "sglang"] = "torch"
+    """"torch" is the in-house engine, "sglang" the real one, in an environment of its own: make engine-env."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where SGLang runs, and so which of its environments is used."""
+    python: Path | None = None
+    """SGLang's interpreter. Default: .engines/<device>/bin/python of this checkout."""
+    args: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further server arguments of SGLang, by the name of the flag: tp-size = 2. True is a flag without a value."""
     max_running_requests: Positive = 64
     """Slots of the continuous batch."""
     context_length: Positive | None = None
-    """Tokens of KV cache per slot. Default: the model's, at most 2,048."""
+    """Tokens of prompt and completion together. Default: the model's, in the in-house engine at most 2,048."""
     prefill_chunk: Positive = 32
+    """In-house engine: prompt tokens per forward pass."""
     stream_interval: Positive = 8
     """Tokens between two chunks of a stream."""
     threads: Positive = 1
-    """torch threads."""
+    """torch threads on a CPU."""
     start_timeout_s: Seconds = 300.0
+
+    @field_validator("args")
+    @classmethod
+    def _flags_are_plain(cls, value: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        for flag, setting in value.items():
+            if not flag.replace("-", "").replace("_", "").isalnum() or flag.startswith("-"):
+                raise ValueError(f"{flag!r} is not the name of a flag: write it without its dashes")
+            if setting is False:
+                raise ValueError(f"{flag} = false: a flag that is not wanted is left out")
+        return value
 
 
 class RolloutConfig(Section):

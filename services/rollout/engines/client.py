@@ -102,7 +102,8 @@ class EngineClient:
 
     async def server_info(self) -> ServerInfo:
         info = await self._get("/server_info")
-        context_length = info.get("context_length")
+        # SGLang takes no prompt of the last few tokens of its context, which a partial may have to be resumed from.
+        context_length = info.get("max_req_input_len", info.get("context_length"))
         name = f"{info.get('kind', 'sglang')}/{info.get('version', 'unknown')}"
         return ServerInfo(name, context_length if isinstance(context_length, int) else None)
 
@@ -120,7 +121,8 @@ class EngineClient:
         await self._get("/server_info")
 
     async def resume(self) -> None:
-        await self._post("/continue_generation", {})
+        # SGLang would give its allocator's free memory back to the driver first, within the pause.
+        await self._post("/continue_generation", {"torch_empty_cache": False})
 
     async def abort(self, rid: str) -> None:
         """Ends one request; one that is not there is no error."""
@@ -168,22 +170,31 @@ class EngineClient:
         await self._post("/end_weight_update", {}, missing_ok=True)
 
     async def update_from_distributed(
-        self, bucket: weights_pb2.WeightBucket, *, group_name: str, version: str | None, timeout_s: float
+        self,
+        bucket: weights_pb2.WeightBucket,
+        *,
+        group_name: str,
+        version: str | None,
+        flush: bool = False,
+        timeout_s: float,
     ) -> None:
-        """Receives one flattened bucket from rank 0 and loads it. `version` goes with the last bucket only."""
+        """Receives one flattened bucket from rank 0 and loads it. `version` goes with the last bucket only.
+
+        `flush` empties the prefix cache, which is refused while requests run: retracted ones do not.
+        """
         body = {
             "names": [tensor.name for tensor in bucket.tensors],
             "dtypes": [tensor.dtype for tensor in bucket.tensors],
             "shapes": [list(tensor.shape) for tensor in bucket.tensors],
             "group_name": group_name,
             "load_format": "flattened_bucket",
-            "flush_cache": False,
+            "flush_cache": flush,
             "weight_version": version,
         }
         await self._post("/update_weights_from_distributed", body, timeout_s + COLLECTIVE_SLACK_S)
 
-    async def update_from_disk(self, directory: str, *, version: str, timeout_s: float) -> None:
-        body = {"model_path": directory, "weight_version": version, "flush_cache": False}
+    async def update_from_disk(self, directory: str, *, version: str, flush: bool = False, timeout_s: float) -> None:
+        body = {"model_path": directory, "weight_version": version, "flush_cache": flush}
         await self._post("/update_weights_from_disk", body, timeout_s)
 
     async def _get(self, path: str) -> Mapping[str, Any]:

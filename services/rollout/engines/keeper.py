@@ -8,8 +8,9 @@ from pathlib import Path
 import structlog
 
 from services.common.errors import PolyheadError
+from services.rollout.engines.launch import EngineCommand
 from services.rollout.engines.messages import EngineUnavailableError
-from services.rollout.engines.process import EngineCommand, EngineProcess
+from services.rollout.engines.process import EngineProcess
 from services.rollout.replica import Replica
 
 log = structlog.get_logger()
@@ -39,7 +40,9 @@ class EngineKeeper:
         self._start_timeout_s = start_timeout_s
 
     async def run(self) -> None:
-        """Until cancelled. Raises EngineUnavailableError when the very first start fails."""
+        """Until cancelled. Raises EngineUnavailableError when the very first start fails, ConfigError when it
+        shows that no start can succeed.
+        """
         backoff_s = _BACKOFF_FIRST_S
         first = True
         while True:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from services.common.errors import PolyheadError, UnavailableError
+from services.common.errors import ConfigError, PolyheadError, UnavailableError
+
+# Older ones unpickle what reaches them over the network (CVE-2026-3059, CVE-2026-3060).
+SGLANG_MINIMUM = (0, 5, 10)
 
 
 class EngineUnavailableError(UnavailableError):
@@ -70,6 +74,8 @@ class Chunk:
     """Completion tokens of the request so far, these included."""
     spans: Sequence[EngineSpan] | None
     """Cover [0, total); None when the engine does not say yet."""
+    version: str | None
+    """What the engine served when it put this event together; None when it does not say."""
     finish: Finish | None
     message: str
     """Why, for ABORT and ERROR."""
@@ -82,4 +88,14 @@ class ServerInfo:
     name: str
     """For example "torch_engine/0.1.0"."""
     context_length: int | None
-    """Tokens of prompt and completion together; None when the engine does not say."""
+    """Tokens of prompt and completion together that every request may reach, and be resumed from; None when the
+    engine does not say."""
+
+
+def check_version(info: ServerInfo) -> None:
+    """Raises ConfigError for an SGLang that is too old to be used here."""
+    kind, _, version = info.name.partition("/")
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    if kind == "sglang" and numbers < SGLANG_MINIMUM:
+        minimum = ".".join(map(str, SGLANG_MINIMUM))
+        raise ConfigError(f"SGLang {version} is too old: {minimum} or newer is needed", field="rollout.engine.python")

@@ -7,52 +7,20 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from services.common.config import Config
+from services.common.errors import ConfigError
 from services.common.process import free_port, last_lines, spawn
 from services.rollout.engines.client import EngineClient
-from services.rollout.engines.messages import EngineUnavailableError, ServerInfo
-from services.rollout.engines.torch_engine.options import ADMIN_KEY_VARIABLE
-
-# (port, admin key) -> command line. The key is in the engine's environment too, as ADMIN_KEY_VARIABLE: an engine that
-# reads it there keeps it out of the list of processes.
-EngineCommand = Callable[[int, str], Sequence[str]]
+from services.rollout.engines.launch import EngineCommand
+from services.rollout.engines.messages import EngineUnavailableError, ServerInfo, check_version
 
 _POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 30.0
 _TERM_GRACE_S = 3.0
-
-
-def torch_engine_command(config: Config) -> EngineCommand:
-    """The in-house engine, set up from the run's configuration."""
-    engine = config.rollout.engine
-
-    def command(port: int, _admin_key: str) -> Sequence[str]:
-        options: dict[str, object] = {
-            "--model-path": config.model.hf_checkpoint,
-            "--port": port,
-            "--max-running-requests": engine.max_running_requests,
-            "--prefill-chunk": engine.prefill_chunk,
-            "--stream-interval": engine.stream_interval,
-            "--threads": engine.threads,
-            "--dtype": config.model.dtype,
-            "--random-seed": config.run.seed,
-        }
-        if engine.context_length is not None:
-            options["--context-length"] = engine.context_length
-        flags = ["--incremental-streaming-output"]
-        if config.run.deterministic:
-            flags.append("--enable-deterministic-inference")
-        if not config.rollout.sampling.stop:
-            # Only stop strings need text inside the engine: completions are decoded here.
-            flags.append("--skip-tokenizer-init")
-        arguments = [part for name, value in options.items() for part in (name, str(value))]
-        return [sys.executable, "-m", "services.rollout.engines.torch_engine", *arguments, *flags]
-
-    return command
+# Of argparse, which both engines use: the last line of the log says which flag was wrong.
+_USAGE_STATUS = 2
+_USAGE_MARK = ": error: "
 
 
 class EngineProcess:
@@ -61,11 +29,9 @@ class EngineProcess:
     def __init__(self, command: EngineCommand, log_path: Path) -> None:
         port, admin_key = free_port(), secrets.token_urlsafe(24)
         self._log_path = log_path
+        launch = command(port, admin_key)
         self._process: subprocess.Popen[bytes] = spawn(
-            command(port, admin_key),
-            log_path=log_path,
-            env={ADMIN_KEY_VARIABLE: admin_key},
-            death_signal=signal.SIGKILL,
+            launch.command, log_path=log_path, env=launch.environment, death_signal=signal.SIGKILL
         )
         self.client = EngineClient(f"http://127.0.0.1:{port}", admin_key)
         self.killed = False
@@ -81,16 +47,21 @@ class EngineProcess:
     async def ready(self, timeout_s: float) -> ServerInfo:
         """Waits until the engine has generated a token.
 
-        Raises EngineUnavailableError with the end of its log when it ends first, or takes longer.
+        Raises EngineUnavailableError with the end of its log when it ends first, or takes longer; ConfigError when it
+        does not take its flags, or is too old.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         while not await self.client.health(_HEALTH_TIMEOUT_S):
             if self._ended.is_set():
+                if self.status == _USAGE_STATUS and _USAGE_MARK in (line := last_lines(self._log_path, 1)):
+                    raise ConfigError(line.partition(_USAGE_MARK)[2], field="rollout.engine.args")
                 raise EngineUnavailableError(self._last_words(f"ended with status {self.status}"), field="engine")
             if asyncio.get_running_loop().time() > deadline:
                 raise EngineUnavailableError(self._last_words(f"not ready after {timeout_s:g} s"), field="engine")
             await asyncio.sleep(_POLL_S)
-        return await self.client.server_info()
+        info = await self.client.server_info()
+        check_version(info)
+        return info
 
     async def ended(self) -> None:
         """Returns when the process has ended."""

@@ -59,7 +59,8 @@ class ChunkReader:
             )
         self._known[index] = total
         finish, message = _finish(meta.get("finish_reason"))
-        return index, Chunk(token_ids, logprobs, total, _spans(meta.get("weight_versions"), total), finish, message)
+        spans, version = _spans(meta.get("weight_versions"), total), meta.get("weight_version")
+        return index, Chunk(token_ids, logprobs, total, spans, version, finish, message)
 
 
 def error_text(error: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.kit.engine_process import ROOT, EngineApi, engine_environment, start_torch_engine
+from tests.kit.engine_process import ROOT, EngineApi, engine_environment, logprobs_of, start_torch_engine
 from tests.kit.tiny_model import build_tiny_qwen3
 
 
@@ -98,3 +98,22 @@ async def test_server_info_counts_work(model: Path) -> None:
             assert (await api.post("/generate", {"input_ids": [5], "rid": "w_1"}))[0] == 400
             await api.ok("/continue_generation")
             await waiting
+
+
+async def test_a_cumulative_stream_is_the_default(model: Path) -> None:
+    flags = ("--stream-interval", "4")
+    with start_torch_engine(model, context_length=256, flags=flags) as engine:
+        async with aiohttp.ClientSession() as session:
+            api = EngineApi(engine.url, session)
+            params = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
+            answer = await api.generate([7, 9], **params)
+            events = [event async for event in api.stream([7, 9], **params)]
+            for body in ({"input_ids": [[5], []]}, {"input_ids": [5], "text": "both"}):
+                assert (await api.post("/generate", body))[0] == 400
+    for event in events:
+        count = event["meta_info"]["completion_tokens"]
+        assert event["output_ids"] == answer["output_ids"][:count]
+        assert len(logprobs_of(event)) == count
+        assert answer["text"].startswith(event["text"])
+    assert events[-1]["output_ids"] == answer["output_ids"]
+    assert events[-1]["text"] == answer["text"]

@@ -77,6 +77,9 @@ async def test_requests_continue_over_a_push_with_two_spans(make_rig, mode, kv):
     await until(lambda: done(*held))
     fresh = sample_pb2.KV_ORIGIN_FRESH
     assert all(spans_of(sample) == [(Version(1, 0), 0, 4, fresh), (V1, 4, 10, kv)] for sample in held)
+    # Fresh means that the prompt's KV of the old version is not found in the cache either.
+    flushed = [body["flush_cache"] for name, body in rig.engine.calls if name == "update_weights_from_distributed"]
+    assert flushed == [False, mode == "RETRACT"]
     assert len(rig.engine.requests) == 1
     await until(lambda: rig.replica.stats.multi_span_samples == 4)
     assert rig.replica.stats.requests_aborted == 0

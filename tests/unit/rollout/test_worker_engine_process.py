@@ -11,10 +11,13 @@ import psutil
 import pytest
 
 from polyhead.v1 import buffer_pb2 as pb
-from services.common.config import Config
+from services.common.config import Config, load
+from services.common.errors import ConfigError
 from services.rollout.engines.keeper import EngineKeeper
+from services.rollout.engines.launch import Launch, engine_command, torch_engine_command
 from services.rollout.engines.messages import EngineUnavailableError
-from services.rollout.engines.process import EngineProcess, torch_engine_command
+from services.rollout.engines.process import EngineProcess
+from services.rollout.engines.torch_engine.options import ADMIN_KEY_VARIABLE
 from services.rollout.replica import Replica
 from tests.kit.rollout_rig import until
 
@@ -34,34 +37,42 @@ web.run_app(app, host="127.0.0.1", port=port, print=None)
 """
 
 
-async def test_the_admin_key_is_in_the_engines_environment_only(tmp_path):
-    program = "import os; print('key', os.environ['POLYHEAD_ENGINE_ADMIN_KEY'])"
-    given = []
-
-    def command(port, key):
-        given.append(key)
-        return [sys.executable, "-c", program]
-
-    engine = EngineProcess(command, tmp_path / "log")
-    await engine.ended()
-    await engine.close()
-    assert (tmp_path / "log").read_text() == f"key {given[0]}\n"
+def test_the_in_house_engines_admin_key_is_in_its_environment_only():
+    launch = torch_engine_command(load(None))(1234, "secret")
+    assert launch.environment == {ADMIN_KEY_VARIABLE: "secret"}
+    assert "secret" not in launch.command
 
 
 def stub(*arguments: str):
-    return lambda port, key: [sys.executable, "-c", ENGINE, str(port), key, *arguments]
+    return lambda port, key: Launch([sys.executable, "-c", ENGINE, str(port), key, *arguments])
 
 
 async def test_an_engine_that_ends_at_once_shows_its_last_words(tmp_path):
     command = [sys.executable, "-c", "print('no such model'); raise SystemExit(3)"]
-    engine = EngineProcess(lambda port, key: command, tmp_path / "logs" / "engine-0.log")
+    engine = EngineProcess(lambda port, key: Launch(command), tmp_path / "logs" / "engine-0.log")
     with pytest.raises(EngineUnavailableError, match=r"ended with status 3; .*engine-0.log ends: no such model"):
         await engine.ready(20)
     await engine.close()
 
 
+async def test_a_flag_the_engine_does_not_know_is_named(tmp_path):
+    script = "import argparse; argparse.ArgumentParser(prog='x').parse_args(['--no-such-flag'])"
+    engine = EngineProcess(lambda port, key: Launch([sys.executable, "-c", script]), tmp_path / "engine-0.log")
+    with pytest.raises(ConfigError, match=r"^rollout.engine.args: unrecognized arguments: --no-such-flag$"):
+        await engine.ready(20)
+    await engine.close()
+
+
+async def test_an_engine_that_is_too_old_is_named(tmp_path):
+    old = ENGINE.replace('"kind": "stub", "version": "0"', '"version": "0.5.9.post2"')
+    engine = EngineProcess(lambda port, key: Launch([sys.executable, "-c", old, str(port), key]), tmp_path / "log")
+    with pytest.raises(ConfigError, match=r"SGLang 0\.5\.9\.post2 is too old: 0\.5\.10 or newer is needed"):
+        await engine.ready(20)
+    await engine.close()
+
+
 async def test_an_engine_that_never_becomes_ready_is_given_up(tmp_path):
-    engine = EngineProcess(lambda port, key: ["sleep", "60"], tmp_path / "engine-0.log")
+    engine = EngineProcess(lambda port, key: Launch(["sleep", "60"]), tmp_path / "engine-0.log")
     with pytest.raises(EngineUnavailableError, match=r"not ready after 0\.1 s"):
         await engine.ready(0.1)
     await engine.close()
@@ -69,7 +80,7 @@ async def test_an_engine_that_never_becomes_ready_is_given_up(tmp_path):
 
 
 async def test_a_first_start_that_fails_is_an_error(tmp_path):
-    keeper = EngineKeeper(Replica("r"), lambda port, key: ["false"], tmp_path / "log", start_timeout_s=5)
+    keeper = EngineKeeper(Replica("r"), lambda port, key: Launch(["false"]), tmp_path / "log", start_timeout_s=5)
     with pytest.raises(EngineUnavailableError, match="ended with status 1"):
         await keeper.run()
 
@@ -119,7 +130,7 @@ def test_the_command_line_carries_the_settings(base_config: Config):
     config = base_config.model_copy(deep=True)
     config.rollout.engine.context_length = 77
     config.rollout.sampling.stop = ["x"]
-    command = list(torch_engine_command(config)(123, "secret"))
+    command = list(engine_command(config)(123, "secret").command)
     assert command[:3] == [sys.executable, "-m", "services.rollout.engines.torch_engine"]
     options = dict(zip(command[3::2], command[4::2], strict=False))
     assert Path(options["--model-path"]) == config.model.hf_checkpoint
@@ -130,4 +141,4 @@ def test_the_command_line_carries_the_settings(base_config: Config):
     assert "--skip-tokenizer-init" not in command
     assert "--enable-deterministic-inference" not in command
     config.staleness.max_staleness, config.run.deterministic = 0, True
-    assert "--enable-deterministic-inference" in torch_engine_command(config)(1, "")
+    assert "--enable-deterministic-inference" in engine_command(config)(1, "").command

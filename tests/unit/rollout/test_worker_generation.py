@@ -212,6 +212,21 @@ async def test_spans_may_come_with_the_last_event_only(make_rig):
     ]
 
 
+async def test_tokens_that_only_a_dead_engine_could_have_told_apart_are_generated_again(make_rig):
+    rig = await make_rig()
+    rig.engine.spans_in_every_event = False
+    rig.engine.limit_tokens = 4
+    (held,) = rig.buffer.add_group(PROMPT, 1)
+    await until(lambda: held.saved == 4)
+    await rig.push(Version(1, 1))
+    rig.engine.limit_tokens = 8
+    await until(lambda: rig.replica.stats.tokens_generated == 8)
+    rig.replica.detach()
+    await until(lambda: held.released)
+    assert held.saved == 4
+    assert rig.replica.stats.tokens_discarded == 4
+
+
 async def test_an_engine_without_spans_is_stamped_by_arrival(make_rig):
     rig = await make_rig()
     rig.engine.report_versions = False

@@ -11,7 +11,7 @@ from polyhead.v1 import sample_pb2
 from services.common import wire
 from services.common.errors import InvalidArgumentError
 from services.common.versions import Version
-from services.rollout.engines.messages import Chunk, EngineSpan, EngineUnavailableError
+from services.rollout.engines.messages import Chunk, EngineSpan, EngineUnavailableError, Finish
 from services.rollout.records import Group, SampleRecord
 
 FRESH, CARRIED = sample_pb2.KV_ORIGIN_FRESH, sample_pb2.KV_ORIGIN_CARRIED
@@ -26,9 +26,10 @@ def record(partial=()) -> SampleRecord:
     return made
 
 
-def chunk(count: int, total: int, spans=None) -> Chunk:
+def chunk(count: int, total: int, spans=None, stated=None, finish=None) -> Chunk:
     engine_spans = None if spans is None else [EngineSpan(str(version), start, end) for version, start, end in spans]
-    return Chunk([5] * count, [-1.0] * count, total, engine_spans, None, "")
+    version = None if stated is None else str(stated)
+    return Chunk([5] * count, [-1.0] * count, total, engine_spans, version, finish, "")
 
 
 def fresh(version, sent):
@@ -79,12 +80,53 @@ def test_a_resumed_request_of_the_same_version_makes_one_span():
     assert plain(made) == [(V1, 0, 4, FRESH)]
 
 
+def test_tokens_of_an_uncertain_version_wait_for_the_engines_word():
+    """An event that spans a push may hold tokens of both versions: only the final one says which."""
+    made = record()
+    made.begin(V1)
+    made.extend(chunk(4, 4, stated=V1), V1, in_place)
+    assert made.savable == 4
+    made.extend(chunk(4, 8, stated=V2), V2, in_place)
+    made.extend(chunk(4, 12, stated=V2), V2, in_place)
+    assert (made.savable, made.unsaved) == (4, 12)
+    assert [(span.start, span.end) for span in made.delta().spans] == [(0, 4)]
+    made.extend(chunk(1, 13, [(V1, 0, 6), (V2, 6, 13)], finish=Finish.LENGTH), V2, in_place)
+    assert made.savable == 13
+    assert plain(made) == [(V1, 0, 6, FRESH), (V2, 6, 13, CARRIED)]
+
+
+def test_a_single_token_after_a_push_is_certain():
+    made = record()
+    made.begin(V1)
+    made.extend(chunk(1, 1, stated=V1), V1, in_place)
+    made.extend(chunk(1, 2, stated=V2), V2, in_place)
+    made.extend(chunk(1, 3, stated=V2), V2, in_place)
+    assert made.savable == 3
+    assert plain(made) == [(V1, 0, 1, FRESH), (V2, 1, 3, CARRIED)]
+
+
+def test_a_token_that_arrives_while_its_engine_is_being_updated_is_uncertain():
+    made = record()
+    made.begin(V1)
+    made.extend(chunk(1, 1, stated=V2), V1, in_place)
+    assert made.savable == 0
+
+
+def test_an_engine_that_never_tells_is_taken_at_the_streams_word():
+    made = record()
+    made.begin(V1)
+    made.extend(chunk(2, 2), V1, in_place)
+    made.extend(chunk(3, 5, finish=Finish.STOP), V2, in_place)
+    assert made.savable == 5
+    assert plain(made) == [(V1, 0, 2, FRESH), (V2, 2, 5, CARRIED)]
+
+
 @pytest.mark.parametrize("logprob", [float("nan"), float("inf"), float("-inf"), 0.1])
 def test_what_is_no_log_probability_is_refused_and_not_kept(logprob):
     made = record()
     made.begin(V1)
     with pytest.raises(InvalidArgumentError, match="rollout_logprobs"):
-        made.extend(Chunk([1, 2], [-1.0, logprob], 2, None, None, ""), V1, fresh)
+        made.extend(Chunk([1, 2], [-1.0, logprob], 2, None, None, None, ""), V1, fresh)
     assert made.token_ids == []
 
 
@@ -123,6 +165,7 @@ def test_saving_and_resuming_loses_nothing(pieces, versions, saves, moves):
                 [-0.5 * token for token in tokens],
                 position + piece - base,
                 [EngineSpan(str(version), start, end) for version, start, end in spans],
+                None,
                 None,
                 "",
             ),

@@ -1,0 +1,118 @@
+"""How SGLang is started: what the settings become, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.config import Config
+from services.common.errors import ConfigError
+from services.rollout.engines import sglang_launch
+from services.rollout.engines.launch import engine_command
+
+
+def configured(base: Config, **engine: Any) -> Config:
+    """SGLang, with this test's own interpreter for its."""
+    tree = base.model_dump()
+    tree["rollout"]["engine"] |= {"kind": "sglang", "python": sys.executable, **engine}
+    return Config.model_validate(tree)
+
+
+def options(command: list[str]) -> dict[str, str]:
+    flags = [index for index, part in enumerate(command) if part.startswith("--")]
+    return {command[at]: "" if at + 1 in flags else "".join(command[at + 1 : at + 2]) for at in flags}
+
+
+def test_the_settings_become_flags(base_config: Config) -> None:
+    config = configured(
+        base_config, context_length=64, max_running_requests=4, args={"tp_size": 2, "enable-metrics": True}
+    )
+    launch = engine_command(config)(123, "secret")
+    command = list(launch.command)
+    assert command[:3] == [sys.executable, "-m", "sglang.launch_server"]
+    flags = options(command)
+    assert Path(flags["--model-path"]) == config.model.hf_checkpoint
+    assert (flags["--host"], flags["--port"]) == ("127.0.0.1", "123")
+    assert flags["--admin-api-key"] == flags["--api-key"] == "secret"
+    assert (flags["--context-length"], flags["--max-running-requests"], flags["--max-total-tokens"]) == (
+        "64",
+        "4",
+        "256",
+    )
+    assert (flags["--tp-size"], flags["--enable-metrics"]) == ("2", "")
+    assert flags["--attention-backend"] == "torch_native"
+    assert "--incremental-streaming-output" in flags
+    assert "--skip-tokenizer-init" in flags
+    assert launch.environment["OMP_NUM_THREADS"] == "1"
+    assert launch.environment["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_an_argument_of_the_user_replaces_a_default(base_config: Config) -> None:
+    command = list(engine_command(configured(base_config, args={"mem_fraction_static": 0.4}))(1, "").command)
+    assert command.count("--mem-fraction-static") == 1
+    assert options(command)["--mem-fraction-static"] == "0.4"
+
+
+def test_a_gpu_gets_nothing_that_is_for_cpus(base_config: Config) -> None:
+    launch = engine_command(configured(base_config, device="cuda", context_length=64))(1, "")
+    flags = options(list(launch.command))
+    assert flags["--device"] == "cuda"
+    assert not {"--attention-backend", "--disable-overlap-schedule", "--max-total-tokens"} & flags.keys()
+    assert launch.environment["SGLANG_FORCE_COARSE_WAR_BARRIER"] == "1"
+    assert not {"PYTHONPATH", "SGLANG_USE_CPU_ENGINE"} & launch.environment.keys()
+
+
+def test_stop_strings_need_the_engines_tokenizer(base_config: Config) -> None:
+    config = configured(base_config)
+    config.rollout.sampling.stop = ["x"]
+    assert "--skip-tokenizer-init" not in engine_command(config)(1, "").command
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ({"model_path": "x"}, r"args.model_path: is set by model.hf_checkpoint"),
+        ({"port": 1}, r"args.port: is not to be set"),
+    ],
+)
+def test_flags_that_are_ours_are_refused(base_config: Config, args: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        engine_command(configured(base_config, args=args))
+
+
+@pytest.mark.parametrize("args", [{"--tp": 2}, {"a b": 1}, {"enable-metrics": False}])
+def test_names_that_are_no_flags_are_refused(base_config: Config, args: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="flag"):
+        configured(base_config, args=args)
+
+
+def test_an_environment_that_was_not_made_says_how(base_config: Config, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sglang_launch, "_CHECKOUT", tmp_path)
+    with pytest.raises(ConfigError, match=r"rollout.engine.python: SGLang is not installed in .*cpu: make engine-env"):
+        engine_command(configured(base_config, python=None))
+    with pytest.raises(ConfigError, match=r"rollout.engine.python: .*nowhere is not a file"):
+        engine_command(configured(base_config, python=tmp_path / "nowhere"))
+
+
+def test_a_deterministic_run_needs_the_in_house_engine(base_config: Config) -> None:
+    tree = configured(base_config).model_dump()
+    tree["run"]["deterministic"], tree["staleness"]["max_staleness"] = True, 0
+    with pytest.raises(ValueError, match=r"rollout\.engine\.kind"):
+        Config.model_validate(tree)
+
+
+def test_missing_kernels_can_be_imported_but_not_called() -> None:
+    script = (
+        "import sys\nfrom sgl_kernel import some_kernel_cpu\n"
+        "assert 'torchvision._meta_registrations' in sys.modules\n"
+        "try:\n    some_kernel_cpu(1)\nexcept NotImplementedError as error:\n    print(error)\n"
+    )
+    shims = Path(sglang_launch.__file__).parent / "sglang_cpu"
+    environment = {**os.environ, "PYTHONPATH": str(shims)}
+    output = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "sgl_kernel.some_kernel_cpu" in output.stdout
