@@ -25,7 +25,7 @@ PROTOS := $(wildcard protos/polyhead/v1/*.proto)
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu-engine cuda-engine install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e check fmt lint type proto \
+.PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e check fmt lint type proto \
 	proto-check up down status bench chaos clean
 
 help: ## list the verbs
@@ -53,18 +53,14 @@ $(VENV)/smollm2.installed: $(VENV)/demo.installed
 
 install: $(VENV)/dev.installed ## make the environment for everything below
 
+INSTALL_cpu = $(ENGINE_PIP) "$$(grep '^torch==' $(ENGINE_PINS))" && $(ENGINE_PIP) --no-deps -r $(ENGINE_PINS)
+INSTALL_cuda = $(ENGINE_PIP) -r $(ENGINE_PINS)
+
 # Made anew when its pins change: what an older set had installed would stay otherwise.
 $(ENGINE_DIR)/engine.installed: $(ENGINE_PINS)
 	@echo "installing SGLang into $(ENGINE_DIR) ..."
-	@began=$$(date +%s); rm -rf $(ENGINE_DIR) && $(PYTHON) -m venv $(ENGINE_DIR) && $(MAKE) --no-print-directory $(ENGINE)-engine \
+	@began=$$(date +%s); rm -rf $(ENGINE_DIR) && $(PYTHON) -m venv $(ENGINE_DIR) && $(INSTALL_$(ENGINE)) \
 		&& expr $$(date +%s) - $$began > $@ && echo "installed in $$(cat $@) s"
-
-cpu-engine:
-	@$(ENGINE_PIP) "$$(grep '^torch==' $(ENGINE_PINS))"
-	@$(ENGINE_PIP) --no-deps -r $(ENGINE_PINS)
-
-cuda-engine:
-	@$(ENGINE_PIP) -r $(ENGINE_PINS)
 
 engine-env: $(ENGINE_DIR)/engine.installed ## make real SGLang's environment (ENGINE=cpu or cuda)
 
