@@ -25,8 +25,8 @@ PROTOS := $(wildcard protos/polyhead/v1/*.proto)
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e check fmt lint type proto \
-	proto-check up down status bench chaos clean
+.PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
+	check fmt lint type proto proto-check up down status bench chaos clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
