@@ -22,7 +22,7 @@ log = structlog.get_logger()
 
 LOOK_EVERY_S = 1.0
 # The ledger is recounted for each look: a big store is looked at less often, so that this stays a small load.
-LOOK_SHARE = 0.05
+LOOK_SHARE = 0.2
 END_TRIES = 5
 
 # What the summary, the report and the display read of a step. A long run's metrics stay in its file.
@@ -66,6 +66,7 @@ class Observer:
     def __init__(self, config: Config, supervisor: Supervisor) -> None:
         self._address = config.buffer.address
         self._buffer: BufferClient | None = None
+        self._ledger_s = 0.0
         self._supervisor = supervisor
         self._metrics = JsonLines(config.run.dir / "metrics.jsonl")
         self._pushes = JsonLines(config.run.dir / "pushes.jsonl")
@@ -83,10 +84,9 @@ class Observer:
     async def watch(self, shown: Callable[[Observer], None]) -> None:
         """Looks and shows until cancelled."""
         while True:
-            began = time.monotonic()
             await self.look()
             shown(self)
-            await asyncio.sleep(max(LOOK_EVERY_S, (time.monotonic() - began) / LOOK_SHARE))
+            await asyncio.sleep(max(LOOK_EVERY_S, self._ledger_s / LOOK_SHARE))
 
     async def look_at_the_end(self) -> None:
         """The look that the summary is made of; `complete` says whether the buffer answered."""
@@ -107,8 +107,10 @@ class Observer:
             self._pids[child.role] |= dict.fromkeys(child.pids)
         if self._buffer is None:
             self._buffer = BufferClient(self._address, retry_for_s=0.5)
+        began, self._ledger_s = time.monotonic(), 0.0
         try:
             self.ledger = await self._buffer.get_ledger()
+            self._ledger_s = time.monotonic() - began
             replicas = await self._buffer.list_replicas()
         except PolyheadError as error:
             log.info("buffer_not_seen", reason=str(error))

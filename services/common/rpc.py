@@ -22,19 +22,22 @@ log = structlog.get_logger()
 
 MIB = 1 << 20
 
-_KEEPALIVE = [
+_TRANSPORT = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # The server's default allows a ping every 5 minutes and closes channels that ask more often.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
+    # A service that was restarted is back within a second or two; gRPC's default backs off up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 
 
 def _options(message_mb: int) -> list[tuple[str, int]]:
     return [
-        *_KEEPALIVE,
+        *_TRANSPORT,
         ("grpc.max_receive_message_length", message_mb * MIB),
         ("grpc.max_send_message_length", message_mb * MIB),
     ]
