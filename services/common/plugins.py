@@ -31,4 +31,4 @@ def load_function(path: str, *, field: str, search: Iterable[Path] = ()) -> Call
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"{module_name} has no function {name!r}", field=field)
-    return function  # type: ignore[no-any-return]
+    return function

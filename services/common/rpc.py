@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -158,7 +158,7 @@ async def serve(
     host = address.rpartition(":")[0]
     started = Server(address if address.startswith("unix:") else f"{host}:{port}", server, health_servicer)
     await started.set_serving(True)
-    return replace(started)
+    return started
 
 
 def _require_local(address: str) -> None:

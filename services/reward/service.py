@@ -22,7 +22,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         self._stats = stats
         self._max_items = max_items
 
-    async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:  # noqa: N802
+    async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:  # noqa: N802 - gRPC names the method
         """Raises InvalidArgumentError for another scorer than this server's, LimitError for too many items."""
         if request.scorer not in ("", self._pool.scorer):
             raise InvalidArgumentError(f"this server has {self._pool.scorer!r}, not {request.scorer!r}", field="scorer")

@@ -202,7 +202,7 @@ class EngineClient:
             async with self._session.get(self._url + path, timeout=_total(CALL_TIMEOUT_S)) as response:
                 if response.status != 200:
                     raise EngineUnavailableError(f"HTTP {response.status}", field=f"engine {path}")
-                return orjson.loads(await response.read())  # type: ignore[no-any-return]
+                return orjson.loads(await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError, orjson.JSONDecodeError) as error:
             raise EngineUnavailableError(_transport(error), field=f"engine {path}") from error
 

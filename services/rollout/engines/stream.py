@@ -72,11 +72,11 @@ def error_text(error: Any) -> str:
 
 def _parse(body: bytes) -> dict[str, Any]:
     try:
-        return orjson.loads(body)  # type: ignore[no-any-return]
+        return orjson.loads(body)
     except orjson.JSONDecodeError:
         pass
     try:
-        return json.loads(body)  # type: ignore[no-any-return]  # NaN and Infinity are not JSON, but are sent
+        return json.loads(body)  # NaN and Infinity are not JSON, but are sent
     except ValueError as error:
         raise EngineUnavailableError(f"not JSON: {error}", field="engine /generate") from None
 
