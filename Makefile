@@ -26,7 +26,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	check fmt lint type proto proto-check up down status bench chaos clean
+	test-sglang check fmt lint type proto proto-check up down status scale bench chaos clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ down: $(VENV)/demo.installed ## stop the newest run; it can be resumed
 status: $(VENV)/demo.installed ## ask the newest run how it is
 	@$(BIN)/polyhead status
 
+scale: $(VENV)/demo.installed ## change the newest run's replicas (ROLLOUT=4 REWARD=2)
+	@$(BIN)/polyhead scale $(if $(ROLLOUT),rollout=$(ROLLOUT)) $(if $(REWARD),reward=$(REWARD))
+
 # --- test -----------------------------------------------------------------------------------------------------------
 
 define lane
@@ -89,9 +92,14 @@ endef
 
 PYTEST := $(BIN)/python -m pytest -q
 
+# SGLang's environment is made beside the first lanes, which do not need it.
 test: ## all lanes, as CI runs them
-	@began=$$(date +%s); $(MAKE) --no-print-directory install test-static test-fast test-property test-e2e \
-		&& echo "all lanes: $$(expr $$(date +%s) - $$began) s"
+	@began=$$(date +%s); $(MAKE) --no-print-directory install || exit 1; \
+		$(MAKE) --no-print-directory engine-env ENGINE=cpu > $(VENV)/engine-env.log 2>&1 & engine_env=$$!; \
+		$(MAKE) --no-print-directory test-static test-fast test-property test-e2e \
+			|| { kill $$engine_env 2>/dev/null; exit 1; }; \
+		wait $$engine_env || { cat $(VENV)/engine-env.log; exit 1; }; \
+		$(MAKE) --no-print-directory test-sglang && echo "all lanes: $$(expr $$(date +%s) - $$began) s"
 
 test-static: $(VENV)/dev.installed ## format, lint, types, import rules, contracts
 	$(call lane,$@,$(MAKE) --no-print-directory check)
@@ -105,9 +113,14 @@ test-property: $(VENV)/dev.installed ## random histories against a model
 test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
 	$(call lane,$@,$(PYTEST) tests/e2e)
 
+test-sglang: $(VENV)/dev.installed ## the engine suite and the demo over real SGLang
+	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
+	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) -k sglang tests/contract/test_engine_conformance.py \
+		tests/contract/test_engine_record.py tests/e2e/test_e2e_sglang.py)
+
 conformance: $(VENV)/dev.installed ## one suite over every kind of engine, real SGLang included
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
-	$(call lane,$@,POLYHEAD_ENGINES_REQUIRED=1 $(PYTEST) tests/contract/test_engine_conformance.py)
+	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py)
 
 check: lint type proto-check
 
@@ -131,7 +144,7 @@ proto-check: $(VENV)/dev.installed ## the contracts are well-formed and their ge
 		|| { echo "generated code is not current: make proto" >&2; exit 1; }
 
 bench: $(VENV)/dev.installed ## micro-benchmarks, as JSON
-	@for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	@for file in tests/bench/bench_*.py; do name=$${file#tests/bench/bench_}; $(BIN)/polyhead bench $${name%.py} || exit 1; done
 
 chaos: $(VENV)/dev.installed ## kill every role in turn during whole runs
 	@$(PYTEST) tests/e2e -k kill

@@ -218,7 +218,9 @@ class MemoryStore(Store):
         if row is not None and row.generate_lease == each.lease_id:
             return DUPLICATE
         if lost := self._lost(each.ref, each.lease_id, (GENERATING,)):
-            self.state.bump("tokens_discarded", max(0, each.completion_tokens - (row.saved if row else 0)))
+            unsaved = max(0, each.completion_tokens - (row.saved if row else 0))
+            self.state.bump("tokens_discarded", unsaved)
+            self.state.bump("tokens_discarded.completed_late", unsaved)
             return lost
         assert row is not None
         self.state.bump("tokens_generated", max(0, each.completion_tokens - row.saved))
@@ -267,6 +269,7 @@ class MemoryStore(Store):
         group = self.state.groups[each.ref.order]
         row.released_lease = each.lease_id
         self.state.bump("tokens_discarded", each.tokens_discarded)
+        self.state.bump(each.discarded_as, each.tokens_discarded)
         if each.reason == pb.RELEASE_REASON_DROP:
             self.state.drop(group, each.drop_reason)
         elif each.reason == pb.RELEASE_REASON_FATAL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from polyhead.v1 import buffer_pb2 as pb
 from services.buffer.ids import SampleRef
 from services.common.versions import Version
 
@@ -135,10 +136,15 @@ class Scored:
 class Released:
     ref: SampleRef
     lease_id: int
-    reason: int
+    reason: pb.ReleaseReason
     drop_reason: int = 0
     error: str = ""
     tokens_discarded: int = 0
+
+    @property
+    def discarded_as(self) -> str:
+        """What counts its discarded tokens beside the sum."""
+        return f"tokens_discarded.{pb.ReleaseReason.Name(self.reason).removeprefix('RELEASE_REASON_').lower()}"
 
 
 @dataclass(frozen=True, slots=True)

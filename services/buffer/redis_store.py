@@ -141,7 +141,16 @@ class RedisStore(Store):
     async def release(self, stage: int, samples: Sequence[Released]) -> Report:
         state = _LEASED_STATES[stage]
         rows = [
-            (*each.ref, each.lease_id, state, each.reason, each.drop_reason, each.error, each.tokens_discarded)
+            (
+                *each.ref,
+                each.lease_id,
+                state,
+                each.reason,
+                each.drop_reason,
+                each.error,
+                each.tokens_discarded,
+                each.discarded_as,
+            )
             for each in samples
         ]
         return _report(await self._run("release", rows))

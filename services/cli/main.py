@@ -12,7 +12,7 @@ from services.common.errors import PolyheadError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; the return value is the exit status. A typed error becomes one line on standard error."""
-    arguments, rest = _parser().parse_known_args(argv)
+    arguments, rest = _parser().parse_known_args(_with_task(sys.argv[1:] if argv is None else argv))
     try:
         return int(arguments.verb(arguments, rest))
     except PolyheadError as error:
@@ -47,6 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     down = verbs.add_parser("down", help="stop a running system; it can be resumed")
     down.add_argument("run_dir", type=Path, nargs="?", default=None, help="default: the newest run under runs/")
     down.set_defaults(verb=_down)
+
+    scale = verbs.add_parser("scale", help="more or fewer replicas while a run goes on")
+    scale.add_argument("requests", metavar="ROLE=N", nargs="+", help="rollout=N, reward=N or both")
+    scale.add_argument("--run-dir", type=Path, default=None, help="default: the newest run under runs/")
+    scale.set_defaults(verb=_scale)
+
+    bench = verbs.add_parser("bench", help="measure a part of the system on this machine; needs a checkout")
+    bench.add_argument("name", help="rollout, ...: tests/bench/bench_<name>.py")
+    bench.set_defaults(verb=_bench)
 
     demo = verbs.add_parser("demo", help="a language model learns addition on this machine, in two minutes")
     demo.add_argument("task", nargs="?", choices=("addition", "smollm2"), default="addition")
@@ -85,6 +94,25 @@ def _down(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     _refuse_rest(rest)
     return stop_run(arguments.run_dir)
+
+
+def _scale(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.cli.scale import ask
+
+    _refuse_rest(rest)
+    return ask(arguments.run_dir, arguments.requests)
+
+
+def _with_task(argv: Sequence[str]) -> list[str]:
+    """`demo --section.key value` names no task; argparse would take the value for one."""
+    named = len(argv) > 1 and not (argv[1].startswith("-") and argv[1] not in ("-h", "--help"))
+    return [*argv] if argv[:1] != ["demo"] or named else ["demo", "addition", *argv[1:]]
+
+
+def _bench(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.cli.bench import run_bench
+
+    return run_bench(arguments.name, rest)
 
 
 def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -79,6 +79,12 @@ class Observer:
         """Whether the last look was at the buffer after everybody else had left."""
         self.replicas: dict[str, pb.Replica] = {}
         """The last word of every replica that was ever seen."""
+        self.most_rollouts = 0
+        """Rollout replicas at one time. A killed one and its successor count once."""
+        self.most_engines = 0
+        """Of one replica."""
+        self.engine_names: dict[str, None] = {}
+        """Every kind and version of engine that was seen."""
         self._pids: dict[str, dict[int, None]] = defaultdict(dict)
 
     async def watch(self, shown: Callable[[Observer], None]) -> None:
@@ -103,7 +109,7 @@ class Observer:
             self.steps[line["step"]] = {key: line.get(key) for key in _KEPT}
             self.last_step = max(self.last_step, line["step"])
         self.pushes += self._pushes.read_new()
-        for child in self._supervisor.children:
+        for child in (*self._supervisor.children, *self._supervisor.ended):
             self._pids[child.role] |= dict.fromkeys(child.pids)
         if self._buffer is None:
             self._buffer = BufferClient(self._address, retry_for_s=0.5)
@@ -117,8 +123,12 @@ class Observer:
             return False
         for replica in replicas:
             self.replicas[replica.replica_id] = replica
+            self.most_engines = max(self.most_engines, len(replica.engines))
+            self.engine_names |= {engine.name: None for engine in replica.engines if engine.name}
             for name, pid in replica.child_pids.items():
                 self._pids[name][pid] = None
+        rollouts = {_slot(replica) for replica in replicas if replica.role == pb.ROLE_ROLLOUT and _lives(replica)}
+        self.most_rollouts = max(self.most_rollouts, len(rollouts))
         return True
 
     @property
@@ -126,6 +136,23 @@ class Observer:
         """Role to every process that has filled it, restarts included."""
         return {role: list(pids) for role, pids in self._pids.items()}
 
+    @property
+    def tokens_lost(self) -> int:
+        """What rollout replicas that vanished without a farewell had not saved when last heard of."""
+        return int(
+            sum(replica.stats.get("tokens_unsaved", 0.0) for replica in self.replicas.values() if _lives(replica))
+        )
+
     def total(self, role: pb.Role, stat: str) -> float:
         """A counter summed over every replica of a role, dead ones included."""
         return sum(replica.stats.get(stat, 0.0) for replica in self.replicas.values() if replica.role == role)
+
+
+def _lives(replica: pb.Replica) -> bool:
+    """Whether it has not said farewell."""
+    return replica.state != pb.REPLICA_STATE_DEAD
+
+
+def _slot(replica: pb.Replica) -> str:
+    """Role and index: what a process has in common with the one that took its place."""
+    return replica.replica_id.partition(".")[0]

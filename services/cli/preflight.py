@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import operator
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import redis
 
 from services.buffer.prompts import PromptSource
 from services.common.config import Config, load
-from services.common.errors import ConfigError, UnavailableError
+from services.common.errors import ConfigError, PolyheadError, UnavailableError
 
 
 def check(config: Config) -> None:
@@ -106,16 +108,45 @@ def _check_store(config: Config) -> None:
 
 
 def _check_engine(config: Config) -> None:
-    """The engine's environment has been made, and its arguments are the user's to set."""
+    """The engines' environment has been made or they answer, and their arguments are the user's to set."""
+    from services.rollout.engines.external import external_addresses
     from services.rollout.engines.launch import engine_command
+    from services.rollout.engines.router_launch import router_command
 
-    engine_command(config)
+    if config.rollout.engine.external:
+        shares = [external_addresses(config, index) for index in range(config.rollout.replicas)]
+        asyncio.run(_check_external(config, shares))
+        several = any(len(share) > 1 for share in shares)
+    else:
+        engine_command(config)
+        several = config.rollout.engines > 1
+    if several:
+        router_command(config)
+
+
+async def _check_external(config: Config, shares: Sequence[Sequence[str]]) -> None:
+    """Each replica has an engine that answers. The others may still come: a replica waits for them."""
+    from services.rollout.engines.client import EngineClient
+
+    key = config.rollout.engine.admin_key
+    admin_key = key.get_secret_value() if key is not None else ""
+
+    async def reason(address: str) -> str:
+        async with EngineClient(address, admin_key) as client:
+            try:
+                await client.server_info()
+            except PolyheadError as error:
+                return f"{address} does not answer: {error}"
+        return ""
+
+    for share in shares:
+        reasons = await asyncio.gather(*map(reason, share))
+        if all(reasons):
+            raise UnavailableError("; ".join(reasons), field="rollout.engine.external")
 
 
 def _check_scorer(config: Config) -> None:
     """The scorer imports, and scores the first prompt's own label without raising or hanging."""
-    import asyncio
-
     from services.reward.check import check_scorer
 
     asyncio.run(check_scorer(config, PromptSource(config.data).prompt(0)))

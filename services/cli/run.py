@@ -13,6 +13,8 @@ from pathlib import Path
 
 import structlog
 
+from services.cli import scale
+from services.cli.fleet import GRACE_S, Fleet
 from services.cli.lock import sole_launcher
 from services.cli.observe import Observer
 from services.cli.preflight import check
@@ -27,8 +29,6 @@ from services.common.telemetry import configure_logging
 
 log = structlog.get_logger()
 
-# What a role may take to give its work back and leave.
-GRACE_S = 30.0
 # The trainer finishes its step and writes a checkpoint first.
 TRAINER_GRACE_S = 120.0
 
@@ -60,24 +60,29 @@ class Launcher:
         self._progress = Progress(config)
         self._supervisor = Supervisor(self._stop, self._progress.restarted)
         self._observer = Observer(config, self._supervisor)
+        self._fleet = Fleet(config, self._supervisor, self._start, self._progress.say)
 
     async def run(self) -> int:
         self._catch_signals()
         self._log_to_file()
         (self._dir / "config.toml").write_text(dump(self._config))
+        scale.forget(self._dir)
         started = time.time()
-        watching: asyncio.Task[None] | None = None
+        beside: list[asyncio.Task[None]] = []
         try:
             trainer = await self._start_all()
+            following = asyncio.create_task(self._fleet.follow())
             watching = asyncio.create_task(self._observer.watch(self._progress))
+            beside += [following, watching]
             status = await self._supervisor.watch(trainer)
+            following.cancel()
             await self._end_all(trainer, watching)
         except BaseException:
             self._supervisor.kill_all()
             raise
         finally:
-            if watching is not None:
-                watching.cancel()
+            for task in beside:
+                task.cancel()
             self._progress.close()
         if status == 0:
             write_results(self._config, self._observer, started)
@@ -89,10 +94,7 @@ class Launcher:
         if self._embedded:
             self._start_store()
         self._start("buffer")
-        for index in range(self._config.reward.replicas):
-            self._start("reward", index)
-        for index in range(self._config.rollout.replicas):
-            self._start("rollout", index)
+        self._fleet.settle()
         return self._start("trainer")
 
     def _start_store(self) -> None:
@@ -116,7 +118,7 @@ class Launcher:
             "--index",
             str(index),
         ]
-        return self._supervisor.add(Child(role, command, self._dir / "logs" / f"{role}-{index}.log"))
+        return self._supervisor.add(Child(role, command, self._dir / "logs" / f"{role}-{index}.log", index))
 
     async def _end_all(self, trainer: Child, watching: asyncio.Task[None]) -> None:
         """Consumers before the buffer, the buffer before its store."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from services.cli import slime_engine_flags
 from services.common.config import parse_overrides
 from services.common.errors import ConfigError
 
@@ -79,6 +80,7 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     Raises ConfigError for an unknown flag, naming the nearest known one, and for a missing value.
     """
     overrides: dict[str, Any] = {}
+    engine_flags: dict[str, list[str]] = {}
     rest = list(arguments)
     while rest:
         flag, equals, inline = rest.pop(0).partition("=")
@@ -86,6 +88,9 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             overrides |= parse_overrides(
                 [f"{flag}={inline}" if equals else flag, *([] if equals else _values(flag, rest, 1))]
             )
+        elif slime_engine_flags.is_engine_flag(flag):
+            bare = not equals and flag not in slime_engine_flags.KNOWN
+            engine_flags[flag] = [inline] if equals else _values(flag, rest, least=0 if bare else 1)
         elif flag in SWITCHES:
             key, value = SWITCHES[flag]
             overrides[key] = value
@@ -98,6 +103,7 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             overrides |= parse_overrides([f"--{VALUE_FLAGS[flag]}={text}"])
         else:
             raise ConfigError(f"unknown flag{_nearest(flag)}", field=flag)
+    overrides |= slime_engine_flags.engine_overrides(engine_flags, overrides)
     overrides.setdefault("run.dir", _default_dir(overrides))
     return overrides
 
@@ -106,15 +112,16 @@ def describe() -> str:
     """Every flag with the key it sets, a line each."""
     rows = {**VALUE_FLAGS, **LIST_FLAGS, **{flag: f"{key} = {value}" for flag, (key, value) in SWITCHES.items()}}
     rows["--dynamic-sampling-filter-path"] = "batch.dynamic_sampling_filter"
+    rows |= slime_engine_flags.DESCRIPTIONS
     return "\n".join(f"{flag:36} {key}" for flag, key in sorted(rows.items()))
 
 
-def _values(flag: str, rest: list[str], count: int | None = None) -> list[str]:
-    """The next `count` values, or all up to the next flag. A negative number is a value."""
+def _values(flag: str, rest: list[str], count: int | None = None, *, least: int = 1) -> list[str]:
+    """The next `count` values, or all up to the next flag, `least` or more. A negative number is a value."""
     taken: list[str] = []
     while rest and (count is None or len(taken) < count) and not (rest[0].startswith("--")):
         taken.append(rest.pop(0))
-    if not taken or (count is not None and len(taken) < count):
+    if len(taken) < (least if count is None else count):
         raise ConfigError("a value is missing", field=flag)
     return taken
 
@@ -128,7 +135,10 @@ def _filter(path: str) -> str:
 
 
 def _nearest(flag: str) -> str:
-    known = [*VALUE_FLAGS, *LIST_FLAGS, *SWITCHES, "--dynamic-sampling-filter-path"]
+    known = [
+        *(*VALUE_FLAGS, *LIST_FLAGS, *SWITCHES, "--dynamic-sampling-filter-path"),
+        *slime_engine_flags.KNOWN,
+    ]
     near = difflib.get_close_matches(flag, known, n=1)
     return f"; did you mean {near[0]}?" if near else "; polyhead train --list-flags prints the known ones"
 

@@ -6,13 +6,13 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from polyhead.v1 import buffer_pb2 as pb
-from polyhead.v1 import sample_pb2
 from services.cli.lock import holder
 from services.cli.progress import queues, waiting
 from services.common.buffer_client import BufferClient
@@ -26,7 +26,7 @@ STOP_WITHIN_S = 180.0
 
 def print_status(run_dir: Path | None) -> int:
     """Prints the ledger and the replicas of a running system. Raises UnavailableError when it does not answer."""
-    run_dir = _find(run_dir)
+    run_dir = find_run(run_dir)
     config = load(run_dir / "config.toml")
     ledger, replicas = asyncio.run(_ask(config.buffer.address))
     console = Console(highlight=False)
@@ -39,13 +39,13 @@ def print_status(run_dir: Path | None) -> int:
     console.print(queues(ledger))
     for phrase in waiting(ledger):
         console.print(f"waiting  {phrase}", soft_wrap=True)
-    console.print(_replica_table(replicas))
+    console.print(replica_table(replicas))
     return 0
 
 
 def stop_run(run_dir: Path | None) -> int:
     """Asks the launcher to stop and waits until it is gone."""
-    run_dir = _find(run_dir)
+    run_dir = find_run(run_dir)
     pid = holder(run_dir)
     if pid is None:
         raise UnavailableError("no launcher is running", field=str(run_dir))
@@ -63,25 +63,27 @@ async def _ask(address: str) -> tuple[pb.GetLedgerResponse, list[pb.Replica]]:
         return await buffer.get_ledger(), await buffer.list_replicas()
 
 
-def _replica_table(replicas: list[pb.Replica]) -> Table:
+def replica_table(replicas: Sequence[pb.Replica]) -> Table:
+    """A row per replica, below it one per engine."""
     table = Table("replica", "state", "version", "pid", "address", "helpers", box=None)
     for replica in sorted(replicas, key=lambda one: one.replica_id):
-        table.add_row(
-            replica.replica_id,
-            pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower(),
-            _version(replica.weight_version) if replica.HasField("weight_version") else "",
-            str(replica.pid),
-            replica.address,
-            " ".join(f"{name}:{pid}" for name, pid in sorted(replica.child_pids.items())),
-        )
+        helpers = dict(replica.child_pids)
+        engines = [(engine, helpers.pop(f"engine-{engine.index}", None)) for engine in replica.engines]
+        others = " ".join(f"{name}:{pid}" for name, pid in sorted(helpers.items()))
+        table.add_row(replica.replica_id, *_standing(replica), str(replica.pid), replica.address, others)
+        for engine, pid in engines:
+            table.add_row(f"  engine-{engine.index}", *_standing(engine), str(pid or ""), "", engine.name)
     return table
 
 
-def _version(message: sample_pb2.WeightVersion) -> str:
-    return str(Version.from_proto(message))
+def _standing(one: pb.Replica | pb.Engine) -> tuple[str, str]:
+    """State and version."""
+    state = pb.ReplicaState.Name(one.state).removeprefix("REPLICA_STATE_").lower()
+    return state, str(Version.from_proto(one.weight_version)) if one.HasField("weight_version") else ""
 
 
-def _find(run_dir: Path | None) -> Path:
+def find_run(run_dir: Path | None) -> Path:
+    """`run_dir` if it holds a run, the newest one by default. Raises ConfigError."""
     if run_dir is None:
         runs = sorted(RUNS.glob("*/config.toml"), key=lambda path: path.stat().st_mtime)
         if not runs:

@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -19,6 +19,7 @@ from services.common.config import Config
 # The first and the last steps that reward_first and reward_last average over.
 FIRST_STEPS = 20
 LAST_STEPS = 50
+_DISCARDED = "tokens_discarded."
 
 
 def write_results(config: Config, seen: Observer, started: float) -> None:
@@ -32,18 +33,28 @@ def write_results(config: Config, seen: Observer, started: float) -> None:
     except ModuleNotFoundError as error:
         print(f"{path} (no report: {error.name} is not installed)")
         return
-    report.write(config.run.dir, summary, lines)
+    engine = engine_phrase(summary["engine"])
+    report.write(config.run.dir, summary, engine, lines)
     print(
         f"reward {summary['reward_first']:.3f} → {summary['reward_last']:.3f} in {summary['steps']} steps, "
-        f"{summary['wall_s']:.0f} s; {path.parent / 'report.html'}"
+        f"{summary['wall_s']:.0f} s on {engine}; {path.parent / 'report.html'}"
     )
+
+
+def engine_phrase(engine: Mapping[str, Any]) -> str:
+    """The summary's `engine` in words, for example: sglang/0.5.23, 2 engines behind a router."""
+    names = engine["name"] if isinstance(engine["name"], list) else [engine["name"] or "no engine that was seen"]
+    count = f", {engine['engines']} engines" if engine["engines"] > 1 else ""
+    replicas = f" in each of {engine['replicas']} replicas" if engine["replicas"] > 1 else ""
+    return " and ".join(names) + count + (" behind a router" if engine["router"] else "") + replicas
 
 
 def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any]:
     """The run in one JSON object.
 
     Figures are of the whole history of the run directory, resumed parts included; `wall_s`, `bubble` of rollout and
-    reward, and `processes` are of this launcher alone. The ledger is null when the buffer could not be asked.
+    reward, `processes`, `engine` and the tokens discarded as `replica_lost` are of this launcher alone. The ledger is
+    null when the buffer could not be asked.
     """
     steps = [seen.steps[step] for step in sorted(seen.steps)]
     staleness = Counter[str]()
@@ -52,6 +63,7 @@ def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any
     pauses = [1000 * push["pause_s"] for push in seen.pushes if push["ok"]]
     ledger = seen.ledger if seen.complete else None
     counters = ledger.counters if ledger is not None else {}
+    discarded = _discarded(counters, seen.tokens_lost)
     training_s = sum(line["step_s"] for line in steps)
     trained_tokens = sum(line["completion_tokens"] for line in steps)
     return {
@@ -71,7 +83,8 @@ def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any
         "ledger": _ledger(ledger) if ledger is not None else None,
         "ledger_imbalance": ledger.imbalance if ledger is not None else None,
         "tokens_generated": int(counters.get("tokens_generated", 0)),
-        "tokens_discarded": int(counters.get("tokens_discarded", 0)),
+        "tokens_discarded": int(counters.get("tokens_discarded", 0)) + discarded.get("replica_lost", 0),
+        "tokens_discarded_by_reason": discarded,
         "tokens_per_s": round(counters.get("tokens_generated", 0) / max(training_s, 1e-9), 1),
         "training_s": round(training_s, 1),
         "overlap": round(sum(line["overlap_tokens"] for line in steps) / max(1, trained_tokens), 4),
@@ -81,6 +94,7 @@ def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any
             [line["mismatch_kl_fresh"] for line in steps if line.get("mismatch_kl_fresh") is not None][-LAST_STEPS:]
         ),
         "step_s": _median([line["step_s"] for line in steps]),
+        "engine": _engine(seen),
         "processes": {"launcher": [os.getpid()], **seen.pids},
         "config": str(config.run.dir / "config.toml"),
     }
@@ -97,6 +111,26 @@ def _ledger(ledger: pb.GetLedgerResponse) -> dict[str, Any]:
         else:
             states[names[row.state]] = row.samples
     return states
+
+
+def _discarded(counters: Mapping[str, float], lost: int) -> dict[str, int]:
+    """Tokens by reason. Of a replica that vanished it is what its last heartbeat said, about a second before."""
+    by_reason = {
+        name.removeprefix(_DISCARDED): int(tokens) for name, tokens in counters.items() if name.startswith(_DISCARDED)
+    }
+    return {**by_reason, **({"replica_lost": lost} if lost else {})}
+
+
+def _engine(seen: Observer) -> dict[str, Any]:
+    """What generated: `name` is a list if there were several, `engines` the most that one replica had, and `replicas`
+    the most that there were at a time."""
+    names = sorted(seen.engine_names)
+    return {
+        "name": names if len(names) > 1 else next(iter(names), None),
+        "engines": seen.most_engines,
+        "replicas": seen.most_rollouts,
+        "router": "router" in seen.pids,
+    }
 
 
 def _bubble(seen: Observer, steps: Sequence[dict[str, Any]]) -> dict[str, float]:

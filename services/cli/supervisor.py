@@ -33,6 +33,8 @@ class Child:
     role: str
     command: Sequence[str]
     log_path: Path
+    index: int = 0
+    """Which of its role it is."""
     env: Mapping[str, str] = field(default_factory=dict)
     pids: list[int] = field(default_factory=list)
     restarts: int = 0
@@ -40,6 +42,7 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     restart_at: float = 0.0
+    told_to_end: bool = False
 
     def start(self) -> None:
         # SIGKILL: a launcher that crashed can no longer end anything in order, and every service survives it.
@@ -60,6 +63,8 @@ class Supervisor:
 
     def __init__(self, stop: asyncio.Event, on_restart: Callable[[Child, int], None]) -> None:
         self.children: list[Child] = []
+        self.ended: list[Child] = []
+        """Those that were ended in order."""
         self._stop = stop
         self._on_restart = on_restart
 
@@ -72,7 +77,7 @@ class Supervisor:
         """0 when the leader finished, STOPPED_EARLY when it was told to stop before that, None when `stop` is set."""
         while not self._stop.is_set():
             for child in self.children:
-                if child.running:
+                if child.running or child.told_to_end:
                     continue
                 assert child.process is not None
                 if child is leader and child.process.returncode in (0, STOPPED_EARLY):
@@ -81,12 +86,18 @@ class Supervisor:
             await asyncio.sleep(POLL_S)
         return None
 
+    @staticmethod
+    def tell(child: Child) -> None:
+        """SIGTERM, once: a second one would cut the farewell short. From here on the child is not restarted."""
+        if not child.told_to_end and child.process is not None and child.running:
+            child.process.send_signal(signal.SIGTERM)
+        child.told_to_end = True
+
     async def end(self, children: Sequence[Child], grace_s: float) -> None:
         """SIGTERM, then SIGKILL after `grace_s`. Returns when all are gone."""
         deadline = time.monotonic() + grace_s
         for child in children:
-            if child.running and child.process is not None:
-                child.process.send_signal(signal.SIGTERM)
+            self.tell(child)
         while any(child.running for child in children) and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
         for child in children:
@@ -97,6 +108,7 @@ class Supervisor:
                 child.process.wait()
             if child in self.children:
                 self.children.remove(child)
+                self.ended.append(child)
 
     def kill_all(self) -> None:
         for child in self.children:

@@ -9,8 +9,8 @@ from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.lifecycle import Process, run_service
 from services.common.registration import keep_registered
-from services.rollout.engines.keeper import EngineKeeper
-from services.rollout.engines.launch import engine_command
+from services.rollout.building import build_replica
+from services.rollout.laggards import Laggards
 from services.rollout.layout import ModelLayout
 from services.rollout.prompting import Prompter
 from services.rollout.registration import describe, say_farewell
@@ -27,31 +27,21 @@ BEAT_S = 1.0
 
 async def serve(config: Config, process: Process) -> None:
     """Generates until told to stop, then gives everything back and leaves."""
-    settings, limits = config.rollout, config.buffer.limits
-    replica = Replica(process.replica_id)
-    log_path = config.run.dir / "logs" / f"engine-{process.index}.log"
-    command = engine_command(config)
-    keeper = EngineKeeper(replica, command, log_path, start_timeout_s=settings.engine.start_timeout_s)
+    limits = config.buffer.limits
+    replica, keepers = build_replica(config, process)
     try:
         async with (
             BufferClient(config.buffer.address, retry_for_s=BUFFER_RETRY_S, message_mb=limits.message_mb) as buffer,
             asyncio.TaskGroup() as tasks,
         ):
-            running = [tasks.create_task(keeper.run())]
+            running = [tasks.create_task(keeper.run()) for keeper in keepers]
             prompter = await asyncio.to_thread(Prompter, config)
             worker = Worker(config, replica, prompter, buffer)
-            receiver = WeightReceiver(
-                replica,
-                ModelLayout.of_directory(config.model.hf_checkpoint),
-                worker.give_back,
-                timeout_s=config.trainer.weights.timeout_s,
-                load_pause_mode=settings.pause_mode,
-            )
-            service = RolloutService(replica, receiver, worker, process.stop)
-            async with service.listening(settings.address, message_mb=limits.message_mb) as address:
+            service = RolloutService(replica, _receivers(config, replica, worker), worker, process.stop)
+            async with service.listening(config.rollout.address, message_mb=limits.message_mb) as address:
                 beat_s = min(BEAT_S, config.buffer.replica_ttl_s / 3)
                 beating = keep_registered(buffer, lambda: describe(replica, address), replica.changed, beat_s)
-                running += [tasks.create_task(worker.run()), tasks.create_task(beating)]
+                running += [tasks.create_task(part) for part in (worker.run(), Laggards(replica).run(), beating)]
                 await process.stop.wait()
                 await worker.drain()
             for task in running:
@@ -59,6 +49,21 @@ async def serve(config: Config, process: Process) -> None:
             await say_farewell(buffer, replica, address)
     except ExceptionGroup as failures:
         raise _first(failures) from failures
+
+
+def _receivers(config: Config, replica: Replica, worker: Worker) -> list[WeightReceiver]:
+    layout = ModelLayout.of_directory(config.model.hf_checkpoint)
+    return [
+        WeightReceiver(
+            replica,
+            engine,
+            layout,
+            worker.give_back,
+            timeout_s=config.trainer.weights.timeout_s,
+            load_pause_mode=config.rollout.pause_mode,
+        )
+        for engine in replica.engines
+    ]
 
 
 def _first(failures: ExceptionGroup[Exception]) -> Exception:

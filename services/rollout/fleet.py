@@ -1,26 +1,37 @@
-"""The life of one replica as a pure state machine: no I/O, no clock.
+"""The life of one engine as a pure state machine, and the fence around its replica: no I/O, no clock.
 
-``SUSPECT → JOINING → SYNCING → SERVING(v)``, with QUARANTINED for torn weights, and DRAINING → DEAD at the end. Only a
-complete push or load leads to SERVING (I8). A serving replica that is pushed to stays SERVING: until the first byte
-its old version is whole.
+``SUSPECT → JOINING → SYNCING → SERVING(v)``, with QUARANTINED for torn weights. Only a complete push or load leads to
+SERVING (I8). A serving engine that is pushed to stays SERVING: until the first byte its old version is whole. The end,
+DRAINING → DEAD, is a matter of the replica.
 """
 
 from __future__ import annotations
 
 from polyhead.v1 import buffer_pb2 as pb
-from services.common.errors import PreconditionError
+from services.common.errors import FencedError, PreconditionError
 from services.common.versions import Version
 
-_LEAVING = (pb.REPLICA_STATE_DRAINING, pb.REPLICA_STATE_DEAD)
+
+class Fence:
+    """One for all engines of a replica: a trainer that has been replaced reaches none of them (I4)."""
+
+    def __init__(self) -> None:
+        self._epoch = 0
+
+    def check(self, epoch: int) -> None:
+        """Raises FencedError for an epoch older than the newest seen."""
+        if epoch < self._epoch:
+            raise FencedError(f"epoch {epoch} is older than {self._epoch}", field="epoch")
+        self._epoch = epoch
 
 
-class ReplicaLife:
+class EngineLife:
     """Begins as SUSPECT: an engine that has not answered yet is no different from one that answers no more."""
 
     def __init__(self) -> None:
         self.state: pb.ReplicaState = pb.REPLICA_STATE_SUSPECT
         self.version: Version | None = None
-        """What it serves; None unless SERVING, or DRAINING from there."""
+        """What it serves; None unless SERVING."""
         self.updating: Version | None = None
         """The version a running update brings."""
         self._before_update: pb.ReplicaState = pb.REPLICA_STATE_SUSPECT
@@ -29,24 +40,17 @@ class ReplicaLife:
     def may_generate(self) -> bool:
         return self.state == pb.REPLICA_STATE_SERVING and self.updating is None
 
-    @property
-    def leaving(self) -> bool:
-        return self.state in _LEAVING
-
     def engine_ready(self) -> None:
         """A fresh engine holds the checkpoint's weights, which are no version."""
-        if not self.leaving:
-            self._become(pb.REPLICA_STATE_JOINING)
+        self._become(pb.REPLICA_STATE_JOINING)
 
     def engine_lost(self) -> None:
-        if not self.leaving:
-            self._become(pb.REPLICA_STATE_SUSPECT)
+        self._become(pb.REPLICA_STATE_SUSPECT)
 
     def check_update(self, version: Version) -> None:
         """Raises PreconditionError when an update to `version` cannot begin now."""
-        name = pb.ReplicaState.Name(self.state).removeprefix("REPLICA_STATE_")
-        if self.leaving or self.state == pb.REPLICA_STATE_SUSPECT:
-            raise PreconditionError(f"the replica is {name}", field="state")
+        if self.state == pb.REPLICA_STATE_SUSPECT:
+            raise PreconditionError("the engine is SUSPECT", field="state")
         if self.updating is not None:
             raise PreconditionError(f"an update to {self.updating} is running", field="version")
         if self.version is not None and version <= self.version:
@@ -72,23 +76,15 @@ class ReplicaLife:
         """`torn`: some bytes may have reached the model, so nothing may be served until a complete update."""
         if self.updating is None:
             raise PreconditionError("no update is running", field="version")
-        if torn and not self.leaving:
+        if torn:
             self._become(pb.REPLICA_STATE_QUARANTINED)
-        elif not self.leaving:
+        else:
             self.state, self.updating = self._before_update, None
 
     def quarantine(self) -> None:
         """An update was taken for complete and turned out not to be."""
-        if not self.leaving and self.state != pb.REPLICA_STATE_SUSPECT:
+        if self.state != pb.REPLICA_STATE_SUSPECT:
             self._become(pb.REPLICA_STATE_QUARANTINED)
-
-    def drain(self) -> None:
-        """Running requests may still send tokens of the version that was served."""
-        if self.state != pb.REPLICA_STATE_DEAD:
-            self.state, self.updating = pb.REPLICA_STATE_DRAINING, None
-
-    def end(self) -> None:
-        self._become(pb.REPLICA_STATE_DEAD)
 
     def _become(self, state: pb.ReplicaState) -> None:
         self.state, self.version, self.updating = state, None, None

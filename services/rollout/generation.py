@@ -1,19 +1,24 @@
-"""Takes the records of one group through the engine: one streamed request for all of them, resumed until finished."""
+"""Takes the records of one group through the engines: one streamed request for all of them, resumed until finished.
+
+Through a router each sample is a request of its own: what one engine loses is resumed at once, wherever there is room.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from typing import Self
 
 import structlog
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
-from services.common.errors import InvalidArgumentError
+from services.common.errors import InvalidArgumentError, PolyheadError
+from services.common.versions import Version
 from services.rollout.engines.messages import (
     Chunk,
-    EngineRefusedError,
     EngineUnavailableError,
     Finish,
     GenerateRequest,
@@ -26,9 +31,12 @@ from services.rollout.replica import Replica
 
 log = structlog.get_logger()
 
-# The engine ended the request this often in a row without a token: the sample is at fault.
-MAX_FRUITLESS_ABORTS = 5
-_ABORT_BACKOFF_S = 0.05
+# The engine ended the request, or lost it, this often in a row without a token.
+MAX_FRUITLESS = 5
+_BACKOFF_S = 0.05
+# A broken stream is the first sign of an engine process that has ended; the kernel reports the end a moment later.
+ENGINE_END_S = 0.5
+ENGINE_ENDED = "the engine ended while generating this sample"
 
 _FINISH = {Finish.STOP: sample_pb2.FINISH_REASON_STOP, Finish.LENGTH: sample_pb2.FINISH_REASON_LENGTH}
 
@@ -54,72 +62,114 @@ class Generator:
 
     async def run(self, records: Sequence[SampleRecord]) -> None:
         """Returns when every record is closed. Raises EngineUnavailableError: open records keep what had streamed."""
+        if self._replica.router is None:
+            await self._run(records)
+            return
+        async with asyncio.TaskGroup() as tasks:
+            for record in records:
+                tasks.create_task(self._run([record]))
+
+    async def _run(self, records: Sequence[SampleRecord]) -> None:
         pending = list(records)
         fruitless = 0
         while pending:
             await self._replica.gate.wait()
-            if self._replica.life.leaving:
+            if self._replica.leaving:
                 return
             if not self._replica.gate.is_set():
                 continue
-            had = sum(len(record.token_ids) for record in pending)
-            version = self._replica.life.version
+            had, deaths, newest = _tokens(pending), self._replica.deaths, self._replica.newest
             try:
-                await self._stream(pending)
+                lost = await self._stream(pending)
             except RequestRefusedError as error:
                 await self._refused(pending, error)
                 return
+            except EngineUnavailableError as error:
+                if self._replica.router is None:
+                    raise
+                log.warning("request_lost", sample_id=pending[0].sample_id, reason=str(error))
+                lost = pending
+            if lost:
+                await self._blame([record for record in lost if record.fruitless], deaths)
             pending = [record for record in pending if not record.closed]
-            progressed = sum(len(record.token_ids) for record in pending) > had
-            fruitless = 0 if progressed or version != self._replica.life.version else fruitless + 1
-            if fruitless == MAX_FRUITLESS_ABORTS:
-                for record in pending:
-                    self._fail(record, f"the engine ended the request {fruitless} times without a token")
+            moved = _tokens(pending) > had or newest != self._replica.newest
+            fruitless = 0 if moved else fruitless + 1
+            if fruitless == MAX_FRUITLESS:
+                self._give_up(pending, lost=bool(lost))
                 return
             if fruitless:
-                await asyncio.sleep(_ABORT_BACKOFF_S * 2**fruitless)
+                await asyncio.sleep(_BACKOFF_S * 2**fruitless)
+
+    def _give_up(self, records: Sequence[SampleRecord], *, lost: bool) -> None:
+        """A sample that the engine ends time after time is at fault itself; one that is lost time after time is not."""
+        for record in records:
+            if lost:
+                self._release(GivenBack(record, pb.RELEASE_REASON_UNAVAILABLE))
+            else:
+                self._fail(record, f"the engine ended the request {MAX_FRUITLESS} times without a token")
+
+    async def _blame(self, records: Sequence[SampleRecord], deaths: int) -> None:
+        """Samples that an engine took with it before their first token are under suspicion of having ended it."""
+        for engine in self._replica.engines:
+            if self._replica.in_rotation(engine) and not engine.paused:
+                engine.suspect.set()
+        deadline = asyncio.get_running_loop().time() + ENGINE_END_S
+        while records and self._replica.deaths == deaths and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_BACKOFF_S)
+        if self._replica.deaths > deaths:
+            for record in records:
+                if not record.closed:
+                    self._release(GivenBack(record, pb.RELEASE_REASON_SAMPLE_ERROR, error=ENGINE_ENDED))
 
     async def _refused(self, records: Sequence[SampleRecord], error: RequestRefusedError) -> None:
         """A refused batch does not say which of its requests is at fault: each is tried by itself."""
         open_records = [record for record in records if not record.closed]
         if len(records) > 1:
             for record in open_records:
-                await self.run([record])
+                await self._run([record])
         else:
             for record in open_records:
                 self._fail(record, str(error))
 
-    async def _stream(self, records: Sequence[SampleRecord]) -> None:
-        client, life = self._replica.client, self._replica.life
-        served = life.version
-        if served is None:
+    async def _stream(self, records: Sequence[SampleRecord]) -> list[SampleRecord]:
+        """The records whose stream broke."""
+        replica, sent = self._replica, self._replica.newest
+        if sent is None:
             raise EngineUnavailableError("it serves no version", field="engine")
-        batch = [_request(record, record.begin(served)) for record in records]
-        busy = self._replica.stats.busy
-        running = len(records)
-        busy.started(running)
-        try:
-            async with aclosing(client.generate(batch, str(served))) as stream:
+        batch = [_request(record, record.begin(sent)) for record in records]
+        replica.stats.tokens_recomputed += _tokens(records)
+        lost: list[SampleRecord] = []
+        with _Sent(replica, len(records)) as requests:
+            async with aclosing(replica.generate(batch, replica.salt)) as stream:
                 async for index, chunk in stream:
-                    if chunk.finish is not None:
-                        running -= 1
-                        busy.ended(1)
-                    record = records[index]
-                    if not record.closed:
-                        await self._take(record, chunk)
-        finally:
-            busy.ended(running)
+                    requests.heard(index, chunk)
+                    if chunk.finish is Finish.LOST:
+                        log.warning("request_lost", sample_id=records[index].sample_id, reason=chunk.message)
+                        lost.append(records[index])
+                    elif not records[index].closed:
+                        await self._take(records[index], self._whole(chunk), sent)
+        return [record for record in lost if not record.closed]
 
-    async def _take(self, record: SampleRecord, chunk: Chunk) -> None:
-        served = self._replica.life.version
-        assert served is not None, "whoever ends serving closes the records first"
+    def _whole(self, chunk: Chunk) -> Chunk:
+        """Without the tokens that come with the end of a request on an engine whose weights are torn."""
+        torn = any(engine.life.state == pb.REPLICA_STATE_QUARANTINED for engine in self._replica.engines)
+        if not torn or chunk.finish is not Finish.ABORT or not chunk.token_ids:
+            return chunk
+        self._replica.stats.discarded["quarantined"] += len(chunk.token_ids)
+        return replace(chunk, token_ids=[], logprobs=[], total=chunk.total - len(chunk.token_ids), spans=None)
+
+    async def _take(self, record: SampleRecord, chunk: Chunk, sent: Version) -> None:
         known = len(record.token_ids)
         self._replica.stats.tokens_generated += len(chunk.token_ids)
         try:
-            record.extend(chunk, served, self._replica.kv_under)
+            record.extend(chunk, self._replica.oldest or sent, self._replica.arrival_of)
         except InvalidArgumentError as error:
+            self._replica.stats.discarded["sample_error"] += len(chunk.token_ids)
             self._fail(record, str(error))
             return
+        except EngineUnavailableError:
+            record.truncate(known)
+            raise
         if record.resumed and chunk.token_ids:
             end = self._prompter.stop_end(record.token_ids, known)
             if end is not None:
@@ -139,18 +189,19 @@ class Generator:
         record.finish = self._prompter.ended(record.token_ids, record.token_limit)
         if record.finish != sample_pb2.FINISH_REASON_UNSPECIFIED:
             self._complete(record)
-        elif not self._replica.life.leaving:
+        elif not self._replica.leaving:
             self._replica.stats.requests_aborted += 1
 
     async def _end_at(self, record: SampleRecord, end: int, finish: Finish | None) -> None:
         """A stop string that began before this request is complete: what came after it goes."""
+        self._replica.stats.discarded["past_stop"] += len(record.token_ids) - end
         record.truncate(end)
         record.finish = sample_pb2.FINISH_REASON_STOP
         self._complete(record)
         if finish is None:
             try:
-                await self._replica.client.abort(record.rid)
-            except (EngineUnavailableError, EngineRefusedError) as error:
+                await self._replica.abort(record.rid)
+            except PolyheadError as error:
                 log.warning("abort_failed", sample_id=record.sample_id, reason=str(error))
 
     def _fail(self, record: SampleRecord, reason: str) -> None:
@@ -158,6 +209,36 @@ class Generator:
         self._release(
             GivenBack(record, pb.RELEASE_REASON_SAMPLE_ERROR, error=" ".join(reason.split())[:500], keep_partial=False)
         )
+
+
+class _Sent:
+    """Counts the requests of one batch, from being sent to their first token, and to their end."""
+
+    def __init__(self, replica: Replica, requests: int) -> None:
+        self._replica = replica
+        self._running = set(range(requests))
+        self._unstarted = set(range(requests))
+
+    def __enter__(self) -> Self:
+        self._replica.stats.busy.started(len(self._running))
+        self._replica.unstarted += len(self._unstarted)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._replica.stats.busy.ended(len(self._running))
+        self._replica.unstarted -= len(self._unstarted)
+
+    def heard(self, index: int, chunk: Chunk) -> None:
+        if index in self._unstarted and (chunk.token_ids or chunk.finish):
+            self._unstarted.remove(index)
+            self._replica.unstarted -= 1
+        if index in self._running and chunk.finish:
+            self._running.remove(index)
+            self._replica.stats.busy.ended(1)
+
+
+def _tokens(records: Sequence[SampleRecord]) -> int:
+    return sum(len(record.token_ids) for record in records)
 
 
 def _request(record: SampleRecord, rid: str) -> GenerateRequest:

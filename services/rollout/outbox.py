@@ -139,7 +139,7 @@ class Outbox:
                 self._stats.samples_completed += 1
                 self._stats.multi_span_samples += len({span.version for span in record.spans}) > 1
             else:
-                self._discarded(record, result.outcome)
+                self._too_late(record, result.outcome)
 
     def _refused(self, record: SampleRecord, error: PolyheadError) -> None:
         log.error("sample_refused", sample_id=record.sample_id, reason=str(error))
@@ -149,7 +149,7 @@ class Outbox:
 
     async def _deliver_released(self, count: int) -> None:
         released = self._released[:count]
-        keep = [item.record for item in released if item.keep_partial and item.record.savable]
+        keep = [item.record for item in released if item.keep_partial and item.record.unsaved]
         if keep:
             await self._saver.save(keep)
         sized = [(item, len(item.error) + _RELEASE_BYTES) for item in released]
@@ -184,8 +184,12 @@ class Outbox:
             # The lease will expire: that is slower, and as exact.
             log.error("release_refused", sample_id=batch[0].record.sample_id, reason=str(error))
         for item in batch:
-            self._stats.tokens_discarded += item.record.unsaved
+            self._stats.discarded[_name(item.reason)] += item.record.unsaved
 
-    def _discarded(self, record: SampleRecord, outcome: pb.Outcome) -> None:
+    def _too_late(self, record: SampleRecord, outcome: pb.Outcome) -> None:
         log.warning("completed_too_late", sample_id=record.sample_id, outcome=pb.Outcome.Name(outcome))
-        self._stats.tokens_discarded += record.unsaved
+        self._stats.discarded["completed_late"] += record.unsaved
+
+
+def _name(reason: pb.ReleaseReason) -> str:
+    return pb.ReleaseReason.Name(reason).removeprefix("RELEASE_REASON_").lower()

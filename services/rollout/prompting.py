@@ -103,17 +103,21 @@ class Prompter:
         An engine sees only the tokens of its own request; a stop string may begin in the part restored before it.
         """
         stops = self._sampling.stop
-        if not stops:
+        if not stops or start >= len(token_ids):
             return None
-        # A token holds at least one byte, so no stop string reaches back further than it has bytes.
-        reach = max(len(stop.encode()) for stop in stops)
+        # A token holds at least one byte, so no stop string reaches back further than it has bytes; one token more,
+        # because some decoders strip the space that a text begins with.
+        reach = max(len(stop.encode()) for stop in stops) + 1
+        if not self._stops_within(token_ids[max(0, start + 1 - reach) :]):
+            return None
         for end in range(start + 1, len(token_ids) + 1):
-            tail: str = self._tokenizer.decode(
-                token_ids[max(0, end - reach) : end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            if any(stop in tail for stop in stops):
+            if self._stops_within(token_ids[max(0, end - reach) : end]):
                 return end
         return None
+
+    def _stops_within(self, token_ids: Sequence[int]) -> bool:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in self._sampling.stop)
 
     def _render(self, prompt: sample_pb2.Prompt) -> str:
         if not self._data.apply_chat_template:

@@ -14,13 +14,23 @@ from polyhead.v1 import sample_pb2
 from services.common import wire
 from services.common.errors import InvalidArgumentError
 from services.common.versions import Version
-from services.rollout.engines.messages import Chunk, EngineSpan, EngineUnavailableError
+from services.rollout.engines.messages import Chunk, EngineSpan, EngineUnavailableError, Finish
 
 # As wire.check_logprobs: rounding may lift a log-probability this far above 0.
 _LOGPROB_MAX = 1e-4
 
-# (version of the tokens, version served when the request was sent) -> where the KV under them came from
-KvUnder = Callable[[Version, Version], sample_pb2.KvOrigin]
+
+class Arrival(NamedTuple):
+    """How the requests that were running when a version arrived came over to it."""
+
+    kv: sample_pb2.KvOrigin
+    """Where the KV under their further tokens is from."""
+    late: bool
+    """Whether the engine handed out the last token of the version before as if it were of this one: it decodes one pass
+    ahead, and the pass that was running when it was paused in place is taken up after the update."""
+
+
+ArrivalOf = Callable[[Version], Arrival]
 
 
 class Span(NamedTuple):
@@ -59,8 +69,6 @@ class SampleRecord:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.spans: list[Span] = []
-        self.settled = 0
-        """Tokens whose version is certain: only they are saved, because a stored span is never replaced."""
         self.saved = 0
         """Completion tokens the store has."""
         self.first_token_us = 0
@@ -76,7 +84,7 @@ class SampleRecord:
         self._restored = 0
         self._earlier: list[Span] = []
         self._sent = self._stated = Version(0, 0)
-        self._certain = True
+        self._stated_kv = sample_pb2.KV_ORIGIN_FRESH
         self._base = 0
 
     def restore(self, partial: Iterable[sample_pb2.TokenDelta]) -> None:
@@ -86,7 +94,7 @@ class SampleRecord:
         """
         for delta in partial:
             self._restore(delta)
-        self.saved = self.settled = self._base = self._restored = len(self.token_ids)
+        self.saved = self._base = self._restored = len(self.token_ids)
 
     @property
     def unsaved(self) -> int:
@@ -98,11 +106,6 @@ class SampleRecord:
         return self._requests > 0 and len(self.token_ids) == self._restored
 
     @property
-    def savable(self) -> int:
-        """How many of the unsaved tokens may be saved now."""
-        return self.settled - self.saved
-
-    @property
     def resumed(self) -> bool:
         """Whether the request that runs now continues tokens that the engine was given with the prompt."""
         return self._base > 0
@@ -111,45 +114,40 @@ class SampleRecord:
         """A request for the rest of the completion goes out while `served` is served: its rid."""
         self._requests += 1
         self._base, self._earlier, self._sent = len(self.token_ids), list(self.spans), served
-        self._stated, self._certain = served, True
+        self._stated, self._stated_kv = served, sample_pb2.KV_ORIGIN_FRESH
         self.rid = f"{self.sample_id}.{self.lease_id}.{self._requests}"
         return self.rid
 
-    def extend(self, chunk: Chunk, served: Version, kv_under: KvUnder) -> None:
-        """Appends new tokens.
+    def extend(self, chunk: Chunk, served: Version, arrival_of: ArrivalOf) -> None:
+        """Appends new tokens: all of them, or none when it raises.
 
-        Where the engine does not say which version each was sampled by, the one it states with the event stamps them,
-        or else `served`, until it does say. Raises InvalidArgumentError for a value that
-        is no log-probability, EngineUnavailableError for a version that is none of ours.
+        Until the engine says which version each was sampled by, the one it states with the event, or else `served`,
+        stamps them by their position: no token is ever stamped newer than it is. Raises InvalidArgumentError for a
+        value that is no log-probability, EngineUnavailableError for a version that is none of ours.
         """
+        _check(chunk)
         if chunk.token_ids:
-            for logprob in chunk.logprobs:
-                if not -math.inf < logprob <= _LOGPROB_MAX:
-                    raise InvalidArgumentError(f"{logprob} is not a log-probability", field="rollout_logprobs")
             self.last_token_us = time.time_ns() // 1000
             self.first_token_us = self.first_token_us or self.last_token_us
             self.token_ids.extend(chunk.token_ids)
             self.logprobs.extend(chunk.logprobs)
         if chunk.spans is not None:
-            self._stamp(chunk.spans, kv_under)
+            self._stamp(chunk.spans, arrival_of)
         elif chunk.token_ids:
-            self._stamp_by_position(chunk, served, kv_under)
-        if chunk.spans is not None or chunk.finish is not None or self._certain:
-            self.settled = len(self.token_ids)
+            self._stamp_by_position(chunk, served, arrival_of)
 
     def truncate(self, length: int) -> None:
         """Forgets completion tokens from `length` on."""
         del self.token_ids[length:], self.logprobs[length:]
         self.spans = clip(self.spans, 0, length)
-        self.settled = min(self.settled, length)
 
     def delta(self) -> sample_pb2.TokenDelta:
-        """What the store does not have yet, as far as it may be saved."""
+        """What the store does not have yet."""
         return sample_pb2.TokenDelta(
             from_token=self.saved,
-            token_ids=wire.encode_tokens(self.token_ids[self.saved : self.settled]),
-            rollout_logprobs=wire.encode_logprobs(self.logprobs[self.saved : self.settled]),
-            spans=spans_to_proto(clip(self.spans, self.saved, self.settled)),
+            token_ids=wire.encode_tokens(self.token_ids[self.saved :]),
+            rollout_logprobs=wire.encode_logprobs(self.logprobs[self.saved :]),
+            spans=spans_to_proto(clip(self.spans, self.saved, len(self.token_ids))),
             first_token_unix_us=self.first_token_us,
         )
 
@@ -169,25 +167,55 @@ class SampleRecord:
         self.first_token_us = self.first_token_us or delta.first_token_unix_us
         self.last_token_us = max(self.last_token_us, delta.first_token_unix_us)
 
-    def _stamp(self, spans: Iterable[EngineSpan], kv_under: KvUnder) -> None:
-        stamped = []
-        for span in spans:
-            version = _version(span.version)
-            stamped.append(Span(version, self._base + span.start, self._base + span.end, kv_under(version, self._sent)))
-        self.spans = merge([*self._earlier, *stamped])
-        self._stated, self._certain = stamped[-1].version if stamped else self._stated, True
+    def _stamp(self, claimed: Sequence[EngineSpan], arrival_of: ArrivalOf) -> None:
+        """By what the engine says of the whole request, put right where a version arrived late."""
+        end = len(self.token_ids)
+        turns = []
+        for number, span in enumerate(claimed):
+            version, start = _version(span.version), self._base + span.start
+            arrival = arrival_of(version)
+            # Without a token at the pause, a request was prefilled before it, in part or whole, or after it.
+            crossed = number > 0 or version > self._sent
+            if number == 0 and crossed and arrival.late:
+                turns.append(Span(self._sent, start, end, sample_pb2.KV_ORIGIN_FRESH))
+            kv = arrival.kv if crossed else sample_pb2.KV_ORIGIN_FRESH
+            turns.append(Span(version, min(start + (crossed and arrival.late), end), end, kv))
+        self.spans = merge([*self._earlier, *_each_until_the_next(turns)])
+        if turns:
+            self._stated, self._stated_kv = turns[-1].version, turns[-1].kv
 
-    def _stamp_by_position(self, chunk: Chunk, served: Version, kv_under: KvUnder) -> None:
-        """An engine keeps tokens back until they fill an event, so the first event that states a version may begin
-        with tokens of the version before, unless it holds a single one and generation had gone on by then.
+    def _stamp_by_position(self, chunk: Chunk, served: Version, arrival_of: ArrivalOf) -> None:
+        """An engine keeps tokens back until they fill an event: of the first one that states a version, only the last
+        token is sure to be of it, and not even that where the version arrived late, or the request was only ended.
         """
         version = served if chunk.version is None else _version(chunk.version)
-        if version != self._stated and (len(chunk.token_ids) > 1 or version != served):
-            self._certain = False
-        self._stated = version
         end = len(self.token_ids)
-        span = Span(version, end - len(chunk.token_ids), end, kv_under(version, self._sent))
-        self.spans = merge([*self.spans, span])
+        start = turn = end - len(chunk.token_ids)
+        before, kv_before = self._stated, self._stated_kv
+        if version > before:
+            arrival = arrival_of(version)
+            turn = end if arrival.late or chunk.finish is Finish.ABORT else end - 1
+            self._stated, self._stated_kv = version, arrival.kv
+        elif version < before:  # sent while another engine of the replica was a version ahead
+            self._stated, self._stated_kv = version, sample_pb2.KV_ORIGIN_FRESH
+        spans = [Span(before, start, turn, kv_before), Span(version, turn, end, self._stated_kv)]
+        self.spans = merge([*self.spans, *clip(spans, start, end)])
+
+
+def _check(chunk: Chunk) -> None:
+    stated = [] if chunk.version is None or not chunk.token_ids else [chunk.version]
+    for text in stated if chunk.spans is None else [span.version for span in chunk.spans]:
+        _version(text)
+    for logprob in chunk.logprobs:
+        if not -math.inf < logprob <= _LOGPROB_MAX:
+            raise InvalidArgumentError(f"{logprob} is not a log-probability", field="rollout_logprobs")
+
+
+def _each_until_the_next(turns: Sequence[Span]) -> list[Span]:
+    """Spans that begin one after the other and all reach to the end, each cut off where the next one begins."""
+    starts = [span.start for span in turns[1:]]
+    cut = [span._replace(end=start) for span, start in zip(turns, starts, strict=False)]
+    return [span for span in [*cut, *turns[-1:]] if span.start < span.end]
 
 
 def merge(spans: Sequence[Span]) -> list[Span]:

@@ -59,6 +59,7 @@ class Saver:
 
     async def run(self, held: Callable[[], Collection[SampleRecord]]) -> None:
         """Saves everything held, every interval, for ever."""
+        self._stats.unsaved = lambda: sum(record.unsaved for record in held())
         while True:
             await asyncio.sleep(self._interval_s)
             records = list(held())
@@ -76,7 +77,7 @@ class Saver:
         of one record, and never raised: that record stays unsaved.
         """
         async with self._lock:
-            sized = [(record, record.savable * _TOKEN_BYTES + _HEADER_BYTES) for record in records]
+            sized = [(record, record.unsaved * _TOKEN_BYTES + _HEADER_BYTES) for record in records]
             for batch in batches(sized, max_items=self._max_items, max_bytes=self._max_bytes):
                 await self._save(batch)
 
@@ -97,12 +98,12 @@ class Saver:
 
     async def _extend(self, records: Sequence[SampleRecord]) -> list[SampleRecord]:
         """Returns the records whose saved count was corrected, to be tried again."""
-        reaches = [record.settled for record in records]
+        reaches = [len(record.token_ids) for record in records]
         samples = [
             pb.ExtendedSample(
                 sample_id=record.sample_id,
                 lease_id=record.lease_id,
-                delta=record.delta() if record.savable else None,
+                delta=record.delta() if record.unsaved else None,
             )
             for record in records
         ]
@@ -130,5 +131,5 @@ class Saver:
         """The lease has ended: what is not saved is lost with it."""
         if not record.lost:
             record.lost = True
-            self._stats.tokens_discarded += record.unsaved
+            self._stats.discarded["lease_lost"] += record.unsaved
             self._lost(record)

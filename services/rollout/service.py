@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from polyhead.v1 import rollout_pb2 as pb
 from polyhead.v1 import rollout_pb2_grpc
 from services.common import rpc
+from services.common.errors import InvalidArgumentError
 from services.rollout.registration import describe
 from services.rollout.replica import Replica
 from services.rollout.weights import WeightReceiver
@@ -29,9 +30,12 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     """Every call but GetStatus carries the trainer's epoch; an older one gets FencedError."""
 
-    def __init__(self, replica: Replica, receiver: WeightReceiver, worker: Worker, stop: asyncio.Event) -> None:
+    def __init__(
+        self, replica: Replica, receivers: Sequence[WeightReceiver], worker: Worker, stop: asyncio.Event
+    ) -> None:
+        """One receiver for each engine, by its index."""
         self._replica = replica
-        self._receiver = receiver
+        self._receivers = receivers
         self._worker = worker
         self._stop = stop
         self._address = ""
@@ -53,38 +57,38 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             await server.stop(STOP_GRACE_S)
 
     async def JoinWeightGroup(self, request: pb.JoinWeightGroupRequest, context: Context) -> pb.JoinWeightGroupResponse:
-        await self._to_the_end(self._receiver.join(request))
+        await self._to_the_end(self._receiver(request.engine).join(request))
         return pb.JoinWeightGroupResponse()
 
     async def LeaveWeightGroup(
         self, request: pb.LeaveWeightGroupRequest, context: Context
     ) -> pb.LeaveWeightGroupResponse:
-        await self._to_the_end(self._receiver.leave(request))
+        await self._to_the_end(self._receiver(request.engine).leave(request))
         return pb.LeaveWeightGroupResponse()
 
     async def BeginUpdate(self, request: pb.BeginUpdateRequest, context: Context) -> pb.BeginUpdateResponse:
-        running = await self._to_the_end(self._receiver.begin(request))
+        running = await self._to_the_end(self._receiver(request.engine).begin(request))
         return pb.BeginUpdateResponse(running_requests=running)
 
     async def LoadBucket(self, request: pb.LoadBucketRequest, context: Context) -> pb.LoadBucketResponse:
-        await self._to_the_end(self._receiver.load(request))
+        await self._to_the_end(self._receiver(request.engine).load(request))
         return pb.LoadBucketResponse()
 
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateResponse:
-        done = await self._to_the_end(self._receiver.commit(request))
+        done = await self._to_the_end(self._receiver(request.engine).commit(request))
         return pb.CommitUpdateResponse(
             pause=_duration(done.pause_s), requests_continued=done.continued, requests_aborted=done.aborted
         )
 
     async def AbortUpdate(self, request: pb.AbortUpdateRequest, context: Context) -> pb.AbortUpdateResponse:
-        return pb.AbortUpdateResponse(state=await self._to_the_end(self._receiver.abort(request)))
+        return pb.AbortUpdateResponse(state=await self._to_the_end(self._receiver(request.engine).abort(request)))
 
     async def LoadVersion(self, request: pb.LoadVersionRequest, context: Context) -> pb.LoadVersionResponse:
-        done = await self._to_the_end(self._receiver.load_version(request))
+        done = await self._to_the_end(self._receiver(request.engine).load_version(request))
         return pb.LoadVersionResponse(pause=_duration(done.pause_s))
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
-        self._receiver.fence(request.epoch)
+        self._replica.fence.check(request.epoch)
         returned = await self._to_the_end(self._worker.drain())
         self._stop.set()
         return pb.DrainResponse(samples_returned=returned)
@@ -95,8 +99,12 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         return pb.RolloutServiceGetStatusResponse(
             replica=describe(self._replica, self._address),
             running_requests=self._replica.stats.busy.running,
-            engine=self._replica.info.name if self._replica.info else "",
         )
+
+    def _receiver(self, engine: int) -> WeightReceiver:
+        if engine >= len(self._receivers):
+            raise InvalidArgumentError(f"{engine}, of {len(self._receivers)} engines", field="engine")
+        return self._receivers[engine]
 
     async def _to_the_end(self, call: Coroutine[Any, Any, T]) -> T:
         """A caller that hangs up must not leave an engine paused half-way: the call goes on without it."""

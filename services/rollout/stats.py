@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -48,8 +50,12 @@ class Stats:
     """Cumulative since the process started."""
 
     tokens_generated: int = 0
-    tokens_discarded: int = 0
-    """Streamed in and then neither saved nor completed."""
+    discarded: Counter[str] = field(default_factory=Counter)
+    """Tokens that streamed in and were then neither saved nor completed, by the reason."""
+    unsaved: Callable[[], int] = lambda: 0
+    """Tokens of the samples held at this moment that the store does not have."""
+    tokens_recomputed: int = 0
+    """Completion tokens that were sent again with their prompt, so that an engine could resume them."""
     requests_aborted: int = 0
     """Ended by the engine before they were finished; they were resumed."""
     samples_completed: int = 0
@@ -60,10 +66,17 @@ class Stats:
     busy: BusyClock = field(default_factory=BusyClock)
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def tokens_discarded(self) -> int:
+        return self.discarded.total()
+
     def snapshot(self) -> dict[str, float]:
         return {
             "tokens_generated": self.tokens_generated,
             "tokens_discarded": self.tokens_discarded,
+            **{f"tokens_discarded.{reason}": count for reason, count in self.discarded.items() if count},
+            "tokens_unsaved": self.unsaved(),
+            "tokens_recomputed": self.tokens_recomputed,
             "requests_aborted": self.requests_aborted,
             "samples_completed": self.samples_completed,
             "multi_span_samples": self.multi_span_samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,10 +14,19 @@ from polyhead.v1 import sample_pb2, weights_pb2
 from services.common.errors import PolyheadError, UnavailableError
 from services.common.versions import Version
 from services.rollout.engines.client import PauseModeName
+from services.rollout.engines.engine import Engine
 from services.rollout.engines.messages import EngineRefusedError
+from services.rollout.records import Arrival
 from services.rollout.replica import Replica
 
 log = structlog.get_logger()
+
+# For the prefills that are in flight, before a pause that would leave their first token in doubt.
+_FIRST_TOKENS_S = 0.25
+# For requests to end when they are told to.
+_ENDING_S = 5.0
+_POLL_S = 0.005
+_LOAD_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Update:
     def __init__(
         self,
         replica: Replica,
+        engine: Engine,
         version: Version,
         pause_mode: PauseModeName,
         *,
@@ -55,6 +66,7 @@ class Update:
         self.running = 0
         """Requests that were running when the engine became quiet."""
         self._replica = replica
+        self._engine = engine
         self._pause_mode = pause_mode
         # Retracted requests keep their salt: they would find the prompt's KV of the old version in the cache.
         self._flush = pause_mode == "retract"
@@ -67,23 +79,50 @@ class Update:
 
         Raises PreconditionError when the replica cannot be updated now, UnavailableError when the engine did not stop.
         """
-        replica = self._replica
-        replica.life.begin_update(self.version)
+        replica, engine = self._replica, self._engine
+        engine.life.begin_update(self.version)
         replica.turned()
-        replica.stats.busy.paused(True)
+        if self._has_to_settle:
+            await _until(lambda: not replica.unstarted, _FIRST_TOKENS_S)
+        replica.pause(engine, paused=True)
         self._aborted_before = replica.stats.requests_aborted
         self._running_before = replica.stats.busy.running
         self._paused_at = time.monotonic()
-        await replica.client.pause(self._pause_mode)
+        if self._pause_mode == "abort":
+            await self._end_requests()
+        await engine.client.pause("retract" if self._pause_mode == "retract" else "in_place")
         if self.group_name:
-            await replica.client.begin_update()
+            await engine.client.begin_update()
         self.running = replica.stats.busy.running
+
+    async def _end_requests(self) -> None:
+        """They are resumed elsewhere, or here after the update; those that do not end in time are carried over."""
+        await self._engine.client.abort_all()
+        if len(self._replica.engines) == 1:
+            await _until(lambda: not self._replica.stats.busy.running, _ENDING_S)
+            return
+        deadline = time.monotonic() + _ENDING_S
+        while time.monotonic() < deadline:
+            load = await self._engine.client.load()
+            if load is None or load.running + load.waiting == 0:
+                return
+            await asyncio.sleep(_LOAD_POLL_S)
+
+    @property
+    def _has_to_settle(self) -> bool:
+        """Whether a request on its way, or in its prefill, would get out of what the pause is to bring about."""
+        doubtful = self._pause_mode == "abort" or (self._pause_mode == "in_place" and self._overlapped)
+        return doubtful and self._replica.in_rotation(self._engine)
+
+    @property
+    def _overlapped(self) -> bool:
+        return self._engine.info is not None and self._engine.info.overlapped
 
     async def load_bucket(self, timeout_s: float) -> None:
         """Receives the next bucket. Raises the engine's error; `touched` then says whether harm was done."""
         number = self.next_bucket
         last = number + 1 == len(self.buckets)
-        call = self._replica.client.update_from_distributed(
+        call = self._engine.client.update_from_distributed(
             self.buckets[number],
             group_name=self.group_name,
             version=str(self.version) if last else None,
@@ -95,7 +134,7 @@ class Update:
 
     async def load_directory(self, directory: str, timeout_s: float) -> None:
         await self._touch(
-            self._replica.client.update_from_disk(
+            self._engine.client.update_from_disk(
                 directory, version=str(self.version), flush=self._flush, timeout_s=timeout_s
             )
         )
@@ -105,57 +144,86 @@ class Update:
 
         Raises UnavailableError when the engine did not continue: the update has to be abandoned.
         """
-        replica = self._replica
-        carried = self._pause_mode == "in_place"
+        replica, engine = self._replica, self._engine
         try:
             if self.group_name:
-                await replica.client.end_update()
-            replica.remember_arrival(
-                self.version, sample_pb2.KV_ORIGIN_CARRIED if carried else sample_pb2.KV_ORIGIN_FRESH
-            )
-            replica.life.commit_update()
-            await replica.client.resume()
+                await engine.client.end_update()
+            replica.remember_arrival(self.version, self._arrival())
+            engine.life.commit_update()
+            engine.lagging = False
+            await engine.client.resume()
         except PolyheadError as error:
             self.touched = True
             raise UnavailableError(f"did not continue: {error}", field="engine") from error
         pause_s = time.monotonic() - self._paused_at
         self.over = True
-        replica.stats.busy.paused(False)
+        replica.pause(engine, paused=False)
         replica.stats.pushes += 1
         replica.stats.pause_seconds += pause_s
         replica.turned()
         if self._pause_mode == "abort":
-            return Committed(self.version, pause_s, 0, self._running_before)
+            return Committed(self.version, pause_s, self.running, max(0, self._running_before - self.running))
         aborted = min(replica.stats.requests_aborted - self._aborted_before, self.running)
         return Committed(self.version, pause_s, self.running - aborted, aborted)
 
+    def _arrival(self) -> Arrival:
+        if self._pause_mode == "retract":
+            return Arrival(sample_pb2.KV_ORIGIN_FRESH, late=False)
+        return Arrival(sample_pb2.KV_ORIGIN_CARRIED, late=self._overlapped)
+
     async def abandon(self, reason: str, give_back: Callable[[pb.ReleaseReason], int]) -> None:
-        """Untouched: the old version serves on. Touched: the samples go back as of the pause, and the replica is
-        quarantined; its engine stays paused until a complete update.
+        """Untouched: the old version serves on. Touched: the engine is quarantined until a complete update, and what
+        it had is resumed by the others; without others, the samples go back as of the pause.
         """
         if self.over:
             return
         self.over = True
-        log.warning("update_abandoned", version=str(self.version), torn=self.touched, reason=reason)
-        replica = self._replica
+        log.warning(
+            "update_abandoned",
+            engine=self._engine.index,
+            version=str(self.version),
+            torn=self.touched,
+            reason=reason,
+        )
         if self.touched:
-            give_back(pb.RELEASE_REASON_UNAVAILABLE)
-        if replica.life.updating is not None:
-            replica.life.abort_update(torn=self.touched)
+            await self._quarantine(give_back)
         else:
-            replica.life.quarantine()
-        replica.stats.busy.paused(self.touched)
-        try:
-            if self.touched:
-                await replica.client.abort_all()
-            if self.group_name:
-                await self._end_session()
-            if not self.touched:
-                await replica.client.resume()
-        except PolyheadError as error:
-            log.warning("engine_after_update", reason=str(error))
-            replica.suspect.set()
+            await self._serve_on()
+        self._replica.turned()
+
+    async def _serve_on(self) -> None:
+        life = self._engine.life
+        if life.updating is not None:
+            life.abort_update(torn=False)
+        self._replica.pause(self._engine, paused=False)
+        await self._settle(self._end_session, self._continue)
+
+    async def _quarantine(self, give_back: Callable[[pb.ReleaseReason], int]) -> None:
+        replica, engine = self._replica, self._engine
+        alone = not replica.serving_without(engine)
+        if alone:
+            give_back(pb.RELEASE_REASON_UNAVAILABLE)
+        if engine.life.updating is not None:
+            engine.life.abort_update(torn=True)
+        else:
+            engine.life.quarantine()
         replica.turned()
+        await replica.expel(engine)
+        if len(replica.engines) == 1:
+            # It stays paused: nobody waits for anything that it holds.
+            await self._settle(self._abort_all, self._end_session)
+        elif engine.attached and not engine.kill():
+            replica.pause(engine, paused=False)
+            await self._settle(self._abort_all, self._end_session, self._continue)
+
+    async def _settle(self, *calls: Callable[[], Awaitable[None]]) -> None:
+        """An engine that does not do as told on the way out of an update is looked into."""
+        try:
+            for call in calls:
+                await call()
+        except PolyheadError as error:
+            log.warning("engine_after_update", engine=self._engine.index, reason=str(error))
+            self._engine.suspect.set()
 
     async def _touch(self, call: Awaitable[None]) -> None:
         before, self.touched = self.touched, True
@@ -165,8 +233,22 @@ class Update:
             self.touched = before or error.weights_touched
             raise
 
+    async def _abort_all(self) -> None:
+        await self._engine.client.abort_all()
+
+    async def _continue(self) -> None:
+        await self._engine.client.resume()
+
     async def _end_session(self) -> None:
+        if not self.group_name:
+            return
         try:
-            await self._replica.client.end_update()
+            await self._engine.client.end_update()
         except EngineRefusedError as error:
             log.info("session_not_open", reason=error.reason)
+
+
+async def _until(condition: Callable[[], bool], at_most_s: float) -> None:
+    deadline = time.monotonic() + at_most_s
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_S)

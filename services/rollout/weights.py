@@ -1,7 +1,7 @@
 """The receiving end of the weight push: one update at a time, fenced by epoch, ended by a watchdog if nobody else does.
 
 Join → Begin (gate shut, engine paused and quiet) → LoadBucket in order → Commit. An update that fails before its first
-byte leaves the old version serving; one that fails later quarantines the replica until a complete one (I8).
+byte leaves the old version serving; one that fails later quarantines the engine until a complete one (I8).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import structlog
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import rollout_pb2, sample_pb2
-from services.common.errors import FencedError, InvalidArgumentError, PolyheadError, PreconditionError, UnavailableError
+from services.common.errors import InvalidArgumentError, PolyheadError, PreconditionError, UnavailableError
 from services.common.versions import Version
 from services.rollout.engines.client import PauseModeName
+from services.rollout.engines.engine import Engine
 from services.rollout.engines.messages import EngineRefusedError
 from services.rollout.layout import ModelLayout
 from services.rollout.replica import Replica
@@ -32,13 +33,14 @@ _PAUSE_NAMES: dict[rollout_pb2.PauseMode, PauseModeName] = {
 
 
 class WeightReceiver:
-    """Called by the trainer, through the service. Calls queue behind each other, except that an abort interrupts a
-    bucket that is on its way. No call may be cancelled: its caller may leave, but it has to reach its end.
+    """Of one engine. Called by the trainer, through the service. Calls queue behind each other, except that an abort
+    interrupts a bucket that is on its way. No call may be cancelled: its caller may leave, but it has to reach its end.
     """
 
     def __init__(
         self,
         replica: Replica,
+        engine: Engine,
         layout: ModelLayout,
         give_back: Callable[[pb.ReleaseReason], int],
         *,
@@ -49,11 +51,11 @@ class WeightReceiver:
         held sample as of now. `load_pause_mode` is for versions loaded from a directory.
         """
         self._replica = replica
+        self._engine = engine
         self._layout = layout
         self._give_back = give_back
         self._timeout_s = timeout_s
         self._load_pause_mode = load_pause_mode
-        self._epoch = 0
         self._groups: set[str] = set()
         self._update: Update | None = None
         self._loading: asyncio.Task[None] | None = None
@@ -63,36 +65,32 @@ class WeightReceiver:
         self._expiring: asyncio.Task[None] | None = None
         replica.on_lost.append(self._engine_lost)
 
-    def fence(self, epoch: int) -> None:
-        """Raises FencedError for an epoch older than the newest seen (I4)."""
-        if epoch < self._epoch:
-            raise FencedError(f"epoch {epoch} is older than {self._epoch}", field="epoch")
-        self._epoch = epoch
-
-    def _engine_lost(self) -> None:
+    def _engine_lost(self, engine: Engine) -> None:
         """The groups and the update went with the engine."""
+        if engine is not self._engine:
+            return
         self._groups.clear()
         self._committed = None
         self._stop_timer()
         if self._update is not None:
             self._update.over = True
             self._update = None
-        self._replica.stats.busy.paused(False)
+        self._replica.pause(engine, paused=False)
         if self._loading is not None:
             self._loading.cancel()
 
     async def join(self, request: rollout_pb2.JoinWeightGroupRequest) -> None:
         """Returns when the engine has joined. Raises UnavailableError when it could not.
 
-        A replica has one channel: groups that earlier trainers left behind are dissolved.
+        An engine has one channel: groups that earlier trainers left behind are dissolved.
         """
-        self.fence(request.epoch)
+        self._replica.fence.check(request.epoch)
         async with self._lock:
             await self._supersede()
             for group_name in list(self._groups):
                 await self._destroy(group_name)
             try:
-                await self._replica.client.init_group(
+                await self._engine.client.init_group(
                     name=request.group_name,
                     backend=request.backend,
                     master_address=request.master_address,
@@ -108,7 +106,7 @@ class WeightReceiver:
 
     async def leave(self, request: rollout_pb2.LeaveWeightGroupRequest) -> None:
         """Leaving a group that was never joined changes nothing."""
-        self.fence(request.epoch)
+        self._replica.fence.check(request.epoch)
         async with self._lock:
             await self._supersede()
             if request.group_name in self._groups:
@@ -116,7 +114,7 @@ class WeightReceiver:
 
     async def begin(self, request: rollout_pb2.BeginUpdateRequest) -> int:
         """The number of running requests, once the engine is quiet. From here on new ones are held back."""
-        self.fence(request.epoch)
+        self._replica.fence.check(request.epoch)
         async with self._lock:
             await self._supersede()
             version = _version(request.version, request.epoch)
@@ -128,6 +126,7 @@ class WeightReceiver:
             update = await self._start(
                 Update(
                     self._replica,
+                    self._engine,
                     version,
                     _PAUSE_NAMES[request.pause_mode],
                     epoch=request.epoch,
@@ -140,7 +139,7 @@ class WeightReceiver:
 
     async def load(self, request: rollout_pb2.LoadBucketRequest) -> None:
         """Receives one bucket, while the trainer broadcasts it. A failure after the first byte quarantines."""
-        self.fence(request.epoch)
+        self._replica.fence.check(request.epoch)
         async with self._lock:
             update = self._current(request.epoch, request.version)
             if request.bucket != update.next_bucket or request.bucket >= len(update.buckets):
@@ -161,7 +160,7 @@ class WeightReceiver:
 
     async def commit(self, request: rollout_pb2.CommitUpdateRequest) -> Committed:
         """Generation continues under the new version. A repeated call gets the same answer."""
-        self.fence(request.epoch)
+        self._replica.fence.check(request.epoch)
         async with self._lock:
             done = self._committed
             if self._update is None and done is not None and done.version == Version.from_proto(request.version):
@@ -174,23 +173,25 @@ class WeightReceiver:
 
     async def abort(self, request: rollout_pb2.AbortUpdateRequest) -> pb.ReplicaState:
         """The state that results. Aborting what is not running changes nothing."""
-        self.fence(request.epoch)
+        self._replica.fence.check(request.epoch)
         if self._loading is not None:
             self._loading.cancel()
         async with self._lock:
             update = self._update
             if update is not None and update.version == Version.from_proto(request.version):
                 await self._abandon(update, request.reason)
-            return self._replica.life.state
+            return self._engine.life.state
 
     async def load_version(self, request: rollout_pb2.LoadVersionRequest) -> Committed:
         """Loads a whole version from a directory of safetensors."""
-        self.fence(request.epoch)
+        self._replica.fence.check(request.epoch)
         async with self._lock:
             await self._supersede()
             version = _version(request.version, request.epoch)
             await asyncio.to_thread(self._layout.check_directory, Path(request.directory))
-            update = await self._start(Update(self._replica, version, self._load_pause_mode, epoch=request.epoch))
+            update = await self._start(
+                Update(self._replica, self._engine, version, self._load_pause_mode, epoch=request.epoch)
+            )
             try:
                 await update.load_directory(request.directory, self._timeout_s)
             except PolyheadError as error:
@@ -206,7 +207,9 @@ class WeightReceiver:
         return update
 
     async def _start(self, update: Update) -> Update:
-        self._replica.life.check_update(update.version)
+        if self._replica.leaving:
+            raise PreconditionError("the replica is DRAINING", field="state")
+        self._engine.life.check_update(update.version)
         self._update = update
         try:
             await update.pause()
@@ -237,13 +240,13 @@ class WeightReceiver:
         await update.abandon(reason, self._give_back)
         if update.touched and update.group_name in self._groups:
             await self._destroy(update.group_name)
-            self._replica.suspect.set()
+            self._engine.suspect.set()
 
     async def _destroy(self, group_name: str) -> None:
         """Leaves a group, however broken it is; an engine stuck in it is found out by its keeper."""
         self._groups.discard(group_name)
         try:
-            await self._replica.client.destroy_group(group_name)
+            await self._engine.client.destroy_group(group_name)
         except PolyheadError as error:
             log.info("group_not_destroyed", group=group_name, reason=str(error))
 

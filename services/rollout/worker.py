@@ -1,4 +1,4 @@
-"""The pull loop: leases what the engine has room for, has it generated, and gives back what it cannot finish."""
+"""The pull loop: leases what the engines have room for, has it generated, and gives back what it cannot finish."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import PolyheadError
+from services.rollout.engines.engine import Engine
 from services.rollout.engines.messages import EngineUnavailableError
-from services.rollout.generation import Generator
+from services.rollout.generation import ENGINE_END_S, ENGINE_ENDED, Generator
 from services.rollout.intake import Intake
 from services.rollout.outbox import GivenBack, Outbox
 from services.rollout.prompting import Prompter
 from services.rollout.records import SampleRecord
 from services.rollout.replica import Replica
+from services.rollout.room import Room
 from services.rollout.samples import SampleBuilder
 from services.rollout.saver import Saver
 
@@ -33,11 +35,8 @@ LINGER_S = 0.004
 # After an empty answer, or an error, nothing is asked for this long, unless the replica turns.
 _EMPTY_PAUSE_S = 0.1
 _ERROR_PAUSE_S = 1.0
-_ENGINE_ENDED = "the engine ended while generating this sample"
 # While draining: for the lease that is on its way, for the engine's last tokens, for the buffer.
 _DRAIN_LEASE_S = 1.5
-# A broken stream is the first sign of an engine process that has ended; the kernel reports the end a moment later.
-_ENGINE_END_S = 0.5
 _DRAIN_ENGINE_S = 1.0
 _DRAIN_BUFFER_S = 2.0
 
@@ -49,8 +48,8 @@ class Worker:
         settings, limits = config.rollout, config.buffer.limits
         self._replica = replica
         self._buffer = buffer
-        self._capacity = settings.max_inflight
-        self._lease_at_least = min(self._capacity, max(config.batch.n_samples_per_prompt, self._capacity // 4))
+        self._group_size = config.batch.n_samples_per_prompt
+        self._room = Room(replica, settings)
         self._held: dict[str, SampleRecord] = {}
         self._groups: set[asyncio.Task[None]] = set()
         self._lease: asyncio.Task[None] | None = None
@@ -73,7 +72,7 @@ class Worker:
             self._saver,
             SampleBuilder(prompter, settings.sampling),
             replica.stats,
-            lambda: replica.info.name if replica.info else "",
+            lambda: next((engine.info.name for engine in replica.engines if engine.info), ""),
         )
         self._intake = Intake(prompter, self._complete, self._release)
         self._generator = Generator(replica, prompter, self._complete, self._release)
@@ -91,6 +90,7 @@ class Worker:
             tasks.create_task(self._saver.run(lambda: self._held.values()))
             tasks.create_task(self._outbox.run())
             tasks.create_task(self._keep_leasing())
+            tasks.create_task(self._room.run())
 
     def give_back(self, reason: pb.ReleaseReason) -> int:
         """Decides every held sample at once: what has streamed in is saved, the sample is released.
@@ -106,8 +106,7 @@ class Worker:
 
     async def drain(self) -> int:
         """Stops leasing for good and gives everything back; returns the number of samples given back."""
-        self._replica.life.drain()
-        self._replica.turned()
+        self._replica.drain()
         await asyncio.gather(self._end_requests(), self._end_lease())
         returned = self.give_back(pb.RELEASE_REASON_DRAIN)
         if not await self._outbox.drained(_DRAIN_BUFFER_S):
@@ -119,10 +118,9 @@ class Worker:
         if not self._groups:
             return
         try:
-            await self._replica.client.abort_all(_DRAIN_ENGINE_S)
+            await self._replica.abort_all(_DRAIN_ENGINE_S)
         except PolyheadError as error:
             log.warning("abort_failed", reason=str(error))
-            return
         if self._groups:
             await asyncio.wait(self._groups, timeout=_DRAIN_ENGINE_S)
 
@@ -131,7 +129,7 @@ class Worker:
             await asyncio.wait([self._lease], timeout=_DRAIN_LEASE_S)
 
     async def _keep_leasing(self) -> None:
-        while not self._replica.life.leaving:
+        while not self._replica.leaving:
             if self._cool_down:
                 self._cool_down = False
                 await asyncio.sleep(_ERROR_PAUSE_S)
@@ -145,7 +143,9 @@ class Worker:
                 await asyncio.shield(self._lease)
 
     def _may_lease(self) -> bool:
-        return self._replica.life.may_generate and self._capacity - len(self._held) >= self._lease_at_least
+        capacity = self._room.capacity
+        at_least = min(capacity, max(self._group_size, capacity // 4))
+        return self._replica.may_generate and capacity - len(self._held) >= at_least
 
     async def _lease_once(self) -> None:
         until = asyncio.get_running_loop().time() + _EMPTY_PAUSE_S
@@ -153,10 +153,10 @@ class Worker:
             response = await self._buffer.lease(
                 sample_pb2.STAGE_GENERATE,
                 self._replica.replica_id,
-                max_samples=self._capacity - len(self._held),
+                max_samples=self._room.capacity - len(self._held),
                 wait_s=LEASE_WAIT_S,
                 include_payload=False,
-                weight_version=self._replica.life.version,
+                weight_version=self._replica.version,
             )
         except PolyheadError as error:
             log.warning("lease_failed", reason=str(error))
@@ -170,18 +170,23 @@ class Worker:
                 await asyncio.wait_for(self._wake.wait(), until - asyncio.get_running_loop().time())
 
     def _accept(self, leased: pb.LeasedGroup) -> None:
-        info = self._replica.info
-        records = self._intake.accept(leased, info.context_length if info else None)
+        records = self._intake.accept(leased, self._context_length())
         for record in records:
+            self._room.lengths.leased(len(record.group.prompt_ids))
             if (earlier := self._held.get(record.sample_id)) is not None:
                 self._saver.give_up(earlier)
             self._held[record.sample_id] = record
-        if self._replica.life.leaving:
+        if self._replica.leaving:
             self._release_open(records, pb.RELEASE_REASON_DRAIN, "")
-        elif self._replica.life.version is None:
+        elif self._replica.oldest is None:
             self._release_open(records, pb.RELEASE_REASON_UNAVAILABLE, "")
         elif records:
             self._spawn(self._generate(records))
+
+    def _context_length(self) -> int | None:
+        """What fits every engine that a sample may be resumed on."""
+        lengths = [engine.info.context_length for engine in self._replica.engines if engine.info is not None]
+        return min((length for length in lengths if length is not None), default=None)
 
     async def _generate(self, records: Sequence[SampleRecord]) -> None:
         try:
@@ -191,8 +196,9 @@ class Worker:
         except EngineUnavailableError as error:
             log.warning("engine_unavailable", samples=len(records), reason=str(error))
             self._cool_down = True
-            self._replica.suspect.set()
-            await asyncio.sleep(_ENGINE_END_S)  # if the process has ended, `_on_engine_lost` decides
+            for engine in self._replica.engines:
+                engine.suspect.set()
+            await asyncio.sleep(ENGINE_END_S)  # if the process has ended, `_on_engine_lost` decides
             self._release_open(records, pb.RELEASE_REASON_UNAVAILABLE, "")
         except Exception as error:  # a fault of ours must not hold the samples until their leases expire
             log.exception("generation_failed")
@@ -204,6 +210,7 @@ class Worker:
                 self._release(GivenBack(record, reason, error=" ".join(error.split())[:500]))
 
     def _complete(self, record: SampleRecord) -> None:
+        self._room.lengths.completed(len(record.group.prompt_ids) + len(record.token_ids))
         self._close(record)
         self._outbox.complete(record)
 
@@ -211,16 +218,19 @@ class Worker:
         self._close(given_back.record)
         self._outbox.release(given_back)
 
-    def _on_engine_lost(self) -> None:
-        """Samples that the engine took with it before their first token are under suspicion of having ended it.
+    def _on_engine_lost(self, engine: Engine) -> None:
+        """With another engine, what this one had is resumed there; without, everything is given back.
 
-        One that does so each time is dead after `max_attempts` and ends no more engines. Its neighbours survive: they
-        are blamed once, and wait from then on for their turn among those that were. Nobody is blamed while waiting, and
-        a sample whose turn comes gets tokens, which resets its count.
+        Samples that an engine took with it before their first token are under suspicion of having ended it. One that
+        does so each time is dead after `max_attempts` and ends no more engines. Its neighbours survive: they are blamed
+        once, and wait from then on for their turn among those that were. Nobody is blamed while waiting, and a sample
+        whose turn comes gets tokens, which resets its count.
         """
-        if self._replica.engine_died:
+        if self._replica.serving_without(engine):
+            return
+        if engine.died:
             for record in [record for record in self._held.values() if record.fruitless]:
-                self._release(GivenBack(record, pb.RELEASE_REASON_SAMPLE_ERROR, error=_ENGINE_ENDED))
+                self._release(GivenBack(record, pb.RELEASE_REASON_SAMPLE_ERROR, error=ENGINE_ENDED))
         self.give_back(pb.RELEASE_REASON_UNAVAILABLE)
 
     def _on_refused(self, record: SampleRecord, error: PolyheadError) -> None:
@@ -242,7 +252,7 @@ class Worker:
 
     async def _abort(self, record: SampleRecord) -> None:
         try:
-            await self._replica.client.abort(record.rid)
+            await self._replica.abort(record.rid)
         except PolyheadError as error:
             log.warning("abort_failed", sample_id=record.sample_id, reason=str(error))
 

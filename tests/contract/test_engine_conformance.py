@@ -4,59 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 
-from tests.kit.engine_process import ADMIN_KEY, STARTS, EngineApi, EngineProcess, logprobs_of
+from services.rollout.engines.self_report import read_loads, read_server_info
+from tests.kit.engine_process import ADMIN_KEY, CONTEXT, STREAM_INTERVAL, EngineApi, logprobs_of
 from tests.kit.engine_push import Channel, Collector
-from tests.kit.hf_reference import greedy, load_reference, teacher_forced, teacher_forced_after_swap
-from tests.kit.tiny_model import EOS_ID, build_tiny_qwen3, build_tokenizer
+from tests.kit.hf_reference import greedy, teacher_forced, teacher_forced_after_swap
+from tests.kit.tiny_model import EOS_ID, build_tokenizer
 
-CONTEXT = 4096
 LONG = 4000
 """Tokens that no test waits for: what runs so long is still running when the test acts."""
-STREAM_INTERVAL = 4
 PROMPTS = [[5], [7, 9, 11], list(range(3, 40)), [20] * 32, list(range(60, 99)) + list(range(3, 60))]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {
-        name: build_tiny_qwen3(root / name, seed=seed, max_position_embeddings=CONTEXT)
-        for seed, name in enumerate(("old", "new"))
-    }
-
-
-@pytest.fixture(scope="module")
-def references(models: dict[str, Path]) -> dict[str, Any]:
-    return {name: load_reference(path) for name, path in models.items()}
-
-
-@pytest.fixture(scope="module", params=list(STARTS))
-def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[EngineProcess]:
-    flags = ("--incremental-streaming-output", "--stream-interval", str(STREAM_INTERVAL), "--max-running-requests", "8")
-    with STARTS[request.param](models["old"], context_length=CONTEXT, flags=flags) as process:
-        yield process
-
-
-@pytest.fixture
-async def api(engine: EngineProcess) -> AsyncIterator[EngineApi]:
-    """The engine as every test finds it: old weights, version v0, nothing running, not paused."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
-        api = EngineApi(engine.url, session)
-        yield api
-        await api.ok("/abort_request", {"abort_all": True})
-        await api.ok("/continue_generation")
-        await api.post("/end_weight_update")
-        _, info = await api.get("/model_info")
-        if info["weight_version"] != "default":
-            restore = {"model_path": str(engine.model_path), "weight_version": "default", "flush_cache": False}
-            await api.ok("/update_weights_from_disk", restore)
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -178,6 +139,16 @@ async def test_batch_stream_names_the_index(api: EngineApi) -> None:
     assert [tokens[index] for index in range(3)] == [answer["output_ids"] for answer in answers]
 
 
+async def test_a_request_may_choose_its_stream_interval(api: EngineApi) -> None:
+    params = {"temperature": 0, "max_new_tokens": 9, "ignore_eos": True}
+    for interval, counts in ((1, [1] * 9), (4, None)):
+        events = [event async for event in api.stream([7, 9], **params, stream_interval=interval)]
+        sizes = [len(event["output_ids"]) for event in events if event["output_ids"]]
+        assert sum(sizes) == 9
+        assert max(sizes) == interval
+        assert counts is None or sizes == counts
+
+
 async def test_a_client_that_goes_away_frees_its_slots(api: EngineApi) -> None:
     async for _ in api.stream([[7], [8]], max_new_tokens=LONG, ignore_eos=True):
         break
@@ -207,10 +178,10 @@ async def test_stop_token_ids(api: EngineApi) -> None:
 
 
 async def test_the_end_of_sequence_token_stops(api: EngineApi) -> None:
-    prompts = [[3 + index] for index in range(64)]
-    answers = await api.generate(prompts, max_new_tokens=200)
+    prompts = [[3 + index] for index in range(32)]
+    answers = await api.generate(prompts, max_new_tokens=64)
     stopped = [answer for answer in answers if answer["meta_info"]["finish_reason"]["type"] == "stop"]
-    assert stopped, "no completion in 64 drew <eos> within 200 tokens"
+    assert stopped, "no completion in 32 drew <eos> within 64 tokens"
     for answer in stopped:
         assert answer["meta_info"]["finish_reason"]["matched"] == EOS_ID
         assert answer["output_ids"].index(EOS_ID) == len(answer["output_ids"]) - 1
@@ -276,13 +247,13 @@ async def test_abort_all(api: EngineApi) -> None:
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 async def test_a_pause_changes_nothing_but_time(api: EngineApi, mode: str) -> None:
-    params = {"temperature": 0, "max_new_tokens": 600, "ignore_eos": True}
+    params = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
     expected = await api.generate([7, 9], **params)
     stream = Collector(api, [7, 9], **params)
     await stream.has(8)
     await api.ok("/pause_generation", {"mode": mode})
     queued = asyncio.create_task(api.generate([5], temperature=0, max_new_tokens=3, ignore_eos=True))
-    assert await stream.quiet() < 600
+    assert await stream.quiet() < 400
     assert not queued.done()
     await api.ok("/continue_generation")
     await stream.ended()
@@ -337,9 +308,11 @@ async def test_weights_change_in_the_middle_of_a_generation(
         for stream in streams:
             await stream.has(len(stream.token_ids) + 12)
         await api.ok("/abort_request", {"abort_all": True})
+    late = mode == "in_place" and await _decodes_ahead(api)
     for prompt, stream in zip(PROMPTS, streams, strict=True):
         await stream.ended()
-        swapped_at = _boundary(stream, ["default", "v1"])
+        # The last token of a pass that was running at the pause is claimed for the version that came after it.
+        swapped_at = _boundary(stream, ["default", "v1"]) + late
         assert stream.logprobs == pytest.approx(
             teacher_forced_after_swap(old, new, prompt, stream.token_ids, swapped_at)
             if mode == "in_place"
@@ -513,6 +486,29 @@ async def test_server_info(api: EngineApi) -> None:
     assert status == 200
     assert info["version"]
     assert info["context_length"] == CONTEXT
+    read = read_server_info(info)
+    assert (read.ranks, read.max_running_requests) == (1, 8)
+    assert read.kv_tokens is not None
+    assert read.kv_tokens >= CONTEXT
+
+
+async def test_load(api: EngineApi) -> None:
+    running = [Collector(api, [7] * 20, max_new_tokens=LONG, ignore_eos=True) for _ in range(12)]
+    await asyncio.wait([asyncio.ensure_future(stream.has(4)) for stream in running[:8]])
+    await api.ok("/pause_generation", {"mode": "in_place"})
+    status, answer = await api.get("/v1/loads?include=core")
+    assert status == 200
+    load = read_loads(answer)
+    assert (load.slots, load.running, load.waiting) == (8, 8, 4)
+    assert 0 < load.used_tokens <= load.max_tokens
+    await api.ok("/abort_request", {"abort_all": True})
+    await api.ok("/continue_generation")
+    for stream in running:
+        await stream.ended()
+
+
+async def _decodes_ahead(api: EngineApi) -> bool:
+    return read_server_info((await api.get("/server_info"))[1]).overlapped
 
 
 def _boundary(stream: Collector, versions: list[str]) -> int:

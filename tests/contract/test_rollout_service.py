@@ -1,4 +1,4 @@
-"""One replica as a process, with the real engine and the real buffer; the test is the trainer."""
+"""One replica as a process, with real engines, the real router and the real buffer; the test is the trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +46,29 @@ class Replica:
         self.buffer = buffer
         self.process = process
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self.group: WeightGroup | None = None
+        self.groups: dict[int, WeightGroup] = {}
         self.stub: rollout_pb2_grpc.RolloutServiceStub | None = None
 
     async def state(self) -> pb.Replica:
         return next(iter(await self.buffer.list_replicas(pb.ROLE_ROLLOUT)), pb.Replica())
 
     async def until_state(self, state: pb.ReplicaState, not_pid: int = 0) -> pb.Replica:
+        return await self.until(lambda seen: seen.state == state and seen.child_pids.get("engine-0", 0) != not_pid)
+
+    async def until_engines(self, *states: pb.ReplicaState) -> pb.Replica:
+        return await self.until(lambda seen: [engine.state for engine in seen.engines] == list(states))
+
+    async def until(self, condition: Callable[[pb.Replica], bool]) -> pb.Replica:
         deadline = time.monotonic() + WAIT_S
         while True:
             seen = await self.state()
-            if seen.state == state and seen.child_pids.get("engine", 0) != not_pid:
+            if condition(seen):
                 return seen
             assert self.process.poll() is None, "the replica has ended"
-            assert time.monotonic() < deadline, f"it is {pb.ReplicaState.Name(seen.state)}"
+            assert time.monotonic() < deadline, f"it is {seen}"
             await asyncio.sleep(0.05)
 
-    async def join(self, name: str) -> None:
+    async def join(self, name: str, engine: int = 0) -> None:
         address = (await self.state()).address
         self.stub = rollout_pb2_grpc.RolloutServiceStub(rpc.channel(address))
         port = free_port()
@@ -73,18 +80,18 @@ class Replica:
             master_port=port,
             world_size=2,
             rank_offset=1,
+            engine=engine,
         )
         joining = asyncio.ensure_future(self.stub.JoinWeightGroup(request, timeout=30))
-        self.group = await asyncio.to_thread(
+        self.groups[engine] = await asyncio.to_thread(
             lambda: WeightGroup(
                 backend="gloo", address="127.0.0.1", port=port, rank=0, world_size=2, name=name, timeout_s=30
             )
         )
         await joining
 
-    async def push(self, version: Version, name: str, mode: str) -> rollout_pb2.CommitUpdateResponse:
+    async def push(self, version: Version, name: str, mode: str, engine: int = 0) -> rollout_pb2.CommitUpdateResponse:
         assert self.stub is not None
-        assert self.group is not None
         manifest, buckets = flatten(dict(self.model.named_parameters()))
         wire_version = version.to_proto()
         await self.stub.BeginUpdate(
@@ -94,17 +101,20 @@ class Replica:
                 manifest=manifest,
                 group_name=name,
                 pause_mode=rollout_pb2.PauseMode.Value(f"PAUSE_MODE_{mode}"),
+                engine=engine,
             ),
             timeout=30,
         )
         for number, bucket in enumerate(buckets):
             load = self.stub.LoadBucket(
-                rollout_pb2.LoadBucketRequest(epoch=1, version=wire_version, bucket=number), timeout=30
+                rollout_pb2.LoadBucketRequest(epoch=1, version=wire_version, bucket=number, engine=engine), timeout=30
             )
             loading = asyncio.ensure_future(load)
-            await asyncio.to_thread(self.group.broadcast, bucket)
+            await asyncio.to_thread(self.groups[engine].broadcast, bucket)
             await loading
-        return await self.stub.CommitUpdate(rollout_pb2.CommitUpdateRequest(epoch=1, version=wire_version), timeout=30)
+        return await self.stub.CommitUpdate(
+            rollout_pb2.CommitUpdateRequest(epoch=1, version=wire_version, engine=engine), timeout=30
+        )
 
     async def until_more_tokens(self, count: int) -> None:
         assert self.stub is not None
@@ -169,17 +179,18 @@ def start(config: Path, log_path: Path) -> subprocess.Popen[bytes]:
         )
 
 
-@pytest.fixture
-async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
-    model = build_tiny_qwen3(tmp_path / "model")
+@asynccontextmanager
+async def running(directory: Path, *, engines: int) -> AsyncIterator[Replica]:
+    model = build_tiny_qwen3(directory / "model")
     address = f"127.0.0.1:{free_port()}"
     config = Config.model_validate(
         {
-            "run": {"dir": tmp_path / "run"},
+            "run": {"dir": directory / "run"},
             "model": {"hf_checkpoint": model},
             "batch": {"rollout_batch_size": GROUPS, "n_samples_per_prompt": SAMPLES},
             "buffer": {"address": address, "lease_ttl_s": 5.0},
             "rollout": {
+                "engines": engines,
                 "max_inflight": GROUPS * SAMPLES,
                 "save_interval_s": 0.2,
                 "sampling": {"max_response_len": LENGTH},
@@ -188,7 +199,7 @@ async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
             "trainer": {"weights": {"timeout_s": 10.0}},
         }
     )
-    file = tmp_path / "run.toml"
+    file = directory / "run.toml"
     file.write_text(dump(config))
     store = MemoryStore()
     await store.open(run_params(config, None))
@@ -196,19 +207,34 @@ async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
     server = await rpc.serve(
         address, lambda server: buffer_pb2_grpc.add_BufferServiceServicer_to_server(service, server), []
     )
-    process = start(file, tmp_path / "rollout.log")
+    process = start(file, directory / "rollout.log")
     async with BufferClient(address) as buffer:
-        yield Replica(buffer, process, model)
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+        try:
+            yield Replica(buffer, process, model)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
     await server.stop(0)
-    print((tmp_path / "rollout.log").read_text()[-8000:])
+    print((directory / "rollout.log").read_text()[-8000:])
+
+
+@pytest.fixture
+async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
+    async with running(tmp_path, engines=1) as made:
+        yield made
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[Replica]:
+    """A replica of two engines, with the router in front of them."""
+    async with running(tmp_path, engines=2) as made:
+        yield made
 
 
 async def test_the_life_of_a_replica(replica: Replica) -> None:
     joining = await replica.until_state(pb.REPLICA_STATE_JOINING)
-    engine_pid = joining.child_pids["engine"]
+    engine_pid = joining.child_pids["engine-0"]
     epoch = (await replica.buffer.acquire_epoch("test")).epoch
     await replica.buffer.recover(epoch, 0)
     prompts = [sample_pb2.Prompt(text=f"{number}+{number}=", label="1") for number in range(GROUPS)]
@@ -272,3 +298,65 @@ async def test_the_life_of_a_replica(replica: Replica) -> None:
     assert await replica.counters(sample_pb2.SAMPLE_STATE_GENERATING) == 0
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert (await replica.state()).state in (pb.REPLICA_STATE_DEAD, pb.REPLICA_STATE_UNSPECIFIED)
+
+
+async def test_one_engine_of_two_may_go_and_come_back(pair: Replica) -> None:
+    joining, serving = pb.REPLICA_STATE_JOINING, pb.REPLICA_STATE_SERVING
+    seen = await pair.until_engines(joining, joining)
+    assert sorted(seen.child_pids) == ["engine-0", "engine-1", "router"]
+    epoch = (await pair.buffer.acquire_epoch("test")).epoch
+    await pair.buffer.recover(epoch, 0)
+    v0, v1 = Version(epoch, 0), Version(epoch, 1)
+    for engine in (0, 1):
+        await pair.join(f"first-{engine}", engine)
+        await pair.push(v0, f"first-{engine}", "IN_PLACE", engine)
+    await pair.buffer.publish_version(v0)
+    await pair.until_engines(serving, serving)
+    prompts = [sample_pb2.Prompt(text=f"{number}+{number}=", label="1") for number in range(GROUPS)]
+
+    # One dies in the middle of its work: the other finishes it, from the record; nothing goes back to the buffer.
+    first = list((await pair.buffer.submit("first", prompts)).group_ids)
+    await pair.until_more_tokens(50)
+    os.kill(seen.child_pids["engine-1"], signal.SIGKILL)
+    await pair.until_generated(GROUPS * SAMPLES)
+    assert (await pair.state()).state == serving
+
+    # It comes back without weights, and gets work after a push of its own; the push of the other goes its own way.
+    await pair.until_engines(serving, joining)
+    await pair.join("second-1", 1)
+    await pair.push(v0, "second-1", "IN_PLACE", 1)
+    await pair.until_engines(serving, serving)
+    second = list((await pair.buffer.submit("second", prompts)).group_ids)
+    await pair.until_more_tokens(50)
+    old = copy.deepcopy(pair.model)
+    with torch.no_grad():
+        for parameter in pair.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    for engine, group in enumerate(("first-0", "second-1")):
+        await pair.push(v1, group, "RETRACT", engine)
+
+    # The router dies: what was running through it goes on when it is back.
+    third = list((await pair.buffer.submit("third", prompts)).group_ids)
+    await pair.until_more_tokens(50)
+    router = (await pair.state()).child_pids["router"]
+    os.kill(router, signal.SIGKILL)
+    await pair.until_generated(3 * GROUPS * SAMPLES)
+    await pair.until(lambda seen: seen.child_pids.get("router", router) != router)
+
+    versions = set()
+    for sample in await pair.samples([*first, *second, *third]):
+        under = {v0: logprobs(old, sample), v1: logprobs(pair.model, sample)}
+        segment = sample.segments[0]
+        got = wire.decode_logprobs(segment.rollout_logprobs)
+        for span in segment.spans:
+            version = Version.from_proto(span.version)
+            versions.add(version)
+            np.testing.assert_allclose(got[span.start : span.end], under[version][span.start : span.end], atol=2e-4)
+    assert versions == {v0, v1}
+    ledger = await pair.buffer.get_ledger()
+    assert ledger.counters["tokens_generated"] == await pair.generated_tokens([*first, *second, *third])
+
+    children = psutil.Process(pair.process.pid).children(recursive=True)
+    pair.process.terminate()
+    assert await asyncio.to_thread(pair.process.wait, 15) == 0
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)

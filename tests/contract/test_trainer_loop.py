@@ -36,18 +36,18 @@ async def test_a_run_trains_publishes_saves_and_exports(model, tmp_path):
     async with running_rig(config, tmp_path) as rig:
         await asyncio.wait_for(rig.train(), 60)
         ledger = await rig.buffer.get_ledger()
-        replica = rig.replicas[0]
+        engine = rig.engines[0]
 
-    # The replica holds, byte for byte, what the run leaves behind.
+    # The engine holds, byte for byte, what the run leaves behind.
     exported = AutoModelForCausalLM.from_pretrained(config.run.dir / "hf", dtype=torch.float32).state_dict()
     last = Version(1, 5)
     expected = b"".join(
-        exported[spec.name].numpy().tobytes() for bucket in replica.manifests[last].buckets for spec in bucket.tensors
+        exported[spec.name].numpy().tobytes() for bucket in engine.manifests[last].buckets for spec in bucket.tensors
     )
-    assert replica.received[last] == expected
-    assert list(replica.received) == [Version(1, step) for step in range(6)]
-    assert len(set(replica.received.values())) == 6
-    assert replica.calls.count("JoinWeightGroup") == 1
+    assert engine.received[last] == expected
+    assert list(engine.received) == [Version(1, step) for step in range(6)]
+    assert len(set(engine.received.values())) == 6
+    assert engine.calls.count("JoinWeightGroup") == 1
 
     lines = rig.lines("metrics")
     assert steps_of(lines) == [1, 2, 3, 4, 5]
@@ -166,7 +166,7 @@ async def test_a_step_that_is_not_finite_is_skipped_with_the_weights_unchanged(m
     async with running_rig(config, tmp_path) as rig:
         await asyncio.wait_for(rig.train(), 60)
         ledger = await rig.buffer.get_ledger()
-        received = rig.replicas[0].received
+        received = rig.engines[0].received
     assert poisoned == [2, 2]  # tried once more
     assert received[Version(1, 2)] == received[Version(1, 1)] != received[Version(1, 3)]
     dropped = [row for row in ledger.counts if row.state == sample_pb2.SAMPLE_STATE_DROPPED]

@@ -1,4 +1,4 @@
-"""Publication: every replica gets the weights, whatever happens to another one."""
+"""Publication: every engine gets the weights, whatever happens to another one."""
 
 import asyncio
 import subprocess
@@ -49,15 +49,21 @@ class Push:
 
 
 @asynccontextmanager
-async def pushing(tmp_path, replicas, **options):
+async def pushing(tmp_path, replicas, engines=1, **options):
     config = make_config(tmp_path, tmp_path / "run")
-    async with running_rig(config, tmp_path, replicas=replicas, feed=False) as rig:
+    async with running_rig(config, tmp_path, replicas=replicas, engines=engines, feed=False) as rig:
         push = Push(rig, **options)
         await push.start()
         try:
             yield push
         finally:
             await push.publisher.close()
+
+
+async def until_listed(rig):
+    """Returns when the registry knows every replica."""
+    while len(await rig.buffer.list_replicas(pb.ROLE_ROLLOUT)) < len(rig.replicas):
+        await asyncio.sleep(0.01)
 
 
 async def published(rig):
@@ -71,22 +77,24 @@ async def test_all_replicas_get_the_same_bytes_in_buckets(tmp_path):
         await push.publisher.wait_published(Version(1, 0))
         assert Version.from_proto(await published(push.rig)) == Version(1, 0)
         await until(lambda: len(push.lines) == 3)
-        for replica in push.rig.replicas:
-            assert replica.received[Version(1, 0)] == as_bytes(weights)
-            assert replica.calls.count("LoadBucket") == 2
+        for engine in push.rig.engines:
+            assert engine.received[Version(1, 0)] == as_bytes(weights)
+            assert engine.calls.count("LoadBucket") == 2
     assert sorted(line["replica_id"] for line in push.lines) == ["rollout-0", "rollout-1", "rollout-2"]
     assert all(line["bytes"] == 1_600_000 and line["requests_continued"] == 3 for line in push.lines)
-    assert all(replica.calls[-1] == "LeaveWeightGroup" for replica in push.rig.replicas)
+    assert all(line["engine"] == 0 for line in push.lines)
+    assert all(engine.calls[-1] == "LeaveWeightGroup" for engine in push.rig.engines)
 
 
 async def test_a_replica_that_joins_later_gets_the_present_version(tmp_path):
     async with pushing(tmp_path, 1) as push:
         await push.offer(make_weights(0))
         await push.publisher.wait_published(Version(1, 0))
-        late = await push.rig.add_replica()
+        await push.rig.add_replica()
+        first, late = push.rig.engines
         await until(lambda: late.state == pb.REPLICA_STATE_SERVING)
-        assert late.received == push.rig.replicas[0].received
-        assert push.rig.replicas[0].calls.count("BeginUpdate") == 1
+        assert late.received == first.received
+        assert first.calls.count("BeginUpdate") == 1
 
 
 async def test_without_a_replica_nothing_is_published_until_one_comes(tmp_path):
@@ -99,65 +107,66 @@ async def test_without_a_replica_nothing_is_published_until_one_comes(tmp_path):
         await asyncio.wait_for(push.offer(make_weights(1)), 20.0)
         replica = await push.rig.add_replica()
         await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
-        assert replica.received[Version(1, 0)] == as_bytes(make_weights(1))
+        assert replica.engines[0].received[Version(1, 0)] == as_bytes(make_weights(1))
 
 
-async def test_an_engine_that_dies_mid_push_delays_nobody_and_is_repaired(tmp_path):
-    async with pushing(tmp_path, 2) as push:
-        victim, other = push.rig.replicas
-        victim.before["LoadBucket"] = lambda: (victim.engine.kill(), victim.before.clear())
+@pytest.mark.parametrize(("replicas", "engines"), [(2, 1), (1, 2)])
+async def test_an_engine_that_dies_mid_push_delays_nobody_and_is_repaired(tmp_path, replicas, engines):
+    async with pushing(tmp_path, replicas, engines) as push:
+        victim, other = push.rig.engines
+        victim.before["LoadBucket"] = lambda: (victim.kill(), victim.before.clear())
         await push.offer(make_weights(0))
         await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
         assert other.received[Version(1, 0)] == as_bytes(make_weights(0))
         assert victim.version != Version(1, 0)
         await until(lambda: "AbortUpdate" in victim.calls)
-        await victim.start_engine()
-        victim.state = pb.REPLICA_STATE_JOINING
+        await victim.start()
         await until(lambda: victim.state == pb.REPLICA_STATE_SERVING)
         assert victim.received == other.received
+        assert other.calls.count("BeginUpdate") == 1
     failed = [line for line in push.lines if not line["ok"]]
     assert failed
-    assert {line["replica_id"] for line in failed} == {"rollout-0"}
+    assert {(line["replica_id"], line["engine"]) for line in failed} == {("rollout-0", 0)}
     assert "LoadBucket" in failed[0]["error"] or "collective" in failed[0]["error"]
 
 
 async def test_a_push_refused_before_its_first_byte_is_tried_again(tmp_path):
     async with pushing(tmp_path, 1) as push:
-        (replica,) = push.rig.replicas
+        (engine,) = push.rig.engines
 
         def refuse():
-            replica.before.clear()
+            engine.before.clear()
             raise UnavailableError("did not become quiet", field="engine")
 
-        replica.before["BeginUpdate"] = refuse
+        engine.before["BeginUpdate"] = refuse
         await push.offer(make_weights(0))
         await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
     assert [line["ok"] for line in push.lines] == [False, True]
     assert "did not become quiet" in push.lines[0]["error"]
     # A new group: the old one is forgotten at both ends.
-    assert replica.calls.count("JoinWeightGroup") == 2
+    assert engine.calls.count("JoinWeightGroup") == 2
 
 
 async def test_a_commit_whose_answer_is_lost_is_found_out_and_not_pushed_again(tmp_path):
     async with pushing(tmp_path, 1) as push:
-        (replica,) = push.rig.replicas
+        (replica,), (engine,) = push.rig.replicas, push.rig.engines
         replica.beats = False  # nor does the registry tell
 
         def lose():
-            replica.after.clear()
+            engine.after.clear()
             raise UnavailableError("the answer is lost")
 
-        replica.after["CommitUpdate"] = lose
+        engine.after["CommitUpdate"] = lose
         await push.offer(make_weights(0))
         await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
-        assert replica.calls.count("BeginUpdate") == 1
+        assert engine.calls.count("BeginUpdate") == 1
     assert [line["ok"] for line in push.lines] == [False]
 
 
 async def test_a_replica_that_hangs_holds_up_publication_only_for_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr(publisher_module, "STRAGGLER_S", 0.5)
     async with pushing(tmp_path, 2, timeout_s=60.0) as push:
-        hung, other = push.rig.replicas
+        hung, other = push.rig.engines
         hung.state = pb.REPLICA_STATE_QUARANTINED
         go_on = asyncio.Event()
         hung.before["LoadBucket"] = go_on.wait
@@ -174,41 +183,74 @@ async def test_a_replica_that_hangs_holds_up_publication_only_for_a_while(tmp_pa
 
 async def test_a_push_past_its_deadline_is_aborted_and_tried_again(tmp_path):
     async with pushing(tmp_path, 1, timeout_s=2.0) as push:
-        (replica,) = push.rig.replicas
+        (engine,) = push.rig.engines
 
         def hang():
-            replica.before.clear()
+            engine.before.clear()
             return asyncio.sleep(60)
 
-        replica.before["LoadBucket"] = hang
+        engine.before["LoadBucket"] = hang
         await push.offer(make_weights(0))
         await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 30.0)
-        assert replica.received[Version(1, 0)] == as_bytes(make_weights(0))
-    assert replica.calls.count("AbortUpdate") == 1
+        assert engine.received[Version(1, 0)] == as_bytes(make_weights(0))
+    assert engine.calls.count("AbortUpdate") == 1
     assert [line["ok"] for line in push.lines] == [False, True]
     assert "DEADLINE_EXCEEDED" in push.lines[0]["error"] or "collective" in push.lines[0]["error"]
 
 
-async def test_a_quarantined_replica_is_repaired(tmp_path):
+async def test_a_quarantined_engine_is_repaired(tmp_path):
     async with pushing(tmp_path, 1) as push:
-        (replica,) = push.rig.replicas
+        (engine,) = push.rig.engines
         await push.offer(make_weights(0))
         await push.publisher.wait_published(Version(1, 0))
-        replica.received.clear()
-        replica.state = pb.REPLICA_STATE_QUARANTINED
-        await until(lambda: replica.state == pb.REPLICA_STATE_SERVING)
-        assert replica.received[Version(1, 0)] == as_bytes(make_weights(0))
+        engine.received.clear()
+        engine.state = pb.REPLICA_STATE_QUARANTINED
+        await until(lambda: engine.state == pb.REPLICA_STATE_SERVING)
+        assert engine.received[Version(1, 0)] == as_bytes(make_weights(0))
 
 
 async def test_a_registry_that_lags_behind_causes_no_second_push(tmp_path):
     async with pushing(tmp_path, 1) as push:
-        (replica,) = push.rig.replicas
-        await asyncio.sleep(0.3)
+        (replica,), (engine,) = push.rig.replicas, push.rig.engines
+        await until_listed(push.rig)
         replica.beats = False  # the registry goes on saying JOINING
         await push.offer(make_weights(0))
         await push.publisher.wait_published(Version(1, 0))
-        await until(lambda: replica.calls.count("GetStatus") >= 2)
-        assert replica.calls.count("BeginUpdate") == 1
+        await until(lambda: replica.asked >= 2)
+        assert engine.calls.count("BeginUpdate") == 1
+
+
+async def test_an_engine_that_joins_later_within_a_replica_stops_nobody(tmp_path):
+    async with pushing(tmp_path, 1) as push:
+        await push.offer(make_weights(0))
+        await push.publisher.wait_published(Version(1, 0))
+        (first,) = push.rig.engines
+        late = await push.rig.replicas[0].add_engine()
+        await until(lambda: late.state == pb.REPLICA_STATE_SERVING)
+        assert late.received == first.received
+        assert first.calls.count("BeginUpdate") == first.calls.count("JoinWeightGroup") == 1
+    assert [(line["replica_id"], line["engine"]) for line in push.lines] == [("rollout-0", 0), ("rollout-0", 1)]
+
+
+async def test_every_rank_of_an_engine_is_in_its_group(tmp_path):
+    async with pushing(tmp_path, 0) as push:
+        replica = await push.rig.add_replica(engines=2, ranks=2)
+        await push.offer(make_weights(0))
+        await push.publisher.wait_published(Version(1, 0))
+        await until(lambda: all(engine.received for engine in replica.engines))
+        assert {engine.received[Version(1, 0)] for engine in replica.engines} == {as_bytes(make_weights(0))}
+
+
+async def test_a_replica_without_engines_or_on_its_way_out_is_owed_nothing(tmp_path):
+    async with pushing(tmp_path, 1) as push:
+        nobody = await push.rig.add_replica(engines=0)
+        leaving = await push.rig.add_replica()
+        leaving.leaving = True
+        await until_listed(push.rig)
+        await push.offer(make_weights(0))
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
+        assert nobody.asked == 0
+        assert leaving.engines[0].calls == []
 
 
 CLIENT = """
@@ -223,9 +265,9 @@ from services.trainer.weights.snapshot import Snapshot, build_manifest
 
 async def main():
     replica = pb.Replica(replica_id="r", address=sys.argv[1])
-    channel = Channel(replica, 1, WeightsConfig(timeout_s=120.0), rpb.PAUSE_MODE_IN_PLACE)
+    channel = Channel(replica, 0, 1, WeightsConfig(timeout_s=120.0), rpb.PAUSE_MODE_IN_PLACE)
     try:
-        await channel.join()
+        await channel.join(1)
         manifest = build_manifest({"w": torch.zeros(16 << 20)}, 1 << 30)
         await channel.push(Version(1, 0), Snapshot(manifest, torch.device("cpu")))
     except UnavailableError as error:
@@ -240,12 +282,12 @@ leave(5)
 @pytest.mark.parametrize("verb", ["JoinWeightGroup", "LoadBucket"])
 async def test_a_collective_left_behind_does_not_keep_the_process_from_ending(tmp_path, verb):
     async with pushing(tmp_path, 1) as push:
-        (replica,) = push.rig.replicas
+        (replica,), (engine,) = push.rig.replicas, push.rig.engines
 
         def refuse():
             raise UnavailableError("no", field="engine")
 
-        replica.before[verb] = refuse
+        engine.before[verb] = refuse
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", CLIENT, replica.describe().address, stdout=subprocess.PIPE
         )

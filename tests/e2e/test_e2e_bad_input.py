@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import redis
 
-from tests.kit.runs import polyhead
+from services.common.process import free_port
+from tests.kit.runs import Run, polyhead
 from tests.kit.valkey import running
 
 PLUGINS = """
@@ -18,6 +23,47 @@ def raises(args, sample, **kwargs): raise RuntimeError("no judge today")
 def hangs(args, sample, **kwargs): time.sleep(600)
 def fine(args, sample, **kwargs): return 1.0
 """
+
+
+# Stands for the interpreter that has SGLang: it answers like one that is too old, and takes no flag it does not know.
+OLD_SGLANG = """
+import argparse, json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+if "--no-such-flag" in sys.argv:
+    argparse.ArgumentParser(prog="launch_server.py").error("unrecognized arguments: --no-such-flag 7")
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        self.wfile.write(json.dumps({"version": "0.5.9", "context_length": 64}).encode())
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answer).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def old_sglang(tmp_path_factory):
+    python = tmp_path_factory.mktemp("sglang") / "python"
+    python.write_text(f"#!{sys.executable}\n{OLD_SGLANG}")
+    python.chmod(0o755)
+    return ("--rollout.engine.kind", "sglang", "--rollout.engine.python", str(python))
+
+
+@pytest.fixture(scope="module")
+def other_model():
+    """The address of an engine that serves another model, or 404s all that it is not asked about here."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"version": "0.5.23", "model_type": "llama"}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +83,15 @@ def refused(tmp_path: Path, *arguments: str) -> str:
     assert lines[0].startswith("polyhead: ")
     assert not (tmp_path / "run").exists(), "nothing half-written"
     return lines[0]
+
+
+def failed(tmp_path: Path, *arguments: str) -> str:
+    """The line with which a run ends that could not know before it had begun."""
+    result = polyhead(*arguments, "--run-dir", str(tmp_path / "run"))
+    assert result.returncode == 2, result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("polyhead: "), result.stderr
+    return line
 
 
 def test_a_missing_model_directory(tmp_path, flags):
@@ -86,6 +141,85 @@ def test_a_port_in_use(tmp_path, flags):
 def test_an_engine_that_is_not_installed(tmp_path, flags):
     engine = ("--rollout.engine.kind", "sglang", "--rollout.engine.python", "no/such/python")
     assert "rollout.engine.python: no/such/python is not a file" in refused(tmp_path, *flags, *engine)
+
+
+def test_a_flag_of_sglang_that_is_ours(tmp_path, flags, old_sglang):
+    line = refused(tmp_path, *flags, *old_sglang, "--sglang-tp-size", "2")
+    assert "rollout.engine.args.tp-size: is set by rollout.engine.gpus" in line
+
+
+def test_gpus_that_do_not_make_whole_engines(tmp_path, flags):
+    line = refused(tmp_path, *flags, "--rollout-num-gpus", "8", "--rollout-num-gpus-per-engine", "3")
+    assert "--rollout-num-gpus: 8 GPUs cannot be shared out among engines with 3 GPUs per engine" in line
+
+
+def test_a_router_that_is_not_installed(tmp_path, flags):
+    python = shutil.which("false")
+    line = refused(tmp_path, *flags, "--rollout.engines", "2", "--rollout.router.python", str(python))
+    assert f"rollout.router.python: several engines need sglang-router, which {python} does not have" in line
+
+
+def test_a_flag_of_the_router_that_is_ours(tmp_path, flags):
+    line = refused(tmp_path, *flags, "--rollout.engines", "2", "--router-api-key", "secret")
+    assert "rollout.router.args.api-key: is not to be set" in line
+
+
+def test_an_external_engine_that_does_not_answer(tmp_path, flags):
+    address = f"127.0.0.1:{free_port()}"
+    line = refused(tmp_path, *flags, "--rollout-external-engine-addrs", address)
+    assert f"rollout.engine.external: http://{address} does not answer: " in line
+
+
+def test_external_engines_that_are_too_few(tmp_path, flags, other_model):
+    line = refused(tmp_path, *flags, "--rollout-external-engine-addrs", other_model, "--rollout.replicas", "2")
+    assert "rollout.engine.external: 1 engines cannot be shared out over 2 replicas" in line
+
+
+def test_an_external_engine_that_serves_another_model(tmp_path, flags, other_model):
+    line = failed(tmp_path, *flags, "--rollout-external-engine-addrs", other_model)
+    assert f"rollout.engine.external: http://{other_model} has model_type = llama, but" in line
+
+
+def test_a_flag_that_sglang_does_not_know(tmp_path, flags, old_sglang):
+    line = failed(tmp_path, *flags, *old_sglang, "--sglang-no-such-flag", "7")
+    assert line.endswith("rollout failed: rollout.engine.args: unrecognized arguments: --no-such-flag 7")
+
+
+def test_an_sglang_that_is_too_old(tmp_path, flags, old_sglang):
+    line = failed(tmp_path, *flags, *old_sglang)
+    assert "rollout.engine.python: SGLang 0.5.9 is too old: 0.5.10 or newer is needed" in line
+
+
+def test_a_flag_that_the_router_does_not_know(tmp_path, flags):
+    line = failed(tmp_path, *flags, "--rollout.engines", "2", "--router-no-such-flag", "7")
+    assert "rollout.router.args: unrecognized arguments: --no-such-flag 7" in line
+
+
+def test_a_tokenizer_of_another_model(tmp_path, flags, inputs):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(inputs / "model", mixed)
+    tokenizer = json.loads((mixed / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["another"] = 500
+    (mixed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line = failed(tmp_path, *flags, "--hf-checkpoint", str(mixed))
+    assert f"model.hf_checkpoint: the tokenizer of {mixed} has token ids up to 500, but the model's vocab_size" in line
+
+
+@pytest.mark.timeout(180)
+def test_prompts_that_are_too_long_are_dropped_counted_and_made_up_for(tmp_path, flags, inputs):
+    rows = (inputs / "prompts.jsonl").read_text().splitlines()[:6]
+    long = json.dumps({"prompt": "1+" * 40, "label": "40"})
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("\n".join([*rows[:3], long, *rows[3:]]) + "\n")
+    run = Run(
+        tmp_path / "run",
+        *(*flags, "--num-rollout", "4", "--prompt-data", str(data), "--run-dir", str(tmp_path / "run")),
+    )
+    assert run.finish(within_s=120) == 0, run.tail()
+    summary = run.summary()
+    assert [line["step"] for line in run.steps()] == [1, 2, 3, 4]
+    assert summary["ledger"]["dropped"]["oversize"] >= 4
+    assert summary["ledger_imbalance"] == 0
 
 
 def test_a_redis_that_is_down(tmp_path, flags):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.kit.runs import Run, surviving
 
-VICTIMS = ("rollout", "engine", "reward", "buffer", "store", "trainer")
+VICTIMS = ("rollout", "engine-0", "reward", "buffer", "store", "trainer")
 STEPS = 180
 # Steps between two kills.
 APART = 20

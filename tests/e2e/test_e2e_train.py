@@ -20,6 +20,8 @@ def test_train_pushes_after_each_step_and_both_sides_agree_on_log_probs(tmp_path
     summary = run.summary()
     assert summary["weight_pushes"] >= 4, "the start and each step"
     assert summary["requests_aborted"] == 0
+    assert summary["engine"].pop("name").startswith("torch_engine/")
+    assert summary["engine"] == {"engines": 1, "replicas": 1, "router": False}
     assert summary["ledger_imbalance"] == 0
     for name in ("config.toml", "metrics.jsonl", "report.html", "curve.png", "hf/config.json", "logs/trainer-0.log"):
         assert (run.dir / name).exists(), name
@@ -28,12 +30,15 @@ def test_train_pushes_after_each_step_and_both_sides_agree_on_log_probs(tmp_path
 
 @pytest.mark.timeout(240)
 def test_an_interrupted_run_resumes_without_repeating_or_skipping_a_prompt(tmp_path, flags):
-    command = [*flags, "--num-rollout", "24", "--run-dir", str(tmp_path / "run")]
+    # A few steps a second, so that the run is still going on when it has been asked for its status.
+    slow = ("--rollout.engine.decode_rate", "40", "--rollout.max_inflight", "16")
+    command = [*flags, *slow, "--num-rollout", "24", "--run-dir", str(tmp_path / "run")]
     first = Run(tmp_path / "run", *command)
     first.wait_for(lambda: first.step() >= 8, within_s=90)
     status = polyhead("status", str(first.dir))
     assert "ledger imbalance 0" in status.stdout, status.stderr
     assert "rollout-0" in status.stdout
+    assert "engine-0" in status.stdout
     first.process.send_signal(signal.SIGINT)
     assert first.finish(within_s=60) == 128 + signal.SIGINT, first.tail()
     assert first.left_behind() == []

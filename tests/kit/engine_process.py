@@ -6,27 +6,30 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 import orjson
 import pytest
 
 from services.common.config import Config
-from services.common.errors import ConfigError
 from services.common.process import free_port
 from services.rollout.engines.launch import engine_command
 
 ROOT = Path(__file__).parents[2]
 ADMIN_KEY = "an-admin-key"
-ENGINES_REQUIRED = "POLYHEAD_ENGINES_REQUIRED"
-"""Set by `make conformance`: an engine that is not installed is then a failure."""
+# Of the engines that tests share.
+CONTEXT = 4096
+STREAM_INTERVAL = 4
+SGLANG_WANTED = "POLYHEAD_SGLANG"
+"""Set by `make test-sglang` and `make conformance`: without it nothing is run over SGLang."""
 
 
 @dataclass(frozen=True)
@@ -43,33 +46,33 @@ Start = Callable[..., contextlib.AbstractContextManager[EngineProcess]]
 
 @contextlib.contextmanager
 def start_torch_engine(
-    model_path: Path, *, context_length: int, flags: tuple[str, ...] = ()
+    model_path: Path, *, context_length: int, flags: tuple[str, ...] = (), log: IO[bytes] | None = None
 ) -> Iterator[EngineProcess]:
-    """The in-house engine on a free port, stopped at the end."""
+    """The in-house engine on a free port, stopped at the end. What it writes goes to `log`."""
     port = free_port()
     module = [sys.executable, "-m", "services.rollout.engines.torch_engine", "--model-path", str(model_path)]
     arguments = ["--port", str(port), "--context-length", str(context_length), "--admin-api-key", ADMIN_KEY, *flags]
-    with _running("torch", [*module, *arguments], engine_environment(), port, model_path, context_length) as engine:
+    process = subprocess.Popen([*module, *arguments], cwd=ROOT, env=engine_environment(), stdout=log, stderr=log)
+    with _running("torch", process, port, model_path, context_length) as engine:
         yield engine
 
 
 @contextlib.contextmanager
 def start_sglang(model_path: Path, *, context_length: int, flags: tuple[str, ...] = ()) -> Iterator[EngineProcess]:
-    """Real SGLang on the CPU, as a replica starts it; skips the test where its environment has not been made."""
-    engine = {"kind": "sglang", "context_length": context_length, "max_running_requests": 16}
+    """Real SGLang on the CPU, as a replica starts it; skips the test where it is not wanted."""
+    if not os.environ.get(SGLANG_WANTED):
+        pytest.skip("make test-sglang")
+    settings = {"kind": "sglang", "context_length": context_length, "max_running_requests": 16}
     # Stop strings need its tokenizer.
-    rollout = {"engine": engine, "sampling": {"stop": ["\n"]}}
-    config = Config.model_validate({"model": {"hf_checkpoint": model_path}, "rollout": rollout})
-    try:
-        launch = engine_command(config)(port := free_port(), ADMIN_KEY)
-    except ConfigError as error:
-        if os.environ.get(ENGINES_REQUIRED):
-            raise
-        pytest.skip(str(error))
-    command = [part for part in launch.command if part != "--incremental-streaming-output"]
-    environment = {**os.environ, **launch.environment}
-    with _running("sglang", [*command, *flags], environment, port, model_path, context_length) as process:
-        yield process
+    rollout = {"engine": settings, "sampling": {"stop": ["\n"]}}
+    with tempfile.TemporaryDirectory() as directory:
+        sections = {"run": {"dir": directory}, "model": {"hf_checkpoint": model_path}, "rollout": rollout}
+        launch = engine_command(Config.model_validate(sections))(port := free_port(), ADMIN_KEY)
+        command = [part for part in launch.command if part != "--incremental-streaming-output"]
+        environment = {**os.environ, **launch.environment}
+        process = subprocess.Popen([*command, *flags], cwd=ROOT, env=environment)
+        with _running("sglang", process, port, model_path, context_length) as engine:
+            yield engine
 
 
 # The same conformance suite runs over every engine that is started here.
@@ -78,9 +81,8 @@ STARTS: dict[str, Start] = {"torch": start_torch_engine, "sglang": start_sglang}
 
 @contextlib.contextmanager
 def _running(
-    kind: str, command: list[str], environment: dict[str, str], port: int, model_path: Path, context_length: int
+    kind: str, process: subprocess.Popen[bytes], port: int, model_path: Path, context_length: int
 ) -> Iterator[EngineProcess]:
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_healthy(url, process, within_s=120)

@@ -67,8 +67,17 @@ class FakeEngine:
         """The answer to update_weights_from_distributed: a reason."""
         self.fail_update_touched: bool | None = None
         self.hang_update = False
+        self.token_at_abort: int | None = None
+        """Comes with the end of every request that is aborted: of the pass that was under way."""
+        self.info: dict[str, Any] = {}
+        """Added to what it says about itself."""
         self.fail_pause = False
+        self.fail_generate: int | None = None
+        """The status of every generation."""
         self.requests: list[dict[str, Any]] = []
+        """Bodies of /generate; a single request is shown as a batch of one."""
+        self.keys: list[str] = []
+        """What they were authorised with."""
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.running: dict[str, Running] = {}
         self.paused: str | None = None
@@ -78,16 +87,17 @@ class FakeEngine:
         self._transports: set[Any] = set()
         self._runner: web.AppRunner | None = None
 
-    async def start(self) -> None:
+    async def start(self, port: int = 0) -> None:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
+        app.router.add_get("/health", self._ok)
         app.router.add_get("/health_generate", self._ok)
         app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/model_info", self._server_info)
         app.router.add_post("/{verb}", self._admin)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", port)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
@@ -115,6 +125,7 @@ class FakeEngine:
                 "version": "1",
                 "context_length": self.context_length,
                 "weight_version": self.version,
+                **self.info,
             }
         )
 
@@ -133,7 +144,7 @@ class FakeEngine:
                 self.paused = None
                 self._unpaused.set()
             case "abort_request":
-                self._abort(body if body.get("abort_all") else {"rid": body["rid"]})
+                self._abort({} if body.get("abort_all") else {"rid": body["rid"]})
             case "update_weights_from_distributed":
                 if self.hang_update:
                     await asyncio.sleep(30)
@@ -153,10 +164,17 @@ class FakeEngine:
         for rid, running in self.running.items():
             if rid == body.get("rid", rid):
                 running.aborted = True
+                if self.token_at_abort is not None:
+                    self._append(running, self.token_at_abort)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if isinstance(body["rid"], str):
+            body |= {name: [body[name]] for name in ("rid", "input_ids", "sampling_params")}
         self.requests.append(body)
+        self.keys.append(request.headers.get("Authorization", ""))
+        if self.fail_generate is not None:
+            return web.json_response({"error": {"message": "no"}}, status=self.fail_generate)
         if self.refuse_containing is not None and any(self.refuse_containing in ids for ids in body["input_ids"]):
             return web.json_response({"error": {"message": "bad token"}}, status=400)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -204,11 +222,16 @@ class FakeEngine:
             if self.stop_after is not None and len(running.tokens) + 1 == self.stop_after:
                 token = EOS
             nan = self.nan_at == (index, len(running.tokens))
-            running.tokens.append(token)
-            running.logprobs.append(float("nan") if nan else logprob_of(token))
-            running.versions.append(self.version)
+            self._append(running, token)
+            if nan:
+                running.logprobs[-1] = float("nan")
             if token == EOS:
                 break
+
+    def _append(self, running: Running, token: int) -> None:
+        running.tokens.append(token)
+        running.logprobs.append(logprob_of(token))
+        running.versions.append(self.version)
 
     def _to_abort(self, running: Running) -> bool:
         return running.aborted or (self.abort_all_after is not None and len(running.tokens) >= self.abort_all_after)

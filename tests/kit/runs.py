@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+
+from polyhead.v1 import buffer_pb2 as pb
+from services.common.buffer_client import BufferClient
+from services.common.config import load
+from services.common.errors import PolyheadError
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,13 +51,16 @@ class Run:
         self.seen.update(now)
         return now
 
-    def steps(self) -> list[dict[str, Any]]:
-        """Complete lines of metrics.jsonl, in the order written."""
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Complete lines of a .jsonl file of the run, in the order written."""
         try:
-            text = (self.dir / "metrics.jsonl").read_text()
+            text = (self.dir / f"{name}.jsonl").read_text()
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def steps(self) -> list[dict[str, Any]]:
+        return self.lines("metrics")
 
     def step(self) -> int:
         return max((line["step"] for line in self.steps()), default=0)
@@ -79,11 +92,62 @@ class Run:
         _, alive = psutil.wait_procs(self.seen, timeout=3)
         return [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
+    def replicas(self) -> list[pb.Replica]:
+        """The rollout replicas that have not said farewell, as the registry knows them; none while it is away."""
+        listed = self._ask(lambda buffer: buffer.list_replicas(pb.ROLE_ROLLOUT)) or []
+        return [replica for replica in listed if replica.state != pb.REPLICA_STATE_DEAD]
+
+    def ledger(self) -> pb.GetLedgerResponse | None:
+        """None while the buffer is away."""
+        return self._ask(lambda buffer: buffer.get_ledger())
+
+    def _ask(self, what: Callable[[BufferClient], Awaitable[T]]) -> T | None:
+        async def ask() -> T:
+            async with BufferClient(load(self.dir / "config.toml").buffer.address, retry_for_s=1.0) as buffer:
+                return await what(buffer)
+
+        try:
+            return asyncio.run(ask())
+        except PolyheadError:
+            return None
+
+    def child(self, name: str) -> int:
+        """The pid of a rollout replica's helper, "engine-0" or "router", as soon as it is one that runs."""
+        found: list[int] = []
+
+        def look() -> bool:
+            ours = {process.pid for process in self.look()}
+            found[:] = [pid for replica in self.replicas() if (pid := replica.child_pids.get(name)) in ours]
+            return bool(found)
+
+        self.wait_for(look, within_s=60)
+        return found[0]
+
+    def requests(self) -> list[Request]:
+        """What the engines logged of requests that got a slot, by time: `rollout.engine.args` has log-requests.
+
+        Those of samples: an engine that is asked for its health generates too, under an id without dots.
+        """
+        logs = [log.read_text(errors="replace").splitlines() for log in (self.dir / "logs").glob("engine-*.log")]
+        starts: dict[str, Request] = {}
+        for line in (line for log in logs for line in log if '"request_' in line):
+            said = json.loads(line)
+            if "." not in said["rid"]:
+                continue
+            at = datetime.fromisoformat(said["timestamp"]).timestamp()
+            if said["event"] == "request_started":
+                starts[said["rid"]] = Request(said["rid"], at, said["prompt"], said["weight_version"])
+            elif said["event"] == "request_ended":
+                ended = starts[said["rid"]]
+                ended.ended_at, ended.tokens, ended.reason = at, said["tokens"], said["reason"]
+        return sorted(starts.values(), key=lambda request: request.started_at)
+
     def victim(self, role: str) -> psutil.Process | None:
         """The process that fills a role now."""
+        if role == "router" or role.startswith("engine-"):
+            return psutil.Process(self.child(role))
         marks = {
             "store": "valkey-server",
-            "engine": "services.rollout.engines.torch_engine",
             **{name: f"services.{name}" for name in ("buffer", "rollout", "reward", "trainer")},
         }
         for process in self.look():
@@ -105,6 +169,27 @@ class Run:
         logs = sorted((self.dir / "logs").glob("*.log"))
         ends = [f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs]
         return "\n".join([self.output.read_text()[-2000:], *ends])
+
+
+@dataclass
+class Request:
+    """One request to an engine. Times are in seconds since the epoch."""
+
+    rid: str
+    """Sample, lease, and which request it was under that lease."""
+    started_at: float
+    prompt: int
+    """Tokens; of a resumed sample, those of its partial completion too."""
+    weight_version: str
+    """When it got its slot."""
+    ended_at: float | None = None
+    """None: its engine died before."""
+    tokens: int = 0
+    reason: str = ""
+
+    @property
+    def sample_id(self) -> str:
+        return self.rid.rsplit(".", 2)[0]
 
 
 def surviving(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -26,7 +26,7 @@ from services.trainer.io_thread import Io
 from services.trainer.status import TrainerStatus
 from services.trainer.trainer import train
 from tests.kit.trainer_batch import make_sample
-from tests.kit.trainer_replica import FakeReplica
+from tests.kit.trainer_replica import FakeEngine, FakeReplica
 
 
 class Rig:
@@ -69,9 +69,15 @@ class Rig:
     async def stop_buffer(self) -> None:
         await self._server.stop(0)
 
-    async def add_replica(self) -> FakeReplica:
+    @property
+    def engines(self) -> list[FakeEngine]:
+        """Of all replicas."""
+        return [engine for replica in self.replicas for engine in replica.engines]
+
+    async def add_replica(self, *, engines: int = 1, ranks: int = 1) -> FakeReplica:
         number = len(self.replicas)
-        replica = FakeReplica(f"rollout-{number}", self.directory / f"replica-{number}")
+        directory = self.directory / f"replica-{number}"
+        replica = FakeReplica(f"rollout-{number}", directory, engines=engines, ranks=ranks)
         await replica.start(self.buffer)
         self.replicas.append(replica)
         return replica
@@ -83,15 +89,17 @@ class Rig:
         """Generates and scores whatever there is to do, until cancelled."""
         rng = np.random.default_rng(seed)
         while True:
-            serving = [replica for replica in self.replicas if replica.state == pb.REPLICA_STATE_SERVING]
+            serving = [replica for replica in self.replicas if replica.serving]
             if serving:
                 await self._generate(random.Random(int(rng.integers(1 << 30))).choice(serving), rng)
                 await self._score(rng)
             await asyncio.sleep(0.005)
 
     async def _generate(self, replica: FakeReplica, rng: np.random.Generator) -> None:
+        version = replica.serving
+        assert version is not None
         lease = await self.buffer.lease(
-            sample_pb2.STAGE_GENERATE, replica.replica_id, max_samples=64, weight_version=replica.version
+            sample_pb2.STAGE_GENERATE, replica.replica_id, max_samples=64, weight_version=version
         )
         done = []
         for group in lease.groups:
@@ -102,7 +110,7 @@ class Rig:
                     sample_id=leased.sample_id,
                     prompt=prompt,
                     completion_length=int(rng.integers(1, 7)),
-                    versions=[replica.version],
+                    versions=[version],
                 )
                 sample.index = leased.index
                 done.append(
@@ -133,13 +141,15 @@ class Rig:
 
 
 @asynccontextmanager
-async def running_rig(config: Config, directory: Path, *, replicas: int = 1, feed: bool = True) -> AsyncIterator[Rig]:
+async def running_rig(
+    config: Config, directory: Path, *, replicas: int = 1, engines: int = 1, feed: bool = True
+) -> AsyncIterator[Rig]:
     rig = Rig(config, directory)
     await rig.start()
     rig.feeding = asyncio.create_task(rig.feed()) if feed else None
     try:
         for _ in range(replicas):
-            await rig.add_replica()
+            await rig.add_replica(engines=engines)
         yield rig
     finally:
         if rig.feeding is not None:

@@ -25,7 +25,7 @@ def main() -> None:
             if "join" in command:
                 if group is not None:
                     group.close()
-                group = WeightGroup(**command["join"], rank=1, world_size=2)
+                group = WeightGroup(**command["join"])
             else:
                 assert group is not None
                 flat = torch.empty(command["receive"], dtype=torch.uint8)

@@ -403,7 +403,7 @@ class RecoverResponse(_message.Message):
     def __init__(self, returned_groups: _Optional[int] = ..., replayed_steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("replica_id", "role", "address", "state", "weight_version", "pid", "stats", "child_pids")
+    __slots__ = ("replica_id", "role", "address", "state", "weight_version", "pid", "stats", "child_pids", "engines")
     class StatsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -426,6 +426,7 @@ class Replica(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     CHILD_PIDS_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     role: Role
     address: str
@@ -434,7 +435,22 @@ class Replica(_message.Message):
     pid: int
     stats: _containers.ScalarMap[str, float]
     child_pids: _containers.ScalarMap[str, int]
-    def __init__(self, replica_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., weight_version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., pid: _Optional[int] = ..., stats: _Optional[_Mapping[str, float]] = ..., child_pids: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    engines: _containers.RepeatedCompositeFieldContainer[Engine]
+    def __init__(self, replica_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., weight_version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., pid: _Optional[int] = ..., stats: _Optional[_Mapping[str, float]] = ..., child_pids: _Optional[_Mapping[str, int]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ...) -> None: ...
+
+class Engine(_message.Message):
+    __slots__ = ("index", "state", "weight_version", "name", "ranks")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    state: ReplicaState
+    weight_version: _sample_pb2.WeightVersion
+    name: str
+    ranks: int
+    def __init__(self, index: _Optional[int] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., weight_version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., name: _Optional[str] = ..., ranks: _Optional[int] = ...) -> None: ...
 
 class RegisterReplicaRequest(_message.Message):
     __slots__ = ("replica",)

@@ -28,51 +28,51 @@ from polyhead.v1 import sample_pb2 as polyhead_dot_v1_dot_sample__pb2
 from polyhead.v1 import weights_pb2 as polyhead_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19polyhead/v1/rollout.proto\x12\x0bpolyhead.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18polyhead/v1/buffer.proto\x1a\x18polyhead/v1/sample.proto\x1a\x19polyhead/v1/weights.proto\"\xa2\x01\n\x16JoinWeightGroupRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x12\n\ngroup_name\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x16\n\x0emaster_address\x18\x04 \x01(\t\x12\x13\n\x0bmaster_port\x18\x05 \x01(\r\x12\x12\n\nworld_size\x18\x06 \x01(\r\x12\x13\n\x0brank_offset\x18\x07 \x01(\r\"\x19\n\x17JoinWeightGroupResponse\"<\n\x17LeaveWeightGroupRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x12\n\ngroup_name\x18\x02 \x01(\t\"\x1a\n\x18LeaveWeightGroupResponse\"\xbf\x01\n\x12\x42\x65ginUpdateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12-\n\x08manifest\x18\x03 \x01(\x0b\x32\x1b.polyhead.v1.WeightManifest\x12\x12\n\ngroup_name\x18\x04 \x01(\t\x12*\n\npause_mode\x18\x05 \x01(\x0e\x32\x16.polyhead.v1.PauseMode\"/\n\x13\x42\x65ginUpdateResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\"_\n\x11LoadBucketRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\x0e\n\x06\x62ucket\x18\x03 \x01(\r\"\x14\n\x12LoadBucketResponse\"Q\n\x13\x43ommitUpdateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\"v\n\x14\x43ommitUpdateResponse\x12(\n\x05pause\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12requests_continued\x18\x02 \x01(\r\x12\x18\n\x10requests_aborted\x18\x03 \x01(\r\"`\n\x12\x41\x62ortUpdateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\x0e\n\x06reason\x18\x03 \x01(\t\"?\n\x13\x41\x62ortUpdateResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.polyhead.v1.ReplicaState\"c\n\x12LoadVersionRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\x11\n\tdirectory\x18\x03 \x01(\t\"?\n\x13LoadVersionResponse\x12(\n\x05pause\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1d\n\x0c\x44rainRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\")\n\rDrainResponse\x12\x18\n\x10samples_returned\x18\x01 \x01(\r\" \n\x1eRolloutServiceGetStatusRequest\"r\n\x1fRolloutServiceGetStatusResponse\x12%\n\x07replica\x18\x01 \x01(\x0b\x32\x14.polyhead.v1.Replica\x12\x18\n\x10running_requests\x18\x02 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t*n\n\tPauseMode\x12\x1a\n\x16PAUSE_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13PAUSE_MODE_IN_PLACE\x10\x01\x12\x16\n\x12PAUSE_MODE_RETRACT\x10\x02\x12\x14\n\x10PAUSE_MODE_ABORT\x10\x03\x32\x91\x06\n\x0eRolloutService\x12\\\n\x0fJoinWeightGroup\x12#.polyhead.v1.JoinWeightGroupRequest\x1a$.polyhead.v1.JoinWeightGroupResponse\x12_\n\x10LeaveWeightGroup\x12$.polyhead.v1.LeaveWeightGroupRequest\x1a%.polyhead.v1.LeaveWeightGroupResponse\x12P\n\x0b\x42\x65ginUpdate\x12\x1f.polyhead.v1.BeginUpdateRequest\x1a .polyhead.v1.BeginUpdateResponse\x12M\n\nLoadBucket\x12\x1e.polyhead.v1.LoadBucketRequest\x1a\x1f.polyhead.v1.LoadBucketResponse\x12S\n\x0c\x43ommitUpdate\x12 .polyhead.v1.CommitUpdateRequest\x1a!.polyhead.v1.CommitUpdateResponse\x12P\n\x0b\x41\x62ortUpdate\x12\x1f.polyhead.v1.AbortUpdateRequest\x1a .polyhead.v1.AbortUpdateResponse\x12P\n\x0bLoadVersion\x12\x1f.polyhead.v1.LoadVersionRequest\x1a .polyhead.v1.LoadVersionResponse\x12>\n\x05\x44rain\x12\x19.polyhead.v1.DrainRequest\x1a\x1a.polyhead.v1.DrainResponse\x12\x66\n\tGetStatus\x12+.polyhead.v1.RolloutServiceGetStatusRequest\x1a,.polyhead.v1.RolloutServiceGetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19polyhead/v1/rollout.proto\x12\x0bpolyhead.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18polyhead/v1/buffer.proto\x1a\x18polyhead/v1/sample.proto\x1a\x19polyhead/v1/weights.proto\"\xb2\x01\n\x16JoinWeightGroupRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x12\n\ngroup_name\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x16\n\x0emaster_address\x18\x04 \x01(\t\x12\x13\n\x0bmaster_port\x18\x05 \x01(\r\x12\x12\n\nworld_size\x18\x06 \x01(\r\x12\x13\n\x0brank_offset\x18\x07 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\r\"\x19\n\x17JoinWeightGroupResponse\"L\n\x17LeaveWeightGroupRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x12\n\ngroup_name\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\r\"\x1a\n\x18LeaveWeightGroupResponse\"\xcf\x01\n\x12\x42\x65ginUpdateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12-\n\x08manifest\x18\x03 \x01(\x0b\x32\x1b.polyhead.v1.WeightManifest\x12\x12\n\ngroup_name\x18\x04 \x01(\t\x12*\n\npause_mode\x18\x05 \x01(\x0e\x32\x16.polyhead.v1.PauseMode\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\r\"/\n\x13\x42\x65ginUpdateResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\"o\n\x11LoadBucketRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\x0e\n\x06\x62ucket\x18\x03 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\r\"\x14\n\x12LoadBucketResponse\"a\n\x13\x43ommitUpdateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\r\"v\n\x14\x43ommitUpdateResponse\x12(\n\x05pause\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12requests_continued\x18\x02 \x01(\r\x12\x18\n\x10requests_aborted\x18\x03 \x01(\r\"p\n\x12\x41\x62ortUpdateRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\r\"?\n\x13\x41\x62ortUpdateResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.polyhead.v1.ReplicaState\"s\n\x12LoadVersionRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12+\n\x07version\x18\x02 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\x11\n\tdirectory\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\r\"?\n\x13LoadVersionResponse\x12(\n\x05pause\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1d\n\x0c\x44rainRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\")\n\rDrainResponse\x12\x18\n\x10samples_returned\x18\x01 \x01(\r\" \n\x1eRolloutServiceGetStatusRequest\"b\n\x1fRolloutServiceGetStatusResponse\x12%\n\x07replica\x18\x01 \x01(\x0b\x32\x14.polyhead.v1.Replica\x12\x18\n\x10running_requests\x18\x02 \x01(\r*n\n\tPauseMode\x12\x1a\n\x16PAUSE_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13PAUSE_MODE_IN_PLACE\x10\x01\x12\x16\n\x12PAUSE_MODE_RETRACT\x10\x02\x12\x14\n\x10PAUSE_MODE_ABORT\x10\x03\x32\x91\x06\n\x0eRolloutService\x12\\\n\x0fJoinWeightGroup\x12#.polyhead.v1.JoinWeightGroupRequest\x1a$.polyhead.v1.JoinWeightGroupResponse\x12_\n\x10LeaveWeightGroup\x12$.polyhead.v1.LeaveWeightGroupRequest\x1a%.polyhead.v1.LeaveWeightGroupResponse\x12P\n\x0b\x42\x65ginUpdate\x12\x1f.polyhead.v1.BeginUpdateRequest\x1a .polyhead.v1.BeginUpdateResponse\x12M\n\nLoadBucket\x12\x1e.polyhead.v1.LoadBucketRequest\x1a\x1f.polyhead.v1.LoadBucketResponse\x12S\n\x0c\x43ommitUpdate\x12 .polyhead.v1.CommitUpdateRequest\x1a!.polyhead.v1.CommitUpdateResponse\x12P\n\x0b\x41\x62ortUpdate\x12\x1f.polyhead.v1.AbortUpdateRequest\x1a .polyhead.v1.AbortUpdateResponse\x12P\n\x0bLoadVersion\x12\x1f.polyhead.v1.LoadVersionRequest\x1a .polyhead.v1.LoadVersionResponse\x12>\n\x05\x44rain\x12\x19.polyhead.v1.DrainRequest\x1a\x1a.polyhead.v1.DrainResponse\x12\x66\n\tGetStatus\x12+.polyhead.v1.RolloutServiceGetStatusRequest\x1a,.polyhead.v1.RolloutServiceGetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'polyhead.v1.rollout_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PAUSEMODE']._serialized_start=1553
-  _globals['_PAUSEMODE']._serialized_end=1663
+  _globals['_PAUSEMODE']._serialized_start=1649
+  _globals['_PAUSEMODE']._serialized_end=1759
   _globals['_JOINWEIGHTGROUPREQUEST']._serialized_start=154
-  _globals['_JOINWEIGHTGROUPREQUEST']._serialized_end=316
-  _globals['_JOINWEIGHTGROUPRESPONSE']._serialized_start=318
-  _globals['_JOINWEIGHTGROUPRESPONSE']._serialized_end=343
-  _globals['_LEAVEWEIGHTGROUPREQUEST']._serialized_start=345
-  _globals['_LEAVEWEIGHTGROUPREQUEST']._serialized_end=405
-  _globals['_LEAVEWEIGHTGROUPRESPONSE']._serialized_start=407
-  _globals['_LEAVEWEIGHTGROUPRESPONSE']._serialized_end=433
-  _globals['_BEGINUPDATEREQUEST']._serialized_start=436
-  _globals['_BEGINUPDATEREQUEST']._serialized_end=627
-  _globals['_BEGINUPDATERESPONSE']._serialized_start=629
-  _globals['_BEGINUPDATERESPONSE']._serialized_end=676
-  _globals['_LOADBUCKETREQUEST']._serialized_start=678
-  _globals['_LOADBUCKETREQUEST']._serialized_end=773
-  _globals['_LOADBUCKETRESPONSE']._serialized_start=775
-  _globals['_LOADBUCKETRESPONSE']._serialized_end=795
-  _globals['_COMMITUPDATEREQUEST']._serialized_start=797
-  _globals['_COMMITUPDATEREQUEST']._serialized_end=878
-  _globals['_COMMITUPDATERESPONSE']._serialized_start=880
-  _globals['_COMMITUPDATERESPONSE']._serialized_end=998
-  _globals['_ABORTUPDATEREQUEST']._serialized_start=1000
-  _globals['_ABORTUPDATEREQUEST']._serialized_end=1096
-  _globals['_ABORTUPDATERESPONSE']._serialized_start=1098
-  _globals['_ABORTUPDATERESPONSE']._serialized_end=1161
-  _globals['_LOADVERSIONREQUEST']._serialized_start=1163
-  _globals['_LOADVERSIONREQUEST']._serialized_end=1262
-  _globals['_LOADVERSIONRESPONSE']._serialized_start=1264
-  _globals['_LOADVERSIONRESPONSE']._serialized_end=1327
-  _globals['_DRAINREQUEST']._serialized_start=1329
-  _globals['_DRAINREQUEST']._serialized_end=1358
-  _globals['_DRAINRESPONSE']._serialized_start=1360
-  _globals['_DRAINRESPONSE']._serialized_end=1401
-  _globals['_ROLLOUTSERVICEGETSTATUSREQUEST']._serialized_start=1403
-  _globals['_ROLLOUTSERVICEGETSTATUSREQUEST']._serialized_end=1435
-  _globals['_ROLLOUTSERVICEGETSTATUSRESPONSE']._serialized_start=1437
-  _globals['_ROLLOUTSERVICEGETSTATUSRESPONSE']._serialized_end=1551
-  _globals['_ROLLOUTSERVICE']._serialized_start=1666
-  _globals['_ROLLOUTSERVICE']._serialized_end=2451
+  _globals['_JOINWEIGHTGROUPREQUEST']._serialized_end=332
+  _globals['_JOINWEIGHTGROUPRESPONSE']._serialized_start=334
+  _globals['_JOINWEIGHTGROUPRESPONSE']._serialized_end=359
+  _globals['_LEAVEWEIGHTGROUPREQUEST']._serialized_start=361
+  _globals['_LEAVEWEIGHTGROUPREQUEST']._serialized_end=437
+  _globals['_LEAVEWEIGHTGROUPRESPONSE']._serialized_start=439
+  _globals['_LEAVEWEIGHTGROUPRESPONSE']._serialized_end=465
+  _globals['_BEGINUPDATEREQUEST']._serialized_start=468
+  _globals['_BEGINUPDATEREQUEST']._serialized_end=675
+  _globals['_BEGINUPDATERESPONSE']._serialized_start=677
+  _globals['_BEGINUPDATERESPONSE']._serialized_end=724
+  _globals['_LOADBUCKETREQUEST']._serialized_start=726
+  _globals['_LOADBUCKETREQUEST']._serialized_end=837
+  _globals['_LOADBUCKETRESPONSE']._serialized_start=839
+  _globals['_LOADBUCKETRESPONSE']._serialized_end=859
+  _globals['_COMMITUPDATEREQUEST']._serialized_start=861
+  _globals['_COMMITUPDATEREQUEST']._serialized_end=958
+  _globals['_COMMITUPDATERESPONSE']._serialized_start=960
+  _globals['_COMMITUPDATERESPONSE']._serialized_end=1078
+  _globals['_ABORTUPDATEREQUEST']._serialized_start=1080
+  _globals['_ABORTUPDATEREQUEST']._serialized_end=1192
+  _globals['_ABORTUPDATERESPONSE']._serialized_start=1194
+  _globals['_ABORTUPDATERESPONSE']._serialized_end=1257
+  _globals['_LOADVERSIONREQUEST']._serialized_start=1259
+  _globals['_LOADVERSIONREQUEST']._serialized_end=1374
+  _globals['_LOADVERSIONRESPONSE']._serialized_start=1376
+  _globals['_LOADVERSIONRESPONSE']._serialized_end=1439
+  _globals['_DRAINREQUEST']._serialized_start=1441
+  _globals['_DRAINREQUEST']._serialized_end=1470
+  _globals['_DRAINRESPONSE']._serialized_start=1472
+  _globals['_DRAINRESPONSE']._serialized_end=1513
+  _globals['_ROLLOUTSERVICEGETSTATUSREQUEST']._serialized_start=1515
+  _globals['_ROLLOUTSERVICEGETSTATUSREQUEST']._serialized_end=1547
+  _globals['_ROLLOUTSERVICEGETSTATUSRESPONSE']._serialized_start=1549
+  _globals['_ROLLOUTSERVICEGETSTATUSRESPONSE']._serialized_end=1647
+  _globals['_ROLLOUTSERVICE']._serialized_start=1762
+  _globals['_ROLLOUTSERVICE']._serialized_end=2547
 # @@protoc_insertion_point(module_scope)

@@ -24,7 +24,7 @@ PAUSE_MODE_RETRACT: PauseMode
 PAUSE_MODE_ABORT: PauseMode
 
 class JoinWeightGroupRequest(_message.Message):
-    __slots__ = ("epoch", "group_name", "backend", "master_address", "master_port", "world_size", "rank_offset")
+    __slots__ = ("epoch", "group_name", "backend", "master_address", "master_port", "world_size", "rank_offset", "engine")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class JoinWeightGroupRequest(_message.Message):
     MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     RANK_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     group_name: str
     backend: str
@@ -39,37 +40,42 @@ class JoinWeightGroupRequest(_message.Message):
     master_port: int
     world_size: int
     rank_offset: int
-    def __init__(self, epoch: _Optional[int] = ..., group_name: _Optional[str] = ..., backend: _Optional[str] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., world_size: _Optional[int] = ..., rank_offset: _Optional[int] = ...) -> None: ...
+    engine: int
+    def __init__(self, epoch: _Optional[int] = ..., group_name: _Optional[str] = ..., backend: _Optional[str] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., world_size: _Optional[int] = ..., rank_offset: _Optional[int] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class JoinWeightGroupResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class LeaveWeightGroupRequest(_message.Message):
-    __slots__ = ("epoch", "group_name")
+    __slots__ = ("epoch", "group_name", "engine")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     group_name: str
-    def __init__(self, epoch: _Optional[int] = ..., group_name: _Optional[str] = ...) -> None: ...
+    engine: int
+    def __init__(self, epoch: _Optional[int] = ..., group_name: _Optional[str] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class LeaveWeightGroupResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class BeginUpdateRequest(_message.Message):
-    __slots__ = ("epoch", "version", "manifest", "group_name", "pause_mode")
+    __slots__ = ("epoch", "version", "manifest", "group_name", "pause_mode", "engine")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
     PAUSE_MODE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     version: _sample_pb2.WeightVersion
     manifest: _weights_pb2.WeightManifest
     group_name: str
     pause_mode: PauseMode
-    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., manifest: _Optional[_Union[_weights_pb2.WeightManifest, _Mapping]] = ..., group_name: _Optional[str] = ..., pause_mode: _Optional[_Union[PauseMode, str]] = ...) -> None: ...
+    engine: int
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., manifest: _Optional[_Union[_weights_pb2.WeightManifest, _Mapping]] = ..., group_name: _Optional[str] = ..., pause_mode: _Optional[_Union[PauseMode, str]] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class BeginUpdateResponse(_message.Message):
     __slots__ = ("running_requests",)
@@ -78,26 +84,30 @@ class BeginUpdateResponse(_message.Message):
     def __init__(self, running_requests: _Optional[int] = ...) -> None: ...
 
 class LoadBucketRequest(_message.Message):
-    __slots__ = ("epoch", "version", "bucket")
+    __slots__ = ("epoch", "version", "bucket", "engine")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUCKET_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     version: _sample_pb2.WeightVersion
     bucket: int
-    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., bucket: _Optional[int] = ...) -> None: ...
+    engine: int
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., bucket: _Optional[int] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class LoadBucketResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class CommitUpdateRequest(_message.Message):
-    __slots__ = ("epoch", "version")
+    __slots__ = ("epoch", "version", "engine")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     version: _sample_pb2.WeightVersion
-    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ...) -> None: ...
+    engine: int
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class CommitUpdateResponse(_message.Message):
     __slots__ = ("pause", "requests_continued", "requests_aborted")
@@ -110,14 +120,16 @@ class CommitUpdateResponse(_message.Message):
     def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., requests_continued: _Optional[int] = ..., requests_aborted: _Optional[int] = ...) -> None: ...
 
 class AbortUpdateRequest(_message.Message):
-    __slots__ = ("epoch", "version", "reason")
+    __slots__ = ("epoch", "version", "reason", "engine")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     version: _sample_pb2.WeightVersion
     reason: str
-    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+    engine: int
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., reason: _Optional[str] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class AbortUpdateResponse(_message.Message):
     __slots__ = ("state",)
@@ -126,14 +138,16 @@ class AbortUpdateResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[_buffer_pb2.ReplicaState, str]] = ...) -> None: ...
 
 class LoadVersionRequest(_message.Message):
-    __slots__ = ("epoch", "version", "directory")
+    __slots__ = ("epoch", "version", "directory", "engine")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     version: _sample_pb2.WeightVersion
     directory: str
-    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., directory: _Optional[str] = ...) -> None: ...
+    engine: int
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., directory: _Optional[str] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class LoadVersionResponse(_message.Message):
     __slots__ = ("pause",)
@@ -158,11 +172,9 @@ class RolloutServiceGetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RolloutServiceGetStatusResponse(_message.Message):
-    __slots__ = ("replica", "running_requests", "engine")
+    __slots__ = ("replica", "running_requests")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
-    ENGINE_FIELD_NUMBER: _ClassVar[int]
     replica: _buffer_pb2.Replica
     running_requests: int
-    engine: str
-    def __init__(self, replica: _Optional[_Union[_buffer_pb2.Replica, _Mapping]] = ..., running_requests: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
+    def __init__(self, replica: _Optional[_Union[_buffer_pb2.Replica, _Mapping]] = ..., running_requests: _Optional[int] = ...) -> None: ...

@@ -7,6 +7,7 @@ return each_sample(function(row, k)
   local refused = lost(g, s, lease, GENERATING)
   if refused then
     bump('tokens_discarded', completion_tokens - saved)
+    bump('tokens_discarded.completed_late', completion_tokens - saved)
     return refused
   end
   bump('tokens_generated', completion_tokens - saved)

@@ -31,6 +31,8 @@ from services.common.config.models import (
 )
 from services.common.errors import ConfigError
 
+# Never in a file: it would be written to the run directory with the rest of the configuration.
+_SECRETS = ("store.password", "rollout.engine.admin_key")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -87,9 +89,10 @@ def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Confi
             raise ConfigError(f"is not valid TOML: {error}", field=str(path)) from error
     for key, value in (overrides or {}).items():
         _set(tree, key, value)
-    store = tree.get("store")
-    if isinstance(store, dict) and "password" in store:
-        raise ConfigError("comes from the environment only: POLYHEAD_STORE__PASSWORD", field="store.password")
+    for secret in _SECRETS:
+        if _holds(tree, secret.split(".")):
+            variable = f"POLYHEAD_{secret.upper().replace('.', '__')}"
+            raise ConfigError(f"comes from the environment only: {variable}", field=secret)
     try:
         return Config(**tree)
     except ValidationError as error:
@@ -118,7 +121,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The resolved configuration as TOML, secrets left out: `load` reads it back to an equal `Config`."""
-    tree = config.model_dump(mode="json", exclude={"store": {"password"}}, exclude_none=True)
+    secrets: dict[str, Any] = {"store": {"password"}, "rollout": {"engine": {"admin_key"}}}
+    tree = config.model_dump(mode="json", exclude=secrets, exclude_none=True)
     lines = ["# Resolved configuration of this run, written at its start."]
     _write_table(lines, (), tree)
     return "\n".join(lines) + "\n"
@@ -139,6 +143,10 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"{name} is not a section", field=dotted)
         tree = child
     tree[leaf] = value
+
+
+def _holds(tree: Any, path: Sequence[str]) -> bool:
+    return not path or (isinstance(tree, dict) and path[0] in tree and _holds(tree[path[0]], path[1:]))
 
 
 def _write_table(lines: list[str], path: tuple[str, ...], table: Mapping[str, Any]) -> None:

@@ -14,6 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+FlagValue = bool | int | float | str | list[int | float | str]
+
+
+def plain_flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
+    """Raises ValueError unless these can be the arguments of another program, by the names of its flags."""
+    for flag, setting in flags.items():
+        if not flag.replace("-", "").replace("_", "").isalnum() or flag.startswith("-"):
+            raise ValueError(f"{flag!r} is not the name of a flag: write it without its dashes")
+        if setting is False:
+            raise ValueError(f"{flag} = false: a flag that is not wanted is left out")
+    return flags
 
 
 class Section(BaseModel):
@@ -194,10 +205,22 @@ class EngineConfig(Section):
     """Where SGLang runs, and so which of its environments is used."""
     python: Path | None = None
     """SGLang's interpreter. Default: .engines/<device>/bin/python of this checkout."""
-    args: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Further server arguments of SGLang, by the name of the flag: tp-size = 2. True is a flag without a value."""
-    max_running_requests: Positive = 64
-    """Slots of the continuous batch."""
+    args: dict[str, FlagValue] = Field(default_factory=dict)
+    """Further server arguments of SGLang, by the name of the flag: mem-fraction-static = 0.8 (slime: --sglang-<flag>).
+    True is a flag without a value, a list one with several."""
+    gpus: Positive = 1
+    """Tensor-parallel ranks of one engine (slime: --rollout-num-gpus-per-engine)."""
+    base_gpu: Annotated[int, Field(ge=0)] = 0
+    """The first GPU of the first engine of the first replica; the others take the GPUs after it."""
+    external: list[str] = Field(default_factory=list)
+    """Addresses of engines started elsewhere, http://host:port; then none are started here. Replicas share them out
+    (slime: --rollout-external-engine-addrs)."""
+    admin_key: SecretStr | None = None
+    """Of external engines. Only from the environment: POLYHEAD_ROLLOUT__ENGINE__ADMIN_KEY."""
+    decode_rate: Annotated[float, Field(gt=0)] | None = None
+    """In-house engine: at most this many tokens per second and request, to stand for a slower one in benchmarks."""
+    max_running_requests: Positive | None = None
+    """Slots of the continuous batch. Default: SGLang's own choice on a GPU, else 64."""
     context_length: Positive | None = None
     """Tokens of prompt and completion together. Default: the model's, in the in-house engine at most 2,048."""
     prefill_chunk: Positive = 32
@@ -210,25 +233,48 @@ class EngineConfig(Section):
 
     @field_validator("args")
     @classmethod
-    def _flags_are_plain(cls, value: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
-        for flag, setting in value.items():
-            if not flag.replace("-", "").replace("_", "").isalnum() or flag.startswith("-"):
-                raise ValueError(f"{flag!r} is not the name of a flag: write it without its dashes")
-            if setting is False:
-                raise ValueError(f"{flag} = false: a flag that is not wanted is left out")
-        return value
+    def _flags_are_plain(cls, value: dict[str, FlagValue]) -> dict[str, FlagValue]:
+        return plain_flags(value)
+
+    @field_validator("external")
+    @classmethod
+    def _addresses_are_urls(cls, value: list[str]) -> list[str]:
+        for address in value:
+            parts = urlsplit(address)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.password or parts.path not in "/":
+                raise ValueError(f"{address!r} is not an address like http://host:port")
+        return [address.rstrip("/") for address in value]
+
+
+class RouterConfig(Section):
+    """sglang-router, in front of the engines of a replica that has more than one."""
+
+    python: Path | None = None
+    """The interpreter that has sglang-router. Default: the engine's own."""
+    policy: Literal["cache_aware", "round_robin", "random"] = "cache_aware"
+    args: dict[str, FlagValue] = Field(default_factory=dict)
+    """Further arguments, by the name of the flag: cache-threshold = 0.5 (slime: --router-<flag>)."""
+    start_timeout_s: Seconds = 30.0
+
+    @field_validator("args")
+    @classmethod
+    def _flags_are_plain(cls, value: dict[str, FlagValue]) -> dict[str, FlagValue]:
+        return plain_flags(value)
 
 
 class RolloutConfig(Section):
     replicas: Positive = 1
+    engines: Positive = 1
+    """Engines of one replica. With more than one, sglang-router stands in front of them."""
     address: str = "127.0.0.1:0"
-    max_inflight: Positive = 64
-    """Samples one replica works on at a time."""
+    max_inflight: Positive | None = None
+    """Samples one replica works on at a time. Default: as many as its engines have slots and KV memory for."""
     save_interval_s: Seconds = 1.0
     """How often partial tokens go to the buffer."""
     pause_mode: Literal["in_place", "retract", "abort"] = "in_place"
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
 
 
 class RewardConfig(Section):

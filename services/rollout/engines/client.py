@@ -11,12 +11,14 @@ import orjson
 from polyhead.v1 import weights_pb2
 from services.rollout.engines.messages import (
     Chunk,
+    EngineLoad,
     EngineRefusedError,
     EngineUnavailableError,
     GenerateRequest,
     RequestRefusedError,
     ServerInfo,
 )
+from services.rollout.engines.self_report import read_loads, read_server_info
 from services.rollout.engines.stream import ChunkReader, error_text, events
 
 PauseModeName = Literal["in_place", "retract", "abort"]
@@ -41,7 +43,7 @@ class EngineClient:
     """
 
     def __init__(self, url: str, admin_key: str = "", *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> None:
-        self._url = url
+        self.url, self.admin_key = url, admin_key
         self._stream_timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s
         )
@@ -61,51 +63,36 @@ class EngineClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def generate(
-        self, batch: Sequence[GenerateRequest], extra_key: str
-    ) -> AsyncGenerator[tuple[int, Chunk], None]:
+    def generate(self, batch: Sequence[GenerateRequest], extra_key: str) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Streams the batch as one request: (index in the batch, new tokens), as they come, until all have finished.
 
         `extra_key` sets these requests' prefix cache apart from that of other weights. Close the iterator to abort.
         """
-        body = orjson.dumps(
-            {
-                "rid": [request.rid for request in batch],
-                "input_ids": [list(request.input_ids) for request in batch],
-                "sampling_params": [_sampling_params(request) for request in batch],
-                "extra_key": extra_key,
-                "return_logprob": True,
-                "stream": True,
-            }
-        )
-        reader = ChunkReader(len(batch))
-        try:
-            async with self._session.post(
-                f"{self._url}/generate", data=body, headers=_JSON, timeout=self._stream_timeout
-            ) as response:
-                if response.status in (400, 413, 422):
-                    raise RequestRefusedError(_refusal(await response.read()), field="engine /generate")
-                if response.status != 200:
-                    raise EngineUnavailableError(f"HTTP {response.status}", field="engine /generate")
-                async for event in events(response.content):
-                    yield reader.read(event)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise EngineUnavailableError(_transport(error), field="engine /generate") from error
+        body = {
+            "rid": [request.rid for request in batch],
+            "input_ids": [list(request.input_ids) for request in batch],
+            "sampling_params": [sampling_params(request) for request in batch],
+            "extra_key": extra_key,
+            "return_logprob": True,
+            "stream": True,
+        }
+        return streamed(self._session, self.url, body, ChunkReader(len(batch)), self._stream_timeout)
 
     async def health(self, timeout_s: float = CALL_TIMEOUT_S) -> bool:
         """Whether the engine can generate now."""
         try:
-            async with self._session.get(f"{self._url}/health_generate", timeout=_total(timeout_s)) as response:
+            async with self._session.get(f"{self.url}/health_generate", timeout=_total(timeout_s)) as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
 
     async def server_info(self) -> ServerInfo:
-        info = await self._get("/server_info")
-        # SGLang takes no prompt of the last few tokens of its context, which a partial may have to be resumed from.
-        context_length = info.get("max_req_input_len", info.get("context_length"))
-        name = f"{info.get('kind', 'sglang')}/{info.get('version', 'unknown')}"
-        return ServerInfo(name, context_length if isinstance(context_length, int) else None)
+        return read_server_info(await self._get("/server_info"))
+
+    async def load(self) -> EngineLoad | None:
+        """None from an engine that does not know the route."""
+        loads = await self._get("/v1/loads?include=core", missing_ok=True)
+        return read_loads(loads) if loads else None
 
     async def model_info(self) -> Mapping[str, Any]:
         """Among others `model_path` and `weight_version`."""
@@ -197,9 +184,13 @@ class EngineClient:
         body = {"model_path": directory, "weight_version": version, "flush_cache": flush}
         await self._post("/update_weights_from_disk", body, timeout_s)
 
-    async def _get(self, path: str) -> Mapping[str, Any]:
+    async def _get(self, path: str, *, missing_ok: bool = False) -> Mapping[str, Any]:
+        """The answer's object; an empty one for a missing route."""
+        _check_open(self._session, path)
         try:
-            async with self._session.get(self._url + path, timeout=_total(CALL_TIMEOUT_S)) as response:
+            async with self._session.get(self.url + path, timeout=_total(CALL_TIMEOUT_S)) as response:
+                if missing_ok and response.status == 404:
+                    return {}
                 if response.status != 200:
                     raise EngineUnavailableError(f"HTTP {response.status}", field=f"engine {path}")
                 return orjson.loads(await response.read())
@@ -209,9 +200,10 @@ class EngineClient:
     async def _post(
         self, path: str, body: Mapping[str, Any], timeout_s: float = CALL_TIMEOUT_S, *, missing_ok: bool = False
     ) -> None:
+        _check_open(self._session, path)
         try:
             async with self._session.post(
-                self._url + path, data=orjson.dumps(body), headers=_JSON, timeout=_total(timeout_s)
+                self.url + path, data=orjson.dumps(body), headers=_JSON, timeout=_total(timeout_s)
             ) as response:
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -224,7 +216,29 @@ class EngineClient:
         raise EngineRefusedError(_refusal(content), field=f"engine {path}", weights_touched=touched is not False)
 
 
-def _sampling_params(request: GenerateRequest) -> dict[str, Any]:
+async def streamed(
+    session: aiohttp.ClientSession,
+    url: str,
+    body: Mapping[str, Any],
+    reader: ChunkReader,
+    timeout: aiohttp.ClientTimeout,
+) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """The chunks of one /generate call. Raises RequestRefusedError, or EngineUnavailableError when it breaks."""
+    _check_open(session, "/generate")
+    try:
+        async with session.post(f"{url}/generate", data=orjson.dumps(body), headers=_JSON, timeout=timeout) as response:
+            if response.status in (400, 413, 422):
+                raise RequestRefusedError(_refusal(await response.read()), field="engine /generate")
+            if response.status != 200:
+                reason = f"HTTP {response.status}: {_refusal(await response.read())}"
+                raise EngineUnavailableError(reason, field="engine /generate")
+            async for event in events(response.content):
+                yield reader.read(event)
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise EngineUnavailableError(_transport(error), field="engine /generate") from error
+
+
+def sampling_params(request: GenerateRequest) -> dict[str, Any]:
     params: dict[str, Any] = {
         "max_new_tokens": request.max_new_tokens,
         "temperature": request.temperature,
@@ -237,6 +251,12 @@ def _sampling_params(request: GenerateRequest) -> dict[str, Any]:
     if request.stop_token_ids:
         params["stop_token_ids"] = list(request.stop_token_ids)
     return params
+
+
+def _check_open(session: aiohttp.ClientSession, path: str) -> None:
+    """A session is closed when its engine has ended, perhaps before a call of it began."""
+    if session.closed:
+        raise EngineUnavailableError("not running", field=f"engine {path}")
 
 
 def _total(seconds: float) -> aiohttp.ClientTimeout:

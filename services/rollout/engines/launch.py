@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from services.common.config import Config
-from services.rollout.engines.sglang_launch import sglang_arguments, sglang_environment
+from services.rollout.capacity import DEFAULT_SLOTS
+from services.rollout.engines.python_module import flags_of, module_command, secret_arguments
+from services.rollout.engines.sglang_launch import sglang_environment, sglang_flags, sglang_python, sglang_scratch
 from services.rollout.engines.torch_engine.options import ADMIN_KEY_VARIABLE
 
 
@@ -17,22 +21,32 @@ class Launch(NamedTuple):
     command: Sequence[str]
     environment: Mapping[str, str] = {}
     """Added to this process's own."""
+    scratch: Path | None = None
+    """A directory of its own for what it leaves behind: to be removed when it has ended."""
 
 
 # (port, admin key) -> what to start
 EngineCommand = Callable[[int, str], Launch]
 
 
-def engine_command(config: Config) -> EngineCommand:
-    """The configured kind of engine. Raises ConfigError when it cannot be started as configured."""
+def engine_command(config: Config, replica: int = 0, engine: int = 0) -> EngineCommand:
+    """The configured kind of engine, as this one of the run's. Raises ConfigError when it cannot be started so."""
     if config.rollout.engine.kind == "torch":
         return torch_engine_command(config)
-    arguments, environment = sglang_arguments(config), sglang_environment(config)
+    python, flags = sglang_python(config.rollout.engine), sglang_flags(config, replica, engine)
+    environment = sglang_environment(config)
+    scratch = sglang_scratch(config, replica, engine)
 
     def command(port: int, admin_key: str) -> Launch:
         # Without a key for everything, /server_info would show the admin key to anyone who asks.
-        keys = ["--api-key", admin_key, "--admin-api-key", admin_key]
-        return Launch([*arguments, "--port", str(port), *keys], environment)
+        secrets = secret_arguments(f"--api-key={admin_key}", f"--admin-api-key={admin_key}")
+        if scratch is not None:
+            # What an engine that was killed has left goes first.
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            secrets = {**secrets, "TMPDIR": str(scratch)}
+        launched = module_command(python, "sglang.launch_server", [*flags, "--port", str(port)])
+        return Launch(launched, {**environment, **secrets}, scratch)
 
     return command
 
@@ -43,26 +57,28 @@ def torch_engine_command(config: Config) -> EngineCommand:
 
     def command(port: int, admin_key: str) -> Launch:
         options: dict[str, object] = {
-            "--model-path": config.model.hf_checkpoint,
-            "--port": port,
-            "--max-running-requests": engine.max_running_requests,
-            "--prefill-chunk": engine.prefill_chunk,
-            "--stream-interval": engine.stream_interval,
-            "--threads": engine.threads,
-            "--dtype": config.model.dtype,
-            "--random-seed": config.run.seed,
+            "model-path": config.model.hf_checkpoint,
+            "port": port,
+            "max-running-requests": engine.max_running_requests or DEFAULT_SLOTS,
+            "prefill-chunk": engine.prefill_chunk,
+            "stream-interval": engine.stream_interval,
+            "threads": engine.threads,
+            "dtype": config.model.dtype,
+            "random-seed": config.run.seed,
+            "incremental-streaming-output": True,
         }
+        if engine.decode_rate is not None:
+            options["decode-rate"] = engine.decode_rate
         if engine.context_length is not None:
-            options["--context-length"] = engine.context_length
-        flags = ["--incremental-streaming-output"]
+            options["context-length"] = engine.context_length
         if config.run.deterministic:
-            flags.append("--enable-deterministic-inference")
+            options["enable-deterministic-inference"] = True
         if not config.rollout.sampling.stop:
             # Only stop strings need text inside the engine: completions are decoded here.
-            flags.append("--skip-tokenizer-init")
-        arguments = [part for name, value in options.items() for part in (name, str(value))]
+            options["skip-tokenizer-init"] = True
+        flags = flags_of(options | engine.args)
         # By its environment, the key stays out of the list of processes.
         environment = {ADMIN_KEY_VARIABLE: admin_key}
-        return Launch([sys.executable, "-m", "services.rollout.engines.torch_engine", *arguments, *flags], environment)
+        return Launch([sys.executable, "-m", "services.rollout.engines.torch_engine", *flags], environment)
 
     return command

@@ -46,12 +46,15 @@ class GenerateRequest:
 
 
 class Finish(Enum):
-    """Why the engine ended a request. ABORT: unfinished, to be resumed. ERROR: the request can never be served."""
+    """Why a request ended. ABORT: by the engine, unfinished, to be resumed. ERROR: it can never be served. LOST: its
+    stream broke, so nothing more is known of it; to be resumed.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    LOST = "lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,29 @@ class ServerInfo:
     context_length: int | None
     """Tokens of prompt and completion together that every request may reach, and be resumed from; None when the
     engine does not say."""
+    ranks: int = 1
+    """Members it brings to a weight group."""
+    overlapped: bool = False
+    """Whether it decodes one pass ahead: the tokens of a pass that ended before a pause in place come out after it."""
+    max_running_requests: int | None = None
+    """Slots of its continuous batch."""
+    kv_tokens: int | None = None
+    """Tokens that its KV memory holds."""
+    model_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine has to do at this moment."""
+
+    running: int
+    waiting: int
+    """Requests that it has no slot or no memory for."""
+    used_tokens: int
+    max_tokens: int
+    """Of KV memory."""
+    slots: int = 0
+    """Of its continuous batch; 0 when it does not say."""
 
 
 def check_version(info: ServerInfo) -> None:

@@ -7,8 +7,12 @@ from pathlib import Path
 from services.common.config import Config
 from services.common.config.models import EngineConfig
 from services.common.errors import ConfigError
+from services.rollout.capacity import DEFAULT_SLOTS
+from services.rollout.engines.python_module import flags_of
 
 _CHECKOUT = Path(__file__).parents[3]
+# A socket's name may have 107 characters, with "/tmp" and 8 random ones after this.
+_SCRATCH_MAX = 90
 _CPU_SHIMS = Path(__file__).parent / "sglang_cpu"
 
 # Flags that have a setting of their own, or whose value only we can know.
@@ -20,25 +24,28 @@ _OURS = {
     "context-length": "rollout.engine.context_length",
     "max-running-requests": "rollout.engine.max_running_requests",
     "stream-interval": "rollout.engine.stream_interval",
-    **dict.fromkeys(("host", "port", "api-key", "admin-api-key", "incremental-streaming-output"), ""),
+    "base-gpu-id": "rollout.engine.base_gpu",
+    "model": "model.hf_checkpoint",
+    **dict.fromkeys(("tp-size", "tp", "tensor-parallel-size"), "rollout.engine.gpus"),
+    # Each rank of another kind would have to be a member of the weight group.
+    **dict.fromkeys(("dp-size", "dp", "data-parallel-size"), "rollout.engines"),
+    **dict.fromkeys(("host", "port", "api-key", "admin-api-key", "incremental-streaming-output", "config"), ""),
 }
 
-# Pure torch: no CPU build of SGLang's kernels is published. Without the overlapped schedule, no forward pass is running
-# when the scheduler answers a call, which is what makes a pause certain.
+# Pure torch: no CPU build of SGLang's kernels is published.
 _CPU_FLAGS = {
     "attention-backend": "torch_native",
     "sampling-backend": "pytorch",
     "grammar-backend": "none",
     "mem-fraction-static": 0.1,
-    "disable-overlap-schedule": True,
     "skip-server-warmup": True,
 }
 
 
-def sglang_arguments(config: Config) -> list[str]:
-    """Interpreter, module and flags; the port and the keys are added at each start.
+def sglang_flags(config: Config, replica: int, index: int) -> list[str]:
+    """The flags of engine `index` of a replica; the port and the keys are added at each start.
 
-    Raises ConfigError when there is no such interpreter, or for a flag that is not the user's to set.
+    Raises ConfigError for a flag that is not the user's to set.
     """
     engine = config.rollout.engine
     options: dict[str, object] = {
@@ -47,7 +54,7 @@ def sglang_arguments(config: Config) -> list[str]:
         "device": engine.device,
         "dtype": config.model.dtype,
         "random-seed": config.run.seed,
-        "max-running-requests": engine.max_running_requests,
+        "tp-size": engine.gpus,
         "stream-interval": engine.stream_interval,
         "incremental-streaming-output": True,
         # One line per request is more than the log of a long run can hold.
@@ -58,25 +65,29 @@ def sglang_arguments(config: Config) -> list[str]:
     if not config.rollout.sampling.stop:
         # Only stop strings need text inside the engine: completions are decoded here.
         options["skip-tokenizer-init"] = True
+    slots = engine.max_running_requests
     if engine.device == "cpu":
+        slots = slots or DEFAULT_SLOTS
         options |= _CPU_FLAGS
         if engine.context_length is not None:
-            options["max-total-tokens"] = engine.max_running_requests * engine.context_length
+            options["max-total-tokens"] = slots * engine.context_length
+    else:
+        options["base-gpu-id"] = engine.base_gpu + (replica * config.rollout.engines + index) * engine.gpus
+    if slots is not None:
+        options["max-running-requests"] = slots
     for flag, value in engine.args.items():
         name = flag.replace("_", "-")
         if name in _OURS:
-            reason = f"is set by {_OURS[name]}" if _OURS[name] else "is not to be set: every start needs its own value"
+            reason = f"is set by {_OURS[name]}" if _OURS[name] else "is not to be set: it is given at each start"
             raise ConfigError(reason, field=f"rollout.engine.args.{flag}")
         options[name] = value
-    flags = [part for name, value in options.items() for part in _flag(name, value)]
-    return [str(_interpreter(engine)), "-m", "sglang.launch_server", *flags]
+    return flags_of(options)
 
 
 def sglang_environment(config: Config) -> dict[str, str]:
     """What SGLang reads from its environment."""
     engine = config.rollout.engine
-    # A module in the working directory must not take the place of one of SGLang's.
-    environment = {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    environment = {"HF_HUB_OFFLINE": "1"}
     if engine.device == "cpu":
         return environment | {
             "PYTHONPATH": str(_CPU_SHIMS),
@@ -84,14 +95,18 @@ def sglang_environment(config: Config) -> dict[str, str]:
             "OMP_NUM_THREADS": str(engine.threads),
         }
     # An in-place pause only sets a flag: with this, loading weights waits for the forward pass that is still running.
-    return environment | {"SGLANG_FORCE_COARSE_WAR_BARRIER": "1"}
+    # This service's own packages are none of SGLang's.
+    return environment | {"SGLANG_FORCE_COARSE_WAR_BARRIER": "1", "PYTHONPATH": ""}
 
 
-def _flag(name: str, value: object) -> list[str]:
-    return [f"--{name}"] if value is True else [f"--{name}", str(value)]
+def sglang_scratch(config: Config, replica: int, index: int) -> Path | None:
+    """Where this engine keeps its sockets; None when they would have names that are too long for sockets."""
+    directory = config.run.dir.absolute() / "tmp" / f"engine-{replica}-{index}"
+    return directory if len(str(directory)) <= _SCRATCH_MAX else None
 
 
-def _interpreter(engine: EngineConfig) -> Path:
+def sglang_python(engine: EngineConfig) -> Path:
+    """The interpreter that has SGLang. Raises ConfigError when there is none."""
     if engine.python is not None:
         if not engine.python.is_file():
             raise ConfigError(f"{engine.python} is not a file", field="rollout.engine.python")

@@ -14,6 +14,7 @@ from services.rollout.engines.messages import Chunk, EngineSpan, EngineUnavailab
 
 _PREFIX = b"data: "
 _DONE = b"[DONE]"
+_FINISHES: dict[Any, Finish] = {finish.value: finish for finish in (Finish.STOP, Finish.LENGTH, Finish.ABORT)}
 
 
 async def events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
@@ -106,7 +107,7 @@ def _finish(reason: dict[str, Any] | None) -> tuple[Finish | None, str]:
     kind = reason.get("type")
     if kind == "abort" and reason.get("status_code") == 400:
         return Finish.ERROR, message
-    try:
-        return Finish(kind), message
-    except ValueError:
-        raise EngineUnavailableError(f"unknown finish_reason {kind!r}", field="engine /generate") from None
+    finish = _FINISHES.get(kind)
+    if finish is None:
+        raise EngineUnavailableError(f"unknown finish_reason {kind!r}", field="engine /generate")
+    return finish, message

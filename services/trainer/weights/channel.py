@@ -1,4 +1,4 @@
-"""The way to one rollout replica: a collective for the bytes, RPCs for the order of events."""
+"""The way to one engine of a rollout replica: a collective for the bytes, RPCs for the order of events."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FAREWELL_S = 2.0
 
 @dataclass(frozen=True)
 class Pushed:
-    """What the replica reported about a complete push."""
+    """What the replica reported about a complete push to one of its engines."""
 
     pause_s: float
     requests_continued: int
@@ -43,16 +43,20 @@ class Pushed:
 
 
 class Channel:
-    """Pushes to one replica, one push at a time. After an error it is closed; a new channel takes its place."""
+    """Pushes to one engine, one push at a time. After an error it is closed; a new channel takes its place."""
 
-    def __init__(self, replica: pb.Replica, epoch: int, config: WeightsConfig, pause_mode: rpb.PauseMode) -> None:
-        self.replica_id = replica.replica_id
+    def __init__(
+        self, replica: pb.Replica, engine: int, epoch: int, config: WeightsConfig, pause_mode: rpb.PauseMode
+    ) -> None:
+        """`engine` is the index of one of the replica's engines."""
+        self._name = f"{replica.replica_id}/{engine}"
+        self._engine = engine
         self._epoch = epoch
         self._config = config
         self._pause_mode = pause_mode
         self._grpc = rpc.channel(replica.address)
         self._stub = rollout_pb2_grpc.RolloutServiceStub(self._grpc)
-        self._group_name = f"polyhead-e{epoch}-{replica.replica_id}-{uuid.uuid4().hex[:8]}"
+        self._group_name = f"polyhead-e{epoch}-{replica.replica_id}-{engine}-{uuid.uuid4().hex[:8]}"
         self._group: WeightGroup | None = None
         self._collective: asyncio.Future[Any] | None = None
 
@@ -66,17 +70,19 @@ class Channel:
         """The last broadcast: while it is not done, it may still read from a bucket. Joining reads from none."""
         return self._collective if self._group is not None else None
 
-    async def join(self) -> None:
-        """Forms the process group with the replica's engine. Raises PolyheadError."""
+    async def join(self, ranks: int) -> None:
+        """Forms the process group with the engine, which brings `ranks` members. Raises PolyheadError."""
         port = free_port(LOCALHOST)
+        world_size = 1 + ranks
         request = rpb.JoinWeightGroupRequest(
             epoch=self._epoch,
             group_name=self._group_name,
             backend=self._config.backend,
             master_address=LOCALHOST,
             master_port=port,
-            world_size=2,
+            world_size=world_size,
             rank_offset=1,
+            engine=self._engine,
         )
 
         def join() -> WeightGroup:
@@ -85,7 +91,7 @@ class Channel:
                 address=LOCALHOST,
                 port=port,
                 rank=0,
-                world_size=2,
+                world_size=world_size,
                 name=self._group_name,
                 timeout_s=self._config.timeout_s,
             )
@@ -106,24 +112,27 @@ class Channel:
             manifest=snapshot.manifest,
             group_name=self._group_name,
             pause_mode=self._pause_mode,
+            engine=self._engine,
         )
         try:
             await self._call("BeginUpdate", begin)
             for index, bucket in enumerate(snapshot.buckets):
-                load = rpb.LoadBucketRequest(epoch=self._epoch, version=wire_version, bucket=index)
+                load = rpb.LoadBucketRequest(epoch=self._epoch, version=wire_version, bucket=index, engine=self._engine)
                 assert self._group is not None, "join comes before push"
                 await self._beside("LoadBucket", load, partial(self._group.broadcast, bucket))
-            commit = rpb.CommitUpdateRequest(epoch=self._epoch, version=wire_version)
+            commit = rpb.CommitUpdateRequest(epoch=self._epoch, version=wire_version, engine=self._engine)
             done = await self._call("CommitUpdate", commit)
         except BaseException as error:
-            abort = rpb.AbortUpdateRequest(epoch=self._epoch, version=wire_version, reason=str(error))
+            abort = rpb.AbortUpdateRequest(
+                epoch=self._epoch, version=wire_version, reason=str(error), engine=self._engine
+            )
             await self._last_words("AbortUpdate", abort)
             await self._leave_group()
             raise
         return Pushed(done.pause.ToNanoseconds() / 1e9, done.requests_continued, done.requests_aborted)
 
     async def status(self) -> pb.Replica:
-        """What the replica says of itself. Raises PolyheadError."""
+        """What the replica says of itself and its engines. Raises PolyheadError."""
         response = await self._call("GetStatus", rpb.RolloutServiceGetStatusRequest(), timeout_s=FAREWELL_S)
         return response.replica
 
@@ -145,14 +154,14 @@ class Channel:
         await self._grpc.close()
 
     async def _leave_group(self) -> None:
-        request = rpb.LeaveWeightGroupRequest(epoch=self._epoch, group_name=self._group_name)
+        request = rpb.LeaveWeightGroupRequest(epoch=self._epoch, group_name=self._group_name, engine=self._engine)
         await self._last_words("LeaveWeightGroup", request)
 
     async def _last_words(self, verb: str, request: Any) -> None:
         try:
             await self._call(verb, request, timeout_s=FAREWELL_S)
         except PolyheadError as error:
-            log.info("replica_not_told", verb=verb, replica_id=self.replica_id, reason=str(error))
+            log.info("replica_not_told", verb=verb, engine=self._name, reason=str(error))
 
     async def _beside(self, verb: str, request: Any, blocking: Callable[[], T]) -> T:
         """The RPC and the blocking call of the collective at the same time; the first failure of either is raised.
@@ -168,7 +177,7 @@ class Channel:
             try:
                 return collective.result()
             except RuntimeError as error:  # torch's DistError is one
-                raise UnavailableError(f"collective failed: {error}", field=self.replica_id) from error
+                raise UnavailableError(f"collective failed: {error}", field=self._name) from error
         finally:
             call.cancel()
 
@@ -181,7 +190,7 @@ class Channel:
             if isinstance(typed, FencedError):
                 raise typed from None
             reason = str(typed) if typed else f"{error.code().name} {error.details()}"
-            raise UnavailableError(f"{verb} failed: {reason}", field=self.replica_id) from error
+            raise UnavailableError(f"{verb} failed: {reason}", field=self._name) from error
 
 
 def _close_late(joined: asyncio.Future[WeightGroup]) -> None:

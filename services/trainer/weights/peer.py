@@ -1,4 +1,4 @@
-"""One rollout replica as the publisher sees it: what it has, and the push that is under way."""
+"""One engine of a rollout replica as the publisher sees it: what it has, and the push that is under way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from services.trainer.weights.snapshot import Snapshot
 
 log = structlog.get_logger()
 
-# A replica that cannot be reached is tried again after this long, doubling up to the last.
+# An engine that cannot be reached is tried again after this long, doubling up to the last.
 RETRY_S = 0.5
 RETRY_MAX_S = 5.0
 
@@ -27,16 +27,23 @@ Record = Callable[[Mapping[str, object]], None]
 
 
 class Peer:
-    """Brings one replica to a version, over a channel that is made when needed and dropped on any failure."""
+    """Brings one engine to a version, over a channel that is made when needed and dropped on any failure."""
 
     def __init__(
-        self, replica: pb.Replica, epoch: int, config: WeightsConfig, pause_mode: rpb.PauseMode, record: Record
+        self,
+        replica: pb.Replica,
+        engine: pb.Engine,
+        epoch: int,
+        config: WeightsConfig,
+        pause_mode: rpb.PauseMode,
+        record: Record,
     ) -> None:
-        self.replica = replica
+        self.engine = engine
         """As the registry, the replica itself, or the last push said: whichever came last."""
         self.has: Version | None = None
         """The last version that it committed to us."""
         self.started = 0.0
+        self._replica = replica
         self._epoch = epoch
         self._config = config
         self._pause_mode = pause_mode
@@ -48,6 +55,11 @@ class Peer:
         self._retry_s = RETRY_S
 
     @property
+    def _identity(self) -> dict[str, str | int]:
+        """Which engine it is, in logs and in pushes.jsonl."""
+        return {"replica_id": self._replica.replica_id, "engine": self.engine.index}
+
+    @property
     def busy(self) -> bool:
         return self._task is not None and not self._task.done()
 
@@ -55,7 +67,7 @@ class Peer:
         """Whether a push of `version` should start now."""
         if self.busy or time.monotonic() < self._retry_at:
             return False
-        return self.has != version or not _serves(self.replica, version)
+        return self.has != version or not _serves(self.engine, version)
 
     def start(self, version: Version, snapshot: Snapshot, ended: Callable[[], None]) -> None:
         """Begins a push in the background. `ended` is called when it is over and when `snapshot` is free again."""
@@ -65,12 +77,12 @@ class Peer:
         self._task = asyncio.create_task(self._serve(version, snapshot, ended))
 
     def raise_failure(self) -> None:
-        """Raises what ended the last push, if it was more than the replica's failure: FencedError."""
+        """Raises what ended the last push, if it was more than the engine's failure: FencedError."""
         if self._task is not None and self._task.done() and not self._task.cancelled():
             self._task.result()
 
     async def finish(self, timeout_s: float) -> None:
-        """Lets a push end in order, or breaks it off; then parts from the replica."""
+        """Lets a push end in order, or breaks it off; then parts from the engine."""
         if self._task is not None and self.busy:
             await asyncio.wait({self._task}, timeout=timeout_s)
             self._task.cancel()
@@ -88,7 +100,7 @@ class Peer:
         try:
             if self.has in (version, None) and await self._has_already(version):
                 return
-            if self.replica.state == pb.REPLICA_STATE_JOINING and self._open_channel().joined:
+            if self.engine.state == pb.REPLICA_STATE_JOINING and self._open_channel().joined:
                 # A new engine is in no group yet.
                 await self.drop_channel()
             channel = await self._joined_channel()
@@ -99,23 +111,24 @@ class Peer:
             ended()
 
     async def _has_already(self, version: Version) -> bool:
-        """Asks the replica itself: the registry hears of a push a heartbeat later, and the answer to a commit may have
-        been lost, after which no second push of that version would be accepted.
+        """Asks the engine's replica itself: the registry hears of a push a heartbeat later, and the answer to a commit
+        may have been lost, after which no second push of that version would be accepted.
 
         A version names its epoch, which is this trainer's alone: who serves it has these very weights.
         """
         try:
-            self.replica = await self._open_channel().status()
+            replica = await self._open_channel().status()
         except UnavailableError:
             return False
-        if not _serves(self.replica, version):
+        self.engine = next((each for each in replica.engines if each.index == self.engine.index), self.engine)
+        if not _serves(self.engine, version):
             return False
         self.has, self._retry_s = version, RETRY_S
         return True
 
     def _open_channel(self) -> Channel:
         if self._channel is None:
-            self._channel = Channel(self.replica, self._epoch, self._config, self._pause_mode)
+            self._channel = Channel(self._replica, self.engine.index, self._epoch, self._config, self._pause_mode)
         return self._channel
 
     async def _joined_channel(self) -> Channel | None:
@@ -123,9 +136,9 @@ class Peer:
         if channel.joined:
             return channel
         try:
-            await channel.join()
+            await channel.join(self.engine.ranks)
         except UnavailableError as error:
-            log.info("replica_not_joined", replica_id=self.replica.replica_id, reason=str(error))
+            log.info("engine_not_joined", **self._identity, reason=str(error))
             await self._failed()
             return None
         return channel
@@ -136,16 +149,16 @@ class Peer:
             pushed = await channel.push(version, snapshot)
         except UnavailableError as failure:
             error = str(failure)
-            log.warning("push_failed", replica_id=self.replica.replica_id, version=str(version), reason=error)
+            log.warning("push_failed", **self._identity, version=str(version), reason=error)
             await self._failed()
         else:
             self.has, self._retry_s = version, RETRY_S
-            self.replica.state = pb.REPLICA_STATE_SERVING
-            self.replica.weight_version.CopyFrom(version.to_proto())
+            self.engine.state = pb.REPLICA_STATE_SERVING
+            self.engine.weight_version.CopyFrom(version.to_proto())
         self._record(
             {
                 "version": str(version),
-                "replica_id": self.replica.replica_id,
+                **self._identity,
                 "seconds": time.monotonic() - started,
                 "pause_s": pushed.pause_s,
                 "bytes": snapshot.manifest.num_bytes,
@@ -176,6 +189,6 @@ class Peer:
             release()
 
 
-def _serves(replica: pb.Replica, version: Version) -> bool:
-    serving = replica.state == pb.REPLICA_STATE_SERVING
-    return serving and Version.from_proto(replica.weight_version) == version
+def _serves(engine: pb.Engine, version: Version) -> bool:
+    serving = engine.state == pb.REPLICA_STATE_SERVING
+    return serving and Version.from_proto(engine.weight_version) == version

@@ -1,7 +1,7 @@
 """Publication of weights: a duty of its own, beside training.
 
-A version is *offered* once and then owed to every rollout replica: those that serve an older one, and those that join
-or were quarantined, also while the trainer waits or computes. Lives on the process's asyncio loop.
+A version is *offered* once and then owed to every engine of every rollout replica: those that serve an older one, and
+those that join or were quarantined, also while the trainer waits or computes. Lives on the process's asyncio loop.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ log = structlog.get_logger()
 
 LIST_EVERY_S = 0.5
 BUFFER_TIMEOUT_S = 5.0
-# Once one replica has a version, it is published without those that take longer than this: they are below the floor
+# Once one engine has a version, it is published without those that take longer than this: they are below the floor
 # until they have it, so they get no work and hold up nobody.
 STRAGGLER_S = 5.0
 # Pushes under way when the trainer leaves may still end in order within this time.
 FAREWELL_S = 5.0
 
-# A suspect replica has lost its engine, and with it the group: it joins anew when it is back.
+# A suspect engine's process is lost, and with it the group: it joins anew when it is back.
 _OWED = {
     pb.REPLICA_STATE_JOINING,
     pb.REPLICA_STATE_SYNCING,
     pb.REPLICA_STATE_SERVING,
     pb.REPLICA_STATE_QUARANTINED,
 }
+_LEAVING = {pb.REPLICA_STATE_DRAINING, pb.REPLICA_STATE_DEAD}
 _PAUSE_MODES = {
     "in_place": rpb.PAUSE_MODE_IN_PLACE,
     "retract": rpb.PAUSE_MODE_RETRACT,
@@ -47,7 +48,7 @@ _PAUSE_MODES = {
 
 
 class Publisher:
-    """Owes the newest offered version to every replica.
+    """Owes the newest offered version to every engine, each by a push of its own.
 
     Memory: at most two copies of the weights. Training waits for the pushes of one version before it offers the next,
     so the second copy comes to be only while a straggler still reads from the first.
@@ -60,7 +61,8 @@ class Publisher:
         self._pause_mode = _PAUSE_MODES[config.rollout.pause_mode]
         self._epoch = epoch
         self._record = record
-        self._peers: dict[str, Peer] = {}
+        self._peers: dict[tuple[str, int], Peer] = {}
+        """By replica id and index of the engine."""
         self._listed_at = -LIST_EVERY_S
         self._snapshots: list[Snapshot] = []
         self._target: tuple[Version, Snapshot] | None = None
@@ -92,17 +94,17 @@ class Publisher:
         return free[0]
 
     async def offer(self, version: Version, snapshot: Snapshot) -> None:
-        """From now on every replica is owed `version`, whose weights `snapshot` holds."""
+        """From now on every engine is owed `version`, whose weights `snapshot` holds."""
         self._target = (version, snapshot)
         self._wake.set()
 
     async def wait_published(self, version: Version) -> None:
-        """Returns when at least one replica serves `version` or a later one, and the buffer knows."""
+        """Returns when at least one engine serves `version` or a later one, and the buffer knows."""
         async with self._round_done:
             await self._round_done.wait_for(lambda: self._published is not None and self._published >= version)
 
     async def close(self) -> None:
-        """Lets pushes under way end, then parts from every replica."""
+        """Lets pushes under way end, then parts from every engine."""
         if self._running is not None:
             self._running.cancel()
         await asyncio.gather(*(peer.finish(FAREWELL_S) for peer in self._peers.values()), return_exceptions=True)
@@ -151,23 +153,28 @@ class Publisher:
         async with asyncio.timeout(BUFFER_TIMEOUT_S):
             replicas = await self._buffer.list_replicas(pb.ROLE_ROLLOUT)
         self._listed_at = time.monotonic()
-        listed = {replica.replica_id: replica for replica in replicas if replica.state in _OWED}
-        for replica_id, replica in listed.items():
-            if replica_id in self._peers:
-                self._peers[replica_id].replica = replica
+        listed = {
+            (replica.replica_id, engine.index): (replica, engine)
+            for replica in replicas
+            for engine in replica.engines
+            if replica.state not in _LEAVING and engine.state in _OWED
+        }
+        for key, (replica, engine) in listed.items():
+            if key in self._peers:
+                self._peers[key].engine = engine
             else:
-                self._peers[replica_id] = Peer(replica, self._epoch, self._config, self._pause_mode, self._record)
-        for replica_id in self._peers.keys() - listed.keys():
-            if not self._peers[replica_id].busy:
-                await self._peers.pop(replica_id).drop_channel()
+                self._peers[key] = Peer(replica, engine, self._epoch, self._config, self._pause_mode, self._record)
+        for key in self._peers.keys() - listed.keys():
+            if not self._peers[key].busy:
+                await self._peers.pop(key).drop_channel()
 
     def _is_complete(self, version: Version) -> bool:
-        """At least one replica has it, and none that was serving may still get it soon."""
+        """At least one engine has it, and none that was serving may still get it soon."""
         if not any(peer.has == version for peer in self._peers.values()):
             return False
         overdue = time.monotonic() - STRAGGLER_S
         return not any(
-            peer.busy and peer.started > overdue and peer.replica.state != pb.REPLICA_STATE_JOINING
+            peer.busy and peer.started > overdue and peer.engine.state != pb.REPLICA_STATE_JOINING
             for peer in self._peers.values()
             if peer.has != version
         )

@@ -51,6 +51,66 @@ def test_a_wrong_flag_is_named(arguments, message):
     assert message in str(caught.value)
 
 
+ENGINES = """
+    --rollout-num-gpus 8 --rollout-num-gpus-per-engine 2 --sglang-mem-fraction-static 0.8 --sglang-enable-metrics
+    --sglang-cuda-graph-bs 1 2 4 --sglang-attention-backend=fa3 --sglang-server-concurrency 64
+    --router-policy round_robin --router-cache-threshold 0.5 --sglang-router-request-timeout-secs 600
+"""
+
+
+def test_engine_flags_are_handed_through():
+    rollout = load(None, slime_flags.to_overrides(shlex.split(ENGINES))).rollout
+    assert (rollout.engines, rollout.engine.gpus, rollout.max_inflight) == (4, 2, 256)
+    assert (rollout.engine.kind, rollout.engine.device) == ("sglang", "cuda")
+    assert rollout.engine.args == {
+        "mem-fraction-static": 0.8,
+        "enable-metrics": True,
+        "cuda-graph-bs": [1, 2, 4],
+        "attention-backend": "fa3",
+    }
+    assert rollout.router.policy == "round_robin"
+    assert rollout.router.args == {"cache-threshold": 0.5, "request-timeout-secs": 600}
+
+
+def test_what_is_said_in_our_own_words_wins_over_what_slime_implies():
+    arguments = "--rollout-num-gpus 4 --rollout.engine.device cpu --rollout.engine.kind torch --rollout.replicas 2"
+    rollout = load(None, slime_flags.to_overrides(arguments.split())).rollout
+    assert (rollout.engine.kind, rollout.engine.device, rollout.engines) == ("torch", "cpu", 2)
+
+
+def test_without_engine_flags_the_engine_is_the_in_house_one():
+    assert load(None, slime_flags.to_overrides(["--router-policy", "random"])).rollout.engine.kind == "torch"
+
+
+def test_external_engines_become_addresses():
+    arguments = "--rollout-external-engine-addrs 10.0.0.1:30000 https://b:1"
+    engine = load(None, slime_flags.to_overrides(arguments.split())).rollout.engine
+    assert (engine.kind, engine.external) == ("sglang", ["http://10.0.0.1:30000", "https://b:1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rollout-num-gpus 8 --rollout-num-gpus-per-engine 3", "--rollout-num-gpus: 8 GPUs .* 3 GPUs per engine"),
+        ("--rollout-num-gpus many", "--rollout-num-gpus: 'many' is not a number"),
+        ("--rollout-num-gpus", "--rollout-num-gpus: a value is missing"),
+        ("--sglang-router-ip 10.0.0.1", "--sglang-router-ip: a router is started .* --rollout-external-engine-addrs"),
+        ("--sglang-router-port 3000", "--sglang-router-port: a router is started"),
+        ("--sglang- 1", "--sglang-: unknown flag"),
+        ("--rollout-num-gpu 4", "did you mean --rollout-num-gpus?"),
+    ],
+)
+def test_an_engine_flag_that_cannot_be_is_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        slime_flags.to_overrides(arguments.split())
+
+
+def test_every_flag_is_described():
+    described = slime_flags.describe()
+    for flag in ("--sglang-FLAG", "--router-FLAG", "--rollout-num-gpus ", "--rollout-external-engine-addrs"):
+        assert flag in described
+
+
 def test_batch_sizes_that_do_not_fit_show_the_numbers():
     arguments = ["--rollout-batch-size", "16", "--n-samples-per-prompt", "8", "--global-batch-size", "100"]
     with pytest.raises(ConfigError, match=r"16 × 8 = 128 must equal .* 100 × 1 = 100"):

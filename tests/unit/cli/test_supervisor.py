@@ -56,6 +56,25 @@ async def test_one_that_ignores_sigterm_is_killed_after_the_grace(tmp_path):
     await watcher.end([stubborn], grace_s=0.5)
     assert stubborn.process.returncode == -9
     assert watcher.children == []
+    assert watcher.ended == [stubborn]
+
+
+async def test_one_that_was_told_to_end_is_not_restarted_and_not_told_twice(tmp_path):
+    watcher, restarted = supervisor()
+    code = (
+        "import signal,sys; told=[]; signal.signal(15, lambda *_: told.append(1)); print(1, flush=True)\n"
+        "while not told: signal.pause()\n"
+        "print('farewell', len(told), flush=True)"
+    )
+    leaver = watcher.add(child(tmp_path, "leaver", code))
+    leader = watcher.add(child(tmp_path, "leader", "import time; time.sleep(1.5)"))
+    while not leaver.log_path.read_text():
+        await asyncio.sleep(0.05)
+    watcher.tell(leaver)
+    assert await watcher.watch(leader) == 0
+    await watcher.end([leaver], grace_s=5)
+    assert leaver.log_path.read_text().split() == ["1", "farewell", "1"]
+    assert (restarted, len(leaver.pids)) == ([], 1)
 
 
 async def test_a_leader_that_was_told_to_stop_is_not_restarted_and_not_taken_for_done(tmp_path):

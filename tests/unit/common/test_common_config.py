@@ -69,6 +69,10 @@ def test_any_text_survives_a_round_trip(text: str, table: dict[str, object]) -> 
         ("[run]\nname = 'a b'", "run.name: must be 1 to 64 letters"),
         ("[store]\nurl = 'http://x'", 'store.url: must be "embedded" or begin with redis://'),
         ("[store]\npassword = 'x'", "store.password: comes from the environment only: POLYHEAD_STORE__PASSWORD"),
+        (
+            "[rollout.engine]\nadmin_key = 'x'",
+            "rollout.engine.admin_key: comes from the environment only: POLYHEAD_ROLLOUT",
+        ),
         ("store = 3", "store: Input should be a valid dictionary"),
         ("[run\n", "is not valid TOML"),
         ("[run]\ndeterministic = true", "run.deterministic needs staleness.max_staleness = 0, not 4"),
@@ -158,6 +162,20 @@ def test_the_password_comes_from_the_environment_and_goes_nowhere(monkeypatch: p
     assert config.store.password.get_secret_value() == "hunter2"
     assert config.store.url == "redis://localhost:1"
     assert "hunter2" not in dump(config) + repr(config)
+
+
+def test_the_key_of_external_engines_comes_from_the_environment_and_goes_nowhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("POLYHEAD_ROLLOUT__ENGINE__ADMIN_KEY", "hunter2")
+    config = load(None, {"rollout.engine.external": ["http://a:1"]})
+    text = dump(config)
+    assert "hunter2" not in text
+    assert "admin_key" not in text
+    again = load(toml(tmp_path, text)).rollout.engine
+    assert again.admin_key is not None
+    assert again.admin_key.get_secret_value() == "hunter2"
+    assert again.external == ["http://a:1"]
 
 
 def test_the_password_is_not_taken_from_the_command_line() -> None:

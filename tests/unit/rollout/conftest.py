@@ -50,9 +50,11 @@ async def make_rig(base_config: Config, prompter: Prompter) -> AsyncIterator[Mak
     """Builds a running rig; keyword arguments override rollout settings."""
     async with AsyncExitStack() as stack:
 
-        async def make(*, serving: bool = True, sampling: dict[str, Any] | None = None, **settings: Any) -> Rig:
+        async def make(
+            *, serving: bool = True, engines: int = 1, sampling: dict[str, Any] | None = None, **settings: Any
+        ) -> Rig:
             config = changed(base_config, sampling=sampling, **settings)
             own = Prompter(config) if sampling else prompter
-            return await stack.enter_async_context(running_rig(config, own, serving=serving))
+            return await stack.enter_async_context(running_rig(config, own, serving=serving, engines=engines))
 
         yield make

@@ -1,4 +1,4 @@
-"""The replica's life, without any I/O."""
+"""The life of an engine, without any I/O."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyhead.v1 import buffer_pb2 as pb
-from services.common.errors import PreconditionError
+from services.common.errors import FencedError, PreconditionError
 from services.common.versions import Version
-from services.rollout.fleet import ReplicaLife
+from services.rollout.fleet import EngineLife, Fence
 
 V1, V2 = Version(1, 1), Version(1, 2)
 
 
-def serving(version: Version = V1) -> ReplicaLife:
-    life = ReplicaLife()
+def serving(version: Version = V1) -> EngineLife:
+    life = EngineLife()
     life.engine_ready()
     life.begin_update(version)
     life.commit_update()
     return life
 
 
-def test_a_replica_begins_suspect_and_joins_with_its_engine():
-    life = ReplicaLife()
+def test_an_engine_begins_suspect_and_joins_when_it_answers():
+    life = EngineLife()
     assert life.state == pb.REPLICA_STATE_SUSPECT
     with pytest.raises(PreconditionError, match="SUSPECT"):
         life.begin_update(V1)
@@ -32,7 +32,7 @@ def test_a_replica_begins_suspect_and_joins_with_its_engine():
 
 
 def test_a_complete_update_leads_to_serving():
-    life = ReplicaLife()
+    life = EngineLife()
     life.engine_ready()
     life.begin_update(V1)
     assert life.state == pb.REPLICA_STATE_SYNCING
@@ -40,7 +40,7 @@ def test_a_complete_update_leads_to_serving():
     assert (life.state, life.version, life.may_generate) == (pb.REPLICA_STATE_SERVING, V1, True)
 
 
-def test_a_serving_replica_stays_serving_while_it_is_updated():
+def test_a_serving_engine_stays_serving_while_it_is_updated():
     life = serving()
     life.begin_update(V2)
     assert (life.state, life.version, life.may_generate) == (pb.REPLICA_STATE_SERVING, V1, False)
@@ -89,27 +89,21 @@ def test_a_lost_engine_takes_version_and_update_with_it():
         life.commit_update()
 
 
-def test_a_draining_replica_never_comes_back():
-    life = serving()
-    life.begin_update(V2)
-    life.drain()
-    assert life.version == V1
-    for event in (life.engine_lost, life.engine_ready, life.quarantine):
-        event()
-        assert life.state == pb.REPLICA_STATE_DRAINING
-    with pytest.raises(PreconditionError, match="DRAINING"):
-        life.begin_update(V2)
-    life.end()
-    assert life.state == pb.REPLICA_STATE_DEAD
+def test_a_fence_lets_the_newest_epoch_through():
+    fence = Fence()
+    for epoch in (1, 1, 3):
+        fence.check(epoch)
+    with pytest.raises(FencedError, match="2 is older than 3"):
+        fence.check(2)
 
 
-EVENTS = ["ready", "lost", "begin", "commit", "abort", "tear", "drain"]
+EVENTS = ["ready", "lost", "begin", "commit", "abort", "tear"]
 
 
 @given(st.lists(st.sampled_from(EVENTS), max_size=30))
-def test_nothing_is_generated_without_a_complete_update_of_this_engine(events):
+def test_nothing_is_generated_without_a_complete_update_of_this_process(events):
     """A reference in one boolean: whole weights, of a version, with no update under way."""
-    life, whole, before, step = ReplicaLife(), False, False, 0
+    life, whole, before, step = EngineLife(), False, False, 0
     for event in events:
         step += 1
         try:
@@ -132,10 +126,7 @@ def test_nothing_is_generated_without_a_complete_update_of_this_engine(events):
                 case "tear":
                     life.abort_update(torn=True)
                     whole = False
-                case "drain":
-                    life.drain()
-                    whole = False
         except PreconditionError:
             continue
-        assert life.may_generate == (whole and not life.leaving)
+        assert life.may_generate == whole
         assert not life.may_generate or life.version is not None

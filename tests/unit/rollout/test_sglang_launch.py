@@ -14,6 +14,7 @@ from services.common.config import Config
 from services.common.errors import ConfigError
 from services.rollout.engines import sglang_launch
 from services.rollout.engines.launch import engine_command
+from services.rollout.engines.python_module import module_command, secret_arguments
 
 
 def configured(base: Config, **engine: Any) -> Config:
@@ -29,24 +30,26 @@ def options(command: list[str]) -> dict[str, str]:
 
 
 def test_the_settings_become_flags(base_config: Config) -> None:
-    config = configured(
-        base_config, context_length=64, max_running_requests=4, args={"tp_size": 2, "enable-metrics": True}
-    )
+    args = {"chunked_prefill_size": 8, "enable-metrics": True, "cuda-graph-bs": [1, 2]}
+    config = configured(base_config, context_length=64, max_running_requests=4, gpus=2, args=args)
     launch = engine_command(config)(123, "secret")
     command = list(launch.command)
-    assert command[:3] == [sys.executable, "-m", "sglang.launch_server"]
+    assert command[:2] == [sys.executable, "-c"]
+    assert "sglang.launch_server" in command[2]
     flags = options(command)
     assert Path(flags["--model-path"]) == config.model.hf_checkpoint
     assert (flags["--host"], flags["--port"]) == ("127.0.0.1", "123")
-    assert flags["--admin-api-key"] == flags["--api-key"] == "secret"
     assert (flags["--context-length"], flags["--max-running-requests"], flags["--max-total-tokens"]) == (
         "64",
         "4",
         "256",
     )
-    assert (flags["--tp-size"], flags["--enable-metrics"]) == ("2", "")
+    assert (flags["--tp-size"], flags["--chunked-prefill-size"], flags["--enable-metrics"]) == ("2", "8", "")
+    at = command.index("--cuda-graph-bs")
+    assert command[at + 1 : at + 3] == ["1", "2"]
     assert flags["--attention-backend"] == "torch_native"
     assert "--incremental-streaming-output" in flags
+    assert "--disable-overlap-schedule" not in flags
     assert "--skip-tokenizer-init" in flags
     assert launch.environment["OMP_NUM_THREADS"] == "1"
     assert launch.environment["SGLANG_USE_CPU_ENGINE"] == "1"
@@ -64,7 +67,43 @@ def test_a_gpu_gets_nothing_that_is_for_cpus(base_config: Config) -> None:
     assert flags["--device"] == "cuda"
     assert not {"--attention-backend", "--disable-overlap-schedule", "--max-total-tokens"} & flags.keys()
     assert launch.environment["SGLANG_FORCE_COARSE_WAR_BARRIER"] == "1"
-    assert not {"PYTHONPATH", "SGLANG_USE_CPU_ENGINE"} & launch.environment.keys()
+    assert launch.environment["PYTHONPATH"] == "", "this service's packages are none of SGLang's"
+    assert "SGLANG_USE_CPU_ENGINE" not in launch.environment
+
+
+@pytest.mark.parametrize(("replica", "engine", "first"), [(0, 0, 4), (0, 2, 8), (1, 0, 10), (2, 1, 18)])
+def test_each_engine_has_gpus_of_its_own(base_config: Config, replica: int, engine: int, first: int) -> None:
+    config = configured(base_config, device="cuda", gpus=2, base_gpu=4)
+    config.rollout.engines = 3
+    flags = options(list(engine_command(config, replica, engine)(1, "").command))
+    assert (flags["--base-gpu-id"], flags["--tp-size"]) == (str(first), "2")
+
+
+def test_keys_and_sockets_are_the_engines_own(base_config: Config, tmp_path: Path) -> None:
+    config = configured(base_config)
+    config.run.dir = tmp_path
+    left = tmp_path / "tmp" / "engine-1-2" / "left"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    launch = engine_command(config, 1, 2)(1, "-secret")
+    assert "-secret" not in " ".join(launch.command)
+    assert "--api-key=-secret" in " ".join(launch.environment.values())
+    assert launch.scratch == Path(launch.environment["TMPDIR"]) == left.parent
+    assert not left.exists(), "what an engine that was killed has left goes at the next start"
+    config.run.dir = tmp_path / ("x" * 100)
+    assert engine_command(config)(1, "").scratch is None, "a socket's name would be too long"
+
+
+def test_the_program_sees_its_arguments_and_its_children_do_not_see_the_secret(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import os, sys\n"
+        "if __name__ == '__main__':\n"
+        "    print(sys.argv[1:], 'the-key' in str(os.environ), __spec__.name)\n"
+    )
+    command = module_command(Path(sys.executable), "program", ["--port", "1"])
+    environment = {**os.environ, **secret_arguments("--key=the-key"), "PYTHONPATH": str(tmp_path)}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert output.stdout == "['--port', '1', '--key=the-key'] False program\n"
 
 
 def test_stop_strings_need_the_engines_tokenizer(base_config: Config) -> None:
@@ -78,6 +117,8 @@ def test_stop_strings_need_the_engines_tokenizer(base_config: Config) -> None:
     [
         ({"model_path": "x"}, r"args.model_path: is set by model.hf_checkpoint"),
         ({"port": 1}, r"args.port: is not to be set"),
+        ({"tp": 2}, r"args.tp: is set by rollout.engine.gpus"),
+        ({"base-gpu-id": 2}, r"args.base-gpu-id: is set by rollout.engine.base_gpu"),
     ],
 )
 def test_flags_that_are_ours_are_refused(base_config: Config, args: dict[str, Any], reason: str) -> None:

@@ -14,7 +14,17 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.kit.engine_process import ROOT, EngineApi, engine_environment, logprobs_of, start_torch_engine
+from services.rollout.engines.client import EngineClient
+from services.rollout.engines.messages import EngineLoad
+from tests.kit.engine_process import (
+    ADMIN_KEY,
+    ROOT,
+    EngineApi,
+    engine_environment,
+    logprobs_of,
+    start_torch_engine,
+)
+from tests.kit.engine_push import Collector
 from tests.kit.tiny_model import build_tiny_qwen3
 
 
@@ -98,6 +108,56 @@ async def test_server_info_counts_work(model: Path) -> None:
             assert (await api.post("/generate", {"input_ids": [5], "rid": "w_1"}))[0] == 400
             await api.ok("/continue_generation")
             await waiting
+
+
+async def test_the_log_says_which_weights_served_a_request(model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    flags = ("--log-requests", "--weight-version", "e1.s0", "--incremental-streaming-output")
+    with log.open("wb") as output, start_torch_engine(model, context_length=512, flags=flags, log=output) as engine:
+        async with aiohttp.ClientSession() as session:
+            api = EngineApi(engine.url, session)
+            await api.generate([5, 6, 7], max_new_tokens=3, ignore_eos=True, rid="before")
+            across = Collector(api, [5, 6], max_new_tokens=400, ignore_eos=True, rid="across")
+            await across.has(5)
+            # It waits for a slot again, and is the same request.
+            await api.ok("/pause_generation", {"mode": "retract"})
+            await api.ok("/update_weights_from_disk", {"model_path": str(model), "weight_version": "e1.s1"})
+            await api.ok("/continue_generation")
+            await across.has(len(across.token_ids) + 5)
+            await api.ok("/abort_request", {"rid": "across"})
+            await across.ended()
+    lines = [json.loads(line) for line in log.read_text().splitlines() if '"rid"' in line]
+    told = [(line["event"], line["rid"], line["weight_version"]) for line in lines]
+    assert told == [
+        ("request_started", "before", "e1.s0"),
+        ("request_ended", "before", "e1.s0"),
+        ("request_started", "across", "e1.s0"),
+        ("request_ended", "across", "e1.s1"),
+    ]
+    assert [line["tokens"] for line in lines if "tokens" in line] == [3, len(across.token_ids)]
+    assert lines[-1]["weight_versions"] == across.meta["weight_versions"]
+    assert lines[-1]["reason"] == "abort"
+
+
+async def test_loads_are_told_in_sglangs_form(model: Path) -> None:
+    with start_torch_engine(model, context_length=512, flags=("--max-running-requests", "2")) as engine:
+        async with EngineClient(engine.url, ADMIN_KEY) as client, aiohttp.ClientSession() as session:
+            assert await client.load() == EngineLoad(0, 0, 0, 1024, 2)
+            info = await client.server_info()
+            assert (info.ranks, info.overlapped, info.max_running_requests, info.kv_tokens) == (1, False, 2, 1024)
+            assert info.model_path == str(model)
+            api = EngineApi(engine.url, session)
+            streams = [Collector(api, [5] * 9, max_new_tokens=400, ignore_eos=True) for _ in range(3)]
+            await streams[0].has(8)
+            await client.pause("in_place")
+            load = await client.load()
+            assert load is not None
+            assert (load.running, load.waiting) == (2, 1)
+            assert load.used_tokens >= 2 * 9 + 8
+            await client.abort_all()
+            await client.resume()
+            for stream in streams:
+                await stream.ended()
 
 
 async def test_a_cumulative_stream_is_the_default(model: Path) -> None:

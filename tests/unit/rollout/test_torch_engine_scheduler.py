@@ -165,6 +165,35 @@ def test_spans_name_the_version_of_each_token(model: Path) -> None:
     assert [d.spans for d in bench.deltas if d.sequence is late] == [[{"version": "v4", "start": 0, "end": 1}]]
 
 
+def test_a_decode_rate_spaces_decode_steps_and_nothing_else(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 100.0
+    monkeypatch.setattr("services.rollout.engines.torch_engine.scheduler.time.monotonic", lambda: clock)
+    bench = Bench(model, decode_rate=4.0)
+    (first,) = bench.add([PROMPT], max_new_tokens=3, ignore_eos=True)
+    bench.step(3)  # three chunks of the prompt; the last one brings the first token
+    assert (bench.scheduler.generated_tokens, bench.scheduler.idle_seconds()) == (1, 0.25)
+    bench.step(2)
+    assert bench.scheduler.generated_tokens == 1
+    clock += 0.1
+    bench.add([PROMPT], rid="s", max_new_tokens=3, ignore_eos=True)
+    assert bench.scheduler.idle_seconds() == 0.0  # a prompt can be worked on
+    bench.step(3)
+    assert bench.scheduler.idle_seconds() == pytest.approx(0.15)
+    for expected in (3, 5, 6):  # both requests take part in each decode step
+        clock += bench.scheduler.idle_seconds()
+        bench.step(1)
+        assert bench.scheduler.generated_tokens == expected
+    assert len(bench.result(first)[0]) == 3
+
+
+def test_a_rate_is_no_reason_to_wait_for_a_request_without_a_slot(model: Path) -> None:
+    bench = Bench(model, decode_rate=0.001, max_running_requests=1)
+    bench.add([[5], [6]], max_new_tokens=2, ignore_eos=True)
+    bench.step(1)
+    assert bench.scheduler.num_waiting == 1
+    assert bench.scheduler.idle_seconds() > 900
+
+
 def test_completions_end_at_the_context(model: Path) -> None:
     bench = Bench(model, context_length=32)
     (mine,) = bench.add([PROMPT], max_new_tokens=1000, ignore_eos=True)

@@ -36,13 +36,13 @@ async def test_a_joining_replica_serves_after_its_first_complete_push(make_rig):
     rig = await make_rig(serving=False)
     held = rig.buffer.add_group(PROMPT, 4)
     await rig.begin(V1)
-    assert rig.replica.life.state == pb.REPLICA_STATE_SYNCING
+    assert rig.life.state == pb.REPLICA_STATE_SYNCING
     await rig.load(V1, 0)
     await rig.load(V1, 1)
-    assert rig.replica.life.state == pb.REPLICA_STATE_SYNCING
+    assert rig.life.state == pb.REPLICA_STATE_SYNCING
     assert not rig.engine.requests
     await rig.commit(V1)
-    assert (rig.replica.life.state, rig.replica.life.version) == (pb.REPLICA_STATE_SERVING, V1)
+    assert (rig.life.state, rig.life.version) == (pb.REPLICA_STATE_SERVING, V1)
     await until(lambda: done(*held))
     assert rig.engine.requests[0]["extra_key"] == "e1.s1"
     order = [name for name in rig.engine.names() if name != "abort_request"]
@@ -97,7 +97,7 @@ async def test_requests_ended_by_a_push_are_resumed_from_the_record(make_rig):
     rig.engine.limit_tokens = None
     await until(lambda: done(*held))
     fresh = sample_pb2.KV_ORIGIN_FRESH
-    assert all(spans_of(sample) == [(Version(1, 0), 0, 4, fresh), (V1, 4, 10, fresh)] for sample in held)
+    assert [spans_of(sample) for sample in held] == [[(Version(1, 0), 0, 4, fresh), (V1, 4, 10, fresh)]] * 4
     assert [request["extra_key"] for request in rig.engine.requests] == ["e1.s0", "e1.s1"]
 
 
@@ -121,13 +121,13 @@ async def test_aborted_before_the_first_byte_the_old_version_serves_on(make_rig)
     held = await generating(rig)
     await rig.begin(V1)
     assert await rig.abort(V1) == pb.REPLICA_STATE_SERVING
-    assert rig.replica.life.version == Version(1, 0)
+    assert rig.life.version == Version(1, 0)
     rig.engine.limit_tokens = None
     await until(lambda: done(*held))
     assert spans_of(held[0]) == [(Version(1, 0), 0, 10, sample_pb2.KV_ORIGIN_FRESH)]
     assert rig.engine.paused is None
     await rig.push(V1)  # the next attempt goes through
-    assert rig.replica.life.version == V1
+    assert rig.life.version == V1
 
 
 async def test_aborted_after_the_first_byte_the_replica_is_quarantined(make_rig):
@@ -137,7 +137,7 @@ async def test_aborted_after_the_first_byte_the_replica_is_quarantined(make_rig)
     await rig.begin(V1)
     await rig.load(V1, 0)
     assert await rig.abort(V1) == pb.REPLICA_STATE_QUARANTINED
-    assert rig.replica.life.version is None
+    assert rig.life.version is None
     await until(lambda: all(sample.released is not None for sample in held))
     assert {sample.released.reason for sample in held} == {pb.RELEASE_REASON_UNAVAILABLE}
     assert [sample.saved for sample in held] == [4] * 4
@@ -150,7 +150,7 @@ async def test_aborted_after_the_first_byte_the_replica_is_quarantined(make_rig)
             rollout_pb2.BeginUpdateRequest(epoch=1, version=V2.to_proto(), group_name=GROUP, pause_mode=1)
         )
     await rig.push(V2)  # repaired by a complete push, after joining anew
-    assert (rig.replica.life.state, rig.replica.life.version) == (pb.REPLICA_STATE_SERVING, V2)
+    assert (rig.life.state, rig.life.version) == (pb.REPLICA_STATE_SERVING, V2)
     await until(lambda: rig.replica.stats.samples_completed == 4)
 
 
@@ -161,7 +161,7 @@ async def test_a_bucket_that_fails_quarantines_without_an_abort(make_rig):
     rig.engine.fail_update = "connection reset"
     with pytest.raises(UnavailableError, match=r"bucket 1: was not loaded: .*connection reset"):
         await rig.load(V1, 1)
-    assert rig.replica.life.state == pb.REPLICA_STATE_QUARANTINED
+    assert rig.life.state == pb.REPLICA_STATE_QUARANTINED
     assert await rig.abort(V1) == pb.REPLICA_STATE_QUARANTINED
 
 
@@ -172,7 +172,7 @@ async def test_a_first_bucket_refused_before_any_byte_does_no_harm(make_rig):
     with pytest.raises(UnavailableError):
         await rig.load(V1, 0)
     assert await rig.abort(V1) == pb.REPLICA_STATE_SERVING
-    assert rig.replica.life.version == Version(1, 0)
+    assert rig.life.version == Version(1, 0)
 
 
 async def test_an_abort_interrupts_a_bucket_on_its_way(make_rig):
@@ -184,19 +184,19 @@ async def test_an_abort_interrupts_a_bucket_on_its_way(make_rig):
     assert await rig.abort(V1) == pb.REPLICA_STATE_QUARANTINED
     with pytest.raises(UnavailableError):
         await load
-    assert rig.replica.suspect.is_set()
+    assert rig.first.suspect.is_set()
 
 
 async def test_silence_ends_an_update(make_rig):
     rig = await make_rig()
     await rig.begin(V1)
-    await until(lambda: rig.replica.life.may_generate)
-    assert rig.replica.life.version == Version(1, 0)
+    await until(lambda: rig.life.may_generate)
+    assert rig.life.version == Version(1, 0)
     with pytest.raises(PreconditionError, match="no update is running"):
         await rig.load(V1, 0)
     await rig.begin(V1)
     await rig.load(V1, 0)
-    await until(lambda: rig.replica.life.state == pb.REPLICA_STATE_QUARANTINED)
+    await until(lambda: rig.life.state == pb.REPLICA_STATE_QUARANTINED)
 
 
 async def test_an_older_epoch_is_fenced_and_a_newer_one_takes_over(make_rig):
@@ -215,7 +215,7 @@ async def test_an_older_epoch_is_fenced_and_a_newer_one_takes_over(make_rig):
     await rig.load(newer, 0)
     await rig.load(newer, 1)
     await rig.commit(newer)
-    assert rig.replica.life.version == newer
+    assert rig.life.version == newer
 
 
 async def test_calls_out_of_order_are_refused(make_rig):
@@ -246,20 +246,20 @@ async def test_an_engine_that_does_not_pause_serves_on(make_rig):
     rig.engine.fail_pause = True
     with pytest.raises(UnavailableError, match="did not become quiet"):
         await rig.begin(V1)
-    assert rig.replica.life.may_generate
+    assert rig.life.may_generate
 
 
 async def test_an_engine_lost_in_mid_push_leaves_nothing_behind(make_rig):
     rig = await make_rig()
     await rig.begin(V1)
-    client, info = rig.replica.client, rig.replica.info
-    rig.replica.detach()
+    client, info = rig.first.client, rig.first.info
+    rig.first.detach()
     with pytest.raises(PreconditionError, match="no update is running"):
         await rig.load(V1, 0)
-    rig.replica.attach(client, info, 2)
-    assert rig.replica.life.state == pb.REPLICA_STATE_JOINING
+    rig.first.attach(client, info)
+    assert rig.life.state == pb.REPLICA_STATE_JOINING
     await rig.push(V1)
-    assert rig.replica.life.version == V1
+    assert rig.life.version == V1
 
 
 async def test_a_version_is_loaded_from_a_directory(make_rig, tiny_model, tmp_path):
@@ -268,7 +268,7 @@ async def test_a_version_is_loaded_from_a_directory(make_rig, tiny_model, tmp_pa
     request = rollout_pb2.LoadVersionRequest(epoch=1, version=V1.to_proto(), directory=str(tmp_path))
     with pytest.raises(InvalidArgumentError, match="no safetensors"):
         await rig.receiver.load_version(request)
-    assert rig.replica.life.state == pb.REPLICA_STATE_JOINING
+    assert rig.life.state == pb.REPLICA_STATE_JOINING
     request.directory = str(tiny_model)
     await rig.receiver.load_version(request)
     await until(lambda: done(*held))
@@ -277,4 +277,4 @@ async def test_a_version_is_loaded_from_a_directory(make_rig, tiny_model, tmp_pa
     request.version.step = 2
     with pytest.raises(UnavailableError, match="disk"):
         await rig.receiver.load_version(request)
-    assert rig.replica.life.state == pb.REPLICA_STATE_QUARANTINED
+    assert rig.life.state == pb.REPLICA_STATE_QUARANTINED

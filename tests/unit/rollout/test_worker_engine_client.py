@@ -11,12 +11,14 @@ from aiohttp import web
 from polyhead.v1 import weights_pb2
 from services.rollout.engines.client import EngineClient
 from services.rollout.engines.messages import (
+    EngineLoad,
     EngineRefusedError,
     EngineUnavailableError,
     Finish,
     GenerateRequest,
     RequestRefusedError,
 )
+from services.rollout.engines.self_report import read_loads, read_server_info
 from services.rollout.engines.stream import ChunkReader
 from tests.kit.rollout_fake_engine import FakeEngine, token_at
 from tests.kit.rollout_rig import until
@@ -125,6 +127,47 @@ async def test_what_an_engine_says_about_itself(client):
     assert (await client.model_info())["weight_version"] == "default"
 
 
+@pytest.mark.parametrize(
+    ("answer", "overlapped"),
+    [
+        ({"version": "0.5.23", "disable_overlap_schedule": False}, True),
+        ({"version": "0.5.23", "disable_overlap_schedule": True}, False),
+        ({"version": "0.5.23"}, True),
+        ({"kind": "torch_engine", "version": "0.1.0"}, False),
+    ],
+)
+def test_an_engine_that_decodes_ahead_is_known_as_one(answer, overlapped):
+    assert read_server_info(answer).overlapped is overlapped
+
+
+def test_what_is_read_of_server_info():
+    answer = {"version": "0.5.23", "tp_size": 2, "max_req_input_len": 250, "context_length": 256}
+    sizes = {"max_running_requests": 16, "max_total_num_tokens": 4096, "model_path": "/model"}
+    info = read_server_info(answer | sizes)
+    assert (info.context_length, info.ranks) == (250, 2)
+    assert (info.max_running_requests, info.kv_tokens, info.model_path) == (16, 4096, "/model")
+    bare = read_server_info({"max_running_requests": None})
+    assert (bare.name, bare.ranks, bare.max_running_requests, bare.kv_tokens) == ("sglang/unknown", 1, None, None)
+
+
+async def test_an_engine_without_the_route_has_no_load(client):
+    assert await client.load() is None
+
+
+def test_the_load_is_that_of_all_data_parallel_ranks():
+    rank = {
+        "num_running_reqs": 3,
+        "num_waiting_reqs": 1,
+        "num_used_tokens": 70,
+        "max_total_num_tokens": 100,
+        "max_running_requests": 8,
+    }
+    assert read_loads({"loads": [rank, rank]}) == EngineLoad(6, 2, 140, 200, 16)
+    for broken in ({}, {"loads": None}, {"loads": [{}]}, {"loads": [rank | {"num_used_tokens": None}]}):
+        with pytest.raises(EngineUnavailableError, match="engine /v1/loads"):
+            read_loads(broken)
+
+
 @pytest.mark.parametrize(("touched", "harm"), [(None, True), (True, True), (False, False)])
 async def test_a_refused_update_says_whether_it_did_harm(engine, client, touched, harm):
     engine.fail_update, engine.fail_update_touched = "no", touched
@@ -194,6 +237,7 @@ def test_a_log_prob_without_a_value_is_not_a_number():
         event(output_ids=[1], completion_tokens=2),
         event(output_ids=[1], completion_tokens=1, logprobs=[]),
         event(output_ids=[1], completion_tokens=1, finish={"type": "odd"}),
+        event(output_ids=[1], completion_tokens=1, finish={"type": "lost"}),
         event(output_ids=[1], completion_tokens=1, weight_versions=[{"version": "e1.s1", "start": 0, "end": 2}]),
         event(output_ids=[1], completion_tokens=1, weight_versions=[]),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -13,12 +14,12 @@ import pytest
 from polyhead.v1 import buffer_pb2 as pb
 from services.common.config import Config, load
 from services.common.errors import ConfigError
+from services.rollout.engines.engine import Engine
 from services.rollout.engines.keeper import EngineKeeper
 from services.rollout.engines.launch import Launch, engine_command, torch_engine_command
 from services.rollout.engines.messages import EngineUnavailableError
 from services.rollout.engines.process import EngineProcess
 from services.rollout.engines.torch_engine.options import ADMIN_KEY_VARIABLE
-from services.rollout.replica import Replica
 from tests.kit.rollout_rig import until
 
 ENGINE = """
@@ -79,48 +80,59 @@ async def test_an_engine_that_never_becomes_ready_is_given_up(tmp_path):
     assert not psutil.pid_exists(engine.pid)
 
 
+def place(lost: list[int | None] | None = None) -> Engine:
+    """An engine's place in no replica; `lost` gets the pid of each engine that ended."""
+    return Engine(0, lambda: None, lambda engine: None if lost is None else lost.append(engine.pid))
+
+
 async def test_a_first_start_that_fails_is_an_error(tmp_path):
-    keeper = EngineKeeper(Replica("r"), lambda port, key: Launch(["false"]), tmp_path / "log", start_timeout_s=5)
+    keeper = EngineKeeper(place(), lambda port, key: Launch(["false"]), tmp_path / "log", start_timeout_s=5)
     with pytest.raises(EngineUnavailableError, match="ended with status 1"):
         await keeper.run()
 
 
-async def test_an_engine_that_dies_is_started_again_and_the_replica_joins_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr("services.rollout.engines.keeper._BACKOFF_FIRST_S", 0.01)
-    replica, lost = Replica("r"), []
-    replica.on_lost.append(lambda: lost.append(replica.engine_pid))
-    task = asyncio.create_task(EngineKeeper(replica, stub(), tmp_path / "log", start_timeout_s=20).run())
-    await until(lambda: replica.life.state == pb.REPLICA_STATE_JOINING)
-    first = replica.engine_pid
+async def test_an_engine_that_dies_is_started_again_and_joins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.rollout.engines.lives._BACKOFF_FIRST_S", 0.01)
+    lost = []
+    engine = place(lost)
+    task = asyncio.create_task(EngineKeeper(engine, stub(), tmp_path / "log", start_timeout_s=20).run())
+    await until(lambda: engine.life.state == pb.REPLICA_STATE_JOINING)
+    first = engine.pid
     os.kill(first, 9)
-    await until(lambda: replica.life.state == pb.REPLICA_STATE_SUSPECT)
-    assert lost == [first]
+    engine.suspect.set()  # whoever sees the stream break says so, before the kernel does
+    await until(lambda: engine.life.state == pb.REPLICA_STATE_SUSPECT)
+    assert (lost, engine.died) == ([first], True)
     with pytest.raises(EngineUnavailableError, match="not running"):
-        _ = replica.client
-    await until(lambda: replica.life.state == pb.REPLICA_STATE_JOINING)
-    second = replica.engine_pid
+        _ = engine.client
+    await until(lambda: engine.life.state == pb.REPLICA_STATE_JOINING)
+    second = engine.pid
     assert second != first
+    assert engine.kill()
+    await until(lambda: lost == [first, second])
+    assert not engine.died
+    await until(lambda: engine.life.state == pb.REPLICA_STATE_JOINING)
+    third = engine.pid
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert not psutil.pid_exists(second)
+    assert not psutil.pid_exists(third)
 
 
 async def test_a_suspect_engine_is_kept_if_it_answers_and_killed_if_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("services.rollout.engines.keeper._BACKOFF_FIRST_S", 0.01)
+    monkeypatch.setattr("services.rollout.engines.lives._BACKOFF_FIRST_S", 0.01)
     monkeypatch.setattr("services.rollout.engines.keeper._PROBE_TIMEOUT_S", 0.3)
     for arguments, survives in (((), True), (("hang",), False)):
-        replica = Replica("r")
-        keeper = EngineKeeper(replica, stub(*arguments), tmp_path / "log", start_timeout_s=20)
+        engine = place()
+        keeper = EngineKeeper(engine, stub(*arguments), tmp_path / "log", start_timeout_s=20)
         task = asyncio.create_task(keeper.run())
-        await until(lambda replica=replica: replica.engine_pid is not None)
-        pid = replica.engine_pid
-        replica.suspect.set()
-        await until(lambda replica=replica: not replica.suspect.is_set())
+        await until(lambda engine=engine: engine.pid is not None)
+        pid = engine.pid
+        engine.suspect.set()
+        await until(lambda engine=engine: not engine.suspect.is_set())
         if survives:
-            await replica.client.server_info()
-            assert replica.engine_pid == pid
+            await engine.client.server_info()
+            assert engine.pid == pid
         else:
-            await until(lambda replica=replica, pid=pid: replica.engine_pid not in (None, pid))
+            await until(lambda engine=engine, pid=pid: engine.pid not in (None, pid))
             assert not psutil.pid_exists(pid)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -132,7 +144,7 @@ def test_the_command_line_carries_the_settings(base_config: Config):
     config.rollout.sampling.stop = ["x"]
     command = list(engine_command(config)(123, "secret").command)
     assert command[:3] == [sys.executable, "-m", "services.rollout.engines.torch_engine"]
-    options = dict(zip(command[3::2], command[4::2], strict=False))
+    options = dict(pairwise(command))
     assert Path(options["--model-path"]) == config.model.hf_checkpoint
     assert options["--port"] == "123"
     assert "secret" not in " ".join(command)

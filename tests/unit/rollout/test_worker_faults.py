@@ -44,7 +44,7 @@ async def test_an_engine_that_dies_in_mid_stream_costs_nothing_that_streamed(mak
     assert {sample.released.tokens_discarded for sample in held} == {0}
     assert all(sample.saved_tokens == expected_tokens(sample, 6) for sample in held)
     assert rig.buffer.count("Extend") == 1
-    assert rig.replica.suspect.is_set()
+    assert rig.first.suspect.is_set()
     assert rig.replica.stats.tokens_discarded == 0
     assert rig.replica.stats.busy.running == 0
 
@@ -55,11 +55,11 @@ async def test_an_engine_that_ends_gives_everything_back_at_once(make_rig):
     rig.engine.limit_tokens = 4
     held = rig.buffer.add_group(PROMPT, 4)
     await until(lambda: rig.replica.stats.tokens_generated == 16)
-    rig.replica.detach()
+    rig.first.detach()
     assert rig.worker.holding == 0
     await until(lambda: released(*held))
     assert all(sample.saved_tokens == expected_tokens(sample, 4) for sample in held)
-    assert rig.replica.life.state == pb.REPLICA_STATE_SUSPECT
+    assert rig.life.state == pb.REPLICA_STATE_SUSPECT
 
 
 async def test_an_engine_process_that_dies_is_blamed_on_what_had_no_token_yet(make_rig):
@@ -74,7 +74,7 @@ async def test_an_engine_process_that_dies_is_blamed_on_what_had_no_token_yet(ma
     rig.engine.cut()  # the broken streams are noticed first
     await asyncio.sleep(0.05)
     assert not released(*barren)
-    rig.replica.detach(died=True)
+    rig.first.detach(died=True)
     await until(lambda: released(*streaming, *barren))
     assert {held.released.reason for held in streaming} == {pb.RELEASE_REASON_UNAVAILABLE}
     assert {held.released.reason for held in barren} == {pb.RELEASE_REASON_SAMPLE_ERROR}
@@ -87,7 +87,7 @@ async def test_an_engine_that_is_ended_by_us_is_blamed_on_nothing(make_rig):
     rig.engine.limit_tokens = 0
     held = rig.buffer.add_group(PROMPT, 4)
     await until(lambda: len(rig.engine.requests) == 1)
-    rig.replica.detach()
+    rig.first.detach()
     await until(lambda: released(*held))
     assert {sample.released.reason for sample in held} == {pb.RELEASE_REASON_UNAVAILABLE}
 
@@ -105,7 +105,7 @@ async def test_what_has_failed_before_runs_one_group_at_a_time(make_rig):
     await until(lambda: rig.worker.holding == 6 and len(rig.engine.requests) == 2)
     await asyncio.sleep(0.05)
     assert len(rig.engine.requests) == 2
-    rig.replica.detach(died=True)
+    rig.first.detach(died=True)
     everything = [*failed[0], *failed[1], *fresh]
     await until(lambda: released(*everything))
     assert [sample.attempts for sample in everything] == [2, 2, 1, 1, 1, 1]
@@ -265,7 +265,7 @@ async def test_oversize_prompts_drop_their_group(make_rig):
 async def test_a_completion_stays_within_the_context(make_rig):
     rig = await make_rig(serving=False)
     rig.engine.context_length = 12
-    rig.replica.attach(rig.replica.client, await rig.replica.client.server_info(), 1)
+    await rig.attach()
     rig.serve()
     (held,) = rig.buffer.add_group(PROMPT, 1)
     too_long = rig.buffer.add_group("1" * 12, 1)
@@ -283,7 +283,7 @@ async def test_a_prompt_that_cannot_be_rendered_is_fatal(make_rig):
 
 
 async def test_drain_returns_everything_in_few_calls(make_rig):
-    rig = await make_rig(max_inflight=256, save_interval_s=60.0)
+    rig = await make_rig(max_inflight=256, save_interval_s=60.0, engine={"max_running_requests": 256})
     rig.buffer.releasing = False
     rig.engine.limit_tokens = 4
     groups = [rig.buffer.add_group(PROMPT, 8) for _ in range(32)]
@@ -307,4 +307,4 @@ async def test_a_joining_replica_leases_nothing(make_rig):
     rig.buffer.add_group(PROMPT, 4)
     await asyncio.sleep(0.1)
     assert rig.buffer.count("Lease") == 0
-    assert rig.replica.life.state == pb.REPLICA_STATE_JOINING
+    assert rig.life.state == pb.REPLICA_STATE_JOINING

@@ -12,7 +12,7 @@ from services.common import wire
 from services.common.errors import InvalidArgumentError
 from services.common.versions import Version
 from services.rollout.engines.messages import Chunk, EngineSpan, EngineUnavailableError, Finish
-from services.rollout.records import Group, SampleRecord
+from services.rollout.records import Arrival, Group, SampleRecord
 
 FRESH, CARRIED = sample_pb2.KV_ORIGIN_FRESH, sample_pb2.KV_ORIGIN_CARRIED
 V1, V2, V3 = Version(1, 1), Version(1, 2), Version(1, 3)
@@ -32,43 +32,142 @@ def chunk(count: int, total: int, spans=None, stated=None, finish=None) -> Chunk
     return Chunk([5] * count, [-1.0] * count, total, engine_spans, version, finish, "")
 
 
-def fresh(version, sent):
-    return FRESH
+def fresh(version):
+    return Arrival(FRESH, late=False)
 
 
-def in_place(version, sent):
-    return FRESH if version == sent else CARRIED
+def in_place(version):
+    return Arrival(CARRIED, late=False)
+
+
+def late(version):
+    """In place on an engine that decodes one pass ahead."""
+    return Arrival(CARRIED, late=True)
 
 
 def plain(made: SampleRecord):
     return [(span.version, span.start, span.end, span.kv) for span in made.spans]
 
 
-def test_a_span_that_crossed_a_push_in_place_is_carried():
+def spans_of(delta: sample_pb2.TokenDelta):
+    return [(Version.from_proto(span.version), span.start, span.end, span.kv) for span in delta.spans]
+
+
+def generated(*chunks: Chunk, arrival_of, sent=V1) -> SampleRecord:
+    made = record()
+    made.begin(sent)
+    for each in chunks:
+        made.extend(each, sent, arrival_of)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arrival_of", "claimed", "expected"),
+    [
+        (in_place, [(V1, 0, 5)], [(V1, 0, 5, FRESH)]),
+        (late, [(V1, 0, 5)], [(V1, 0, 5, FRESH)]),
+        (in_place, [(V1, 0, 3), (V2, 3, 5)], [(V1, 0, 3, FRESH), (V2, 3, 5, CARRIED)]),
+        (fresh, [(V1, 0, 3), (V2, 3, 5)], [(V1, 0, 3, FRESH), (V2, 3, 5, FRESH)]),
+        (late, [(V1, 0, 3), (V2, 3, 5)], [(V1, 0, 4, FRESH), (V2, 4, 5, CARRIED)]),
+        # The pass that was running brought the last token.
+        (late, [(V1, 0, 4), (V2, 4, 5)], [(V1, 0, 5, FRESH)]),
+        # Pushes as close as they can be: one token between, and none.
+        (late, [(V1, 0, 1), (V2, 1, 2), (V3, 2, 5)], [(V1, 0, 2, FRESH), (V2, 2, 3, CARRIED), (V3, 3, 5, CARRIED)]),
+        (late, [(V1, 0, 3), (V2, 3, 4), (V3, 4, 5)], [(V1, 0, 4, FRESH), (V2, 4, 5, CARRIED)]),
+        (late, [(V1, 0, 2), (V3, 2, 5)], [(V1, 0, 3, FRESH), (V3, 3, 5, CARRIED)]),
+        (in_place, [(V1, 0, 2), (V3, 2, 5)], [(V1, 0, 2, FRESH), (V3, 2, 5, CARRIED)]),
+        # Without a token at the pause, it was prefilled before, in part or whole, or after it: nobody says.
+        (in_place, [(V2, 0, 5)], [(V2, 0, 5, CARRIED)]),
+        (fresh, [(V2, 0, 5)], [(V2, 0, 5, FRESH)]),
+        (late, [(V2, 0, 5)], [(V1, 0, 1, FRESH), (V2, 1, 5, CARRIED)]),
+        (late, [(V2, 0, 2), (V3, 2, 5)], [(V1, 0, 1, FRESH), (V2, 1, 3, CARRIED), (V3, 3, 5, CARRIED)]),
+    ],
+)
+def test_what_the_engine_says_of_a_request_stamps_it(arrival_of, claimed, expected):
+    assert plain(generated(chunk(5, 5, claimed), arrival_of=arrival_of)) == expected
+
+
+def test_a_request_that_a_slower_engine_took_was_prefilled_by_its_own_version():
+    """With several engines a request is sent under the newest version, and may meet the one before."""
+    for chunks in (
+        [chunk(2, 2, [(V1, 0, 2)]), chunk(3, 5, [(V1, 0, 4), (V2, 4, 5)])],
+        [chunk(2, 2, stated=V1), chunk(2, 4, stated=V1), chunk(1, 5, stated=V2)],
+    ):
+        made = generated(*chunks, arrival_of=in_place, sent=V2)
+        assert plain(made) == [(V1, 0, 4, FRESH), (V2, 4, 5, CARRIED)]
+
+
+def test_each_version_has_its_own_way_of_arriving():
+    """In place, then retracted: the engine drains its pass before it retracts."""
+    made = generated(
+        chunk(9, 9, [(V1, 0, 3), (V2, 3, 6), (V3, 6, 9)]),
+        arrival_of=lambda version: late(version) if version == V2 else fresh(version),
+    )
+    assert plain(made) == [(V1, 0, 4, FRESH), (V2, 4, 6, CARRIED), (V3, 6, 9, FRESH)]
+
+
+@pytest.mark.parametrize(
+    ("arrival_of", "interval", "expected"),
+    [
+        (in_place, 1, [(V1, 0, 8, FRESH), (V2, 8, 16, CARRIED)]),
+        (late, 1, [(V1, 0, 9, FRESH), (V2, 9, 16, CARRIED)]),
+        (in_place, 8, [(V1, 0, 15, FRESH), (V2, 15, 24, CARRIED)]),
+        (late, 8, [(V1, 0, 16, FRESH), (V2, 16, 24, CARRIED)]),
+    ],
+)
+def test_tokens_are_stamped_by_position_until_the_engine_tells(arrival_of, interval, expected):
+    """It states what it serves with each event, which may begin with tokens of the version before."""
+    versions = [V1] * (8 // interval) + [V2] * (16 // interval if interval > 1 else 8)
+    chunks = [chunk(interval, interval * (at + 1), stated=version) for at, version in enumerate(versions)]
+    made = generated(*chunks, arrival_of=arrival_of)
+    assert plain(made) == expected
+    assert spans_of(made.delta()) == expected  # all of it may be saved
+    claimed = [(V1, 0, 10), (V2, 10, made.unsaved)]
+    made.extend(chunk(0, made.unsaved, claimed, finish=Finish.LENGTH), V2, arrival_of)
+    boundary = 11 if arrival_of is late else 10
+    assert plain(made) == [(V1, 0, boundary, FRESH), (V2, boundary, made.unsaved, CARRIED)]
+
+
+@pytest.mark.parametrize(("arrival_of", "old"), [(in_place, 3), (fresh, 3), (late, 4)])
+def test_a_first_event_after_a_push_is_not_stamped_newer_than_it_is(arrival_of, old):
+    made = generated(chunk(4, 4, stated=V2), chunk(4, 8, stated=V2), arrival_of=arrival_of)
+    assert plain(made) == [(V1, 0, old, FRESH), (V2, old, 8, arrival_of(V2).kv)]
+
+
+def test_two_pushes_within_one_event():
+    made = generated(chunk(4, 4, stated=V1), chunk(4, 8, stated=V3), chunk(4, 12, stated=V3), arrival_of=late)
+    assert plain(made) == [(V1, 0, 8, FRESH), (V3, 8, 12, CARRIED)]
+
+
+def test_tokens_that_come_with_the_end_of_an_aborted_request_were_held_back_before_it():
+    made = generated(chunk(4, 4, stated=V1), chunk(3, 7, stated=V2, finish=Finish.ABORT), arrival_of=in_place)
+    assert plain(made) == [(V1, 0, 7, FRESH)]
+
+
+def test_an_engine_that_never_tells_is_taken_at_the_replicas_word():
     made = record()
     made.begin(V1)
-    made.extend(chunk(2, 2, [(V1, 0, 2)]), V1, in_place)
-    made.extend(chunk(3, 5, [(V1, 0, 3), (V2, 3, 5)]), V1, in_place)
-    assert plain(made) == [(V1, 0, 3, FRESH), (V2, 3, 5, CARRIED)]
+    made.extend(chunk(2, 2), V1, in_place)
+    made.extend(chunk(3, 5), V2, in_place)
+    made.extend(chunk(2, 7, finish=Finish.STOP), V2, in_place)
+    assert plain(made) == [(V1, 0, 4, FRESH), (V2, 4, 7, CARRIED)]
 
 
-def test_a_first_token_after_a_push_was_prefilled_by_older_weights():
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_resumed_request_adds_to_what_was_there(tells):
+    def event(count, total, *spans):
+        return chunk(count, total, spans) if tells else chunk(count, total, stated=spans[-1][0])
+
     made = record()
     made.begin(V1)
-    made.extend(chunk(2, 2, [(V2, 0, 2)]), V2, in_place)
-    assert plain(made) == [(V2, 0, 2, CARRIED)]
-
-
-def test_a_resumed_request_adds_to_what_was_there():
-    made = record()
-    made.begin(V1)
-    made.extend(chunk(2, 2, [(V1, 0, 2)]), V1, in_place)
+    made.extend(event(2, 2, (V1, 0, 2)), V1, late)
     assert not made.resumed
     made.begin(V2)
     assert made.resumed
-    made.extend(chunk(1, 1, [(V2, 0, 1)]), V2, in_place)
-    made.extend(chunk(1, 2, [(V2, 0, 1), (V3, 1, 2)]), V3, in_place)
-    assert plain(made) == [(V1, 0, 2, FRESH), (V2, 2, 3, FRESH), (V3, 3, 4, CARRIED)]
+    made.extend(event(1, 1, (V2, 0, 1)), V2, late)
+    made.extend(event(1, 2, (V2, 0, 1), (V3, 1, 2)), V3, late)
+    made.extend(event(1, 3, (V2, 0, 1), (V3, 1, 3)), V3, late)
+    assert plain(made) == [(V1, 0, 2, FRESH), (V2, 2, 4, FRESH), (V3, 4, 5, CARRIED)]
     assert made.rid == "g00000000-000.1.2"
 
 
@@ -80,45 +179,13 @@ def test_a_resumed_request_of_the_same_version_makes_one_span():
     assert plain(made) == [(V1, 0, 4, FRESH)]
 
 
-def test_tokens_of_an_uncertain_version_wait_for_the_engines_word():
-    """An event that spans a push may hold tokens of both versions: only the final one says which."""
-    made = record()
-    made.begin(V1)
-    made.extend(chunk(4, 4, stated=V1), V1, in_place)
-    assert made.savable == 4
-    made.extend(chunk(4, 8, stated=V2), V2, in_place)
-    made.extend(chunk(4, 12, stated=V2), V2, in_place)
-    assert (made.savable, made.unsaved) == (4, 12)
-    assert [(span.start, span.end) for span in made.delta().spans] == [(0, 4)]
-    made.extend(chunk(1, 13, [(V1, 0, 6), (V2, 6, 13)], finish=Finish.LENGTH), V2, in_place)
-    assert made.savable == 13
-    assert plain(made) == [(V1, 0, 6, FRESH), (V2, 6, 13, CARRIED)]
-
-
-def test_a_single_token_after_a_push_is_certain():
-    made = record()
-    made.begin(V1)
-    made.extend(chunk(1, 1, stated=V1), V1, in_place)
-    made.extend(chunk(1, 2, stated=V2), V2, in_place)
-    made.extend(chunk(1, 3, stated=V2), V2, in_place)
-    assert made.savable == 3
-    assert plain(made) == [(V1, 0, 1, FRESH), (V2, 1, 3, CARRIED)]
-
-
-def test_a_token_that_arrives_while_its_engine_is_being_updated_is_uncertain():
-    made = record()
-    made.begin(V1)
-    made.extend(chunk(1, 1, stated=V2), V1, in_place)
-    assert made.savable == 0
-
-
-def test_an_engine_that_never_tells_is_taken_at_the_streams_word():
-    made = record()
-    made.begin(V1)
-    made.extend(chunk(2, 2), V1, in_place)
-    made.extend(chunk(3, 5, finish=Finish.STOP), V2, in_place)
-    assert made.savable == 5
-    assert plain(made) == [(V1, 0, 2, FRESH), (V2, 2, 5, CARRIED)]
+def test_what_is_cut_off_goes_with_its_log_probs_and_spans():
+    made = generated(chunk(5, 5, [(V1, 0, 3), (V2, 3, 5)]), arrival_of=in_place)
+    made.truncate(4)
+    assert (len(made.token_ids), len(made.logprobs)) == (4, 4)
+    assert plain(made) == [(V1, 0, 3, FRESH), (V2, 3, 4, CARRIED)]
+    made.truncate(2)
+    assert plain(made) == [(V1, 0, 2, FRESH)]
 
 
 @pytest.mark.parametrize("logprob", [float("nan"), float("inf"), float("-inf"), 0.1])
@@ -135,6 +202,9 @@ def test_a_version_of_nobodys_is_the_engines_fault():
     made.begin(V1)
     with pytest.raises(EngineUnavailableError, match="default"):
         made.extend(chunk(1, 1, [("default", 0, 1)]), V1, fresh)
+    with pytest.raises(EngineUnavailableError, match="default"):
+        made.extend(chunk(1, 1, stated="default"), V1, fresh)
+    assert made.token_ids == []
 
 
 def test_a_delta_that_does_not_follow_is_refused():

@@ -11,7 +11,7 @@ from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import rollout_pb2, rollout_pb2_grpc
 from services.common import rpc
 from services.common.buffer_client import BufferClient
-from services.common.errors import FencedError, PreconditionError, from_rpc_error
+from services.common.errors import FencedError, InvalidArgumentError, PreconditionError, from_rpc_error
 from services.common.registration import keep_registered
 from services.common.versions import Version
 from services.rollout.registration import describe
@@ -27,7 +27,7 @@ async def served(make_rig):
     """A rig, a stub of its service, and the event that ends the process."""
     rig = await make_rig()
     stop = asyncio.Event()
-    service = RolloutService(rig.replica, rig.receiver, rig.worker, stop)
+    service = RolloutService(rig.replica, rig.receivers, rig.worker, stop)
     async with service.listening("127.0.0.1:0", message_mb=4) as address, rpc.channel(address) as channel:
         yield rig, rollout_pb2_grpc.RolloutServiceStub(channel), stop
 
@@ -58,12 +58,14 @@ async def test_a_push_over_the_wire(served):
     await stub.LeaveWeightGroup(rollout_pb2.LeaveWeightGroupRequest(epoch=1, group_name=GROUP), timeout=5)
     assert rig.engine.names()[-1] == "destroy_weights_update_group"
     status = await stub.GetStatus(rollout_pb2.RolloutServiceGetStatusRequest(), timeout=5)
-    assert status.engine == "fake_engine/1"
+    (engine,) = status.replica.engines
+    assert (engine.index, engine.name, engine.ranks) == (0, "fake_engine/1", 1)
+    assert (engine.state, Version.from_proto(engine.weight_version)) == (pb.REPLICA_STATE_SERVING, V1)
     assert status.running_requests == 4
     assert status.replica.stats["pushes"] == 1
     assert Version.from_proto(status.replica.weight_version) == V1
     await stub.AbortUpdate(rollout_pb2.AbortUpdateRequest(epoch=1, version=version), timeout=5)
-    assert rig.replica.life.version == V1
+    assert rig.life.version == V1
 
 
 async def test_refusals_are_typed(served):
@@ -79,6 +81,29 @@ async def test_refusals_are_typed(served):
         await stub.Drain(rollout_pb2.DrainRequest(epoch=2), timeout=5)
 
 
+async def test_an_engine_that_is_not_there_is_named(served):
+    _, stub, _ = served
+    request = rollout_pb2.JoinWeightGroupRequest(epoch=1, group_name=GROUP, backend="gloo", world_size=2, engine=1)
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await stub.JoinWeightGroup(request, timeout=5)
+    error = from_rpc_error(unknown.value)
+    assert isinstance(error, InvalidArgumentError)
+    assert error.field == "engine"
+
+
+async def test_a_draining_replica_is_not_updated(served):
+    rig, stub, _ = served
+    await join(stub)
+    await stub.Drain(rollout_pb2.DrainRequest(epoch=1), timeout=10)
+    with pytest.raises(grpc.aio.AioRpcError) as late:
+        await stub.BeginUpdate(begin(), timeout=5)
+    assert isinstance(from_rpc_error(late.value), PreconditionError)
+    await rig.lose()
+    await rig.engine.start()
+    await rig.attach()
+    assert rig.replica.state == pb.REPLICA_STATE_DRAINING
+
+
 async def test_a_caller_that_hangs_up_does_not_leave_the_engine_paused(served):
     rig, stub, _ = served
     await join(stub)
@@ -86,7 +111,7 @@ async def test_a_caller_that_hangs_up_does_not_leave_the_engine_paused(served):
     await stub.BeginUpdate(begin(), timeout=5)
     with pytest.raises(grpc.aio.AioRpcError):
         await stub.LoadBucket(rollout_pb2.LoadBucketRequest(epoch=1, version=V1.to_proto(), bucket=0), timeout=0.1)
-    assert rig.replica.life.updating == V1
+    assert rig.life.updating == V1
     state = (await stub.AbortUpdate(rollout_pb2.AbortUpdateRequest(epoch=1, version=V1.to_proto()), timeout=5)).state
     assert state == pb.REPLICA_STATE_QUARANTINED
 
@@ -99,7 +124,7 @@ async def test_drain_over_the_wire_ends_the_process(served):
     assert (await stub.Drain(rollout_pb2.DrainRequest(epoch=1), timeout=10)).samples_returned == 4
     assert stop.is_set()
     assert {sample.released.reason for sample in held} == {pb.RELEASE_REASON_DRAIN}
-    assert rig.replica.life.state == pb.REPLICA_STATE_DRAINING
+    assert rig.replica.state == pb.REPLICA_STATE_DRAINING
 
 
 async def test_the_heartbeat_tells_state_changes_at_once(make_rig):
@@ -113,13 +138,13 @@ async def test_the_heartbeat_tells_state_changes_at_once(make_rig):
         assert rig.buffer.replicas[0].state == pb.REPLICA_STATE_JOINING
         assert rig.buffer.replicas[0].role == pb.ROLE_ROLLOUT
         assert rig.buffer.replicas[0].address == "127.0.0.1:7"
-        assert dict(rig.buffer.replicas[0].child_pids) == {"engine": 1}
+        assert dict(rig.buffer.replicas[0].child_pids) == {"engine-0": 1}
         assert not rig.buffer.replicas[0].HasField("weight_version")
         await rig.push(V1)
         await until(lambda: rig.buffer.replicas[-1].state == pb.REPLICA_STATE_SERVING, 0.9)
         assert Version.from_proto(rig.buffer.replicas[-1].weight_version) == V1
         rig.buffer.down = True
-        rig.replica.detach()
+        rig.first.detach()
         await asyncio.sleep(0.3)
         rig.buffer.down = False
         await until(lambda: rig.buffer.replicas[-1].state == pb.REPLICA_STATE_SUSPECT)

@@ -16,6 +16,7 @@ from services.rollout.engines.torch_engine.generate_request import GenerateReque
 from services.rollout.engines.torch_engine.options import MAX_DEFAULT_CONTEXT, EngineOptions
 from services.rollout.engines.torch_engine.parameters import DTYPES, Parameters
 from services.rollout.engines.torch_engine.replies import Reply
+from services.rollout.engines.torch_engine.request_log import RequestLog
 from services.rollout.engines.torch_engine.scheduler import Scheduler, cache_length, slots_needed
 from services.rollout.engines.torch_engine.sequence import Delta
 from services.rollout.engines.torch_engine.text import TextCodec
@@ -42,6 +43,8 @@ class Engine:
                 f"{self.context_length} is above the model's max_position_embeddings = {own_length}",
                 field="--context-length",
             )
+        self.kv_tokens = options.max_running_requests * self.context_length
+        """Each slot has room for a whole context."""
         codec = TextCodec.load(options.model_path)
         self.codec = None if options.skip_tokenizer_init else codec
         self.parser = RequestParser(
@@ -67,6 +70,8 @@ class Engine:
             deterministic=deterministic,
             weight_version=options.weight_version,
             deliver=self._deliver,
+            decode_rate=options.decode_rate,
+            log=RequestLog() if options.log_requests else None,
         )
         self.thread = EngineThread(self.scheduler, may_step=lambda: self.updates.whole)
         self._replies: dict[str, Reply] = {}
@@ -107,6 +112,8 @@ class Engine:
         return {
             "kind": "torch_engine",
             "context_length": self.context_length,
+            "tp_size": 1,
+            "max_total_num_tokens": self.kv_tokens,
             "weight_version": self.scheduler.weight_version,
             "weights": self.updates.state,
             "paused": self.thread.paused,
@@ -114,6 +121,20 @@ class Engine:
             "num_waiting_requests": self.scheduler.num_waiting,
             "busy_seconds": self.thread.busy_seconds,
             "generated_tokens": self.scheduler.generated_tokens,
+        }
+
+    def load(self) -> dict[str, Any]:
+        """The figures of /v1/loads."""
+        running, waiting, used = self.scheduler.num_running, self.scheduler.num_waiting, self.scheduler.used_tokens
+        return {
+            "dp_rank": 0,
+            "num_running_reqs": running,
+            "num_waiting_reqs": waiting,
+            "num_total_reqs": running + waiting,
+            "num_used_tokens": used,
+            "max_total_num_tokens": self.kv_tokens,
+            "max_running_requests": self.options.max_running_requests,
+            "token_usage": round(used / self.kv_tokens, 4),
         }
 
     def _deliver(self, deltas: list[Delta]) -> None:

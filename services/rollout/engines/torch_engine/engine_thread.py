@@ -101,10 +101,17 @@ class EngineThread:
                 self._wake.clear()
                 while self._commands:
                     self._commands.popleft()()
-                if self.paused is None and self.scheduler.has_work and self._may_step():
+                idle = self._idle_seconds()
+                if idle == 0:
                     self._step()
                 elif not self._commands and not self._stopping:
-                    self._wake.wait()
+                    self._wake.wait(idle)
+
+    def _idle_seconds(self) -> float | None:
+        """How long there is nothing to do; None: until a command comes."""
+        if self.paused is not None or not self.scheduler.has_work or not self._may_step():
+            return None
+        return self.scheduler.idle_seconds()
 
     def _step(self) -> None:
         started = time.monotonic()

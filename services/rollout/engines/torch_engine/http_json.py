@@ -63,6 +63,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return refusal(str(error))
     except web.HTTPException as error:
         return refusal(f"{request.method} {request.path}: {error.reason}", error.status)
+    except ConnectionError:
+        raise  # the client went away: there is nobody to answer
     except Exception as error:
         log.exception("request_failed", path=request.path)
         return refusal(f"internal error: {type(error).__name__}", 500)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class EngineOptions:
     """Fixed shapes: a request's tokens and log-probs do not depend on its neighbours, bit for bit."""
     skip_tokenizer_init: bool = False
     """No text in and out, no stop strings; answers cost less."""
+    decode_rate: float | None = None
+    """At most this many tokens per second and request: stands for a slower engine."""
+    log_requests: bool = False
+    """A line when a request starts and one when it ends."""
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> EngineOptions:
@@ -61,11 +66,20 @@ def parse_options(arguments: Sequence[str] | None = None) -> EngineOptions:
     parser.add_argument("--random-seed", type=int, default=0)
     parser.add_argument("--enable-deterministic-inference", action="store_true")
     parser.add_argument("--skip-tokenizer-init", action="store_true")
+    parser.add_argument("--decode-rate", type=_positive_number, help="tokens per second and request (no limit)")
+    parser.add_argument("--log-requests", action="store_true")
     return EngineOptions(**vars(parser.parse_args(arguments)))
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{value} is not above 0")
     return value

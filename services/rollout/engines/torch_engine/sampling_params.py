@@ -47,6 +47,8 @@ class SamplingParams:
     sampling_seed: int | None = None
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
+    stream_interval: int | None = None
+    """Tokens between two events of its stream; the engine's own when None."""
 
 
 def parse_sampling_params(raw: object) -> SamplingParams:
@@ -147,4 +149,5 @@ _READERS: dict[str, Any] = {
     "sampling_seed": _seed,
     "skip_special_tokens": _boolean,
     "no_stop_trim": _boolean,
+    "stream_interval": _count,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from services.rollout.engines.torch_engine.decoder import Decoder
+from services.rollout.engines.torch_engine.request_log import RequestLog
 from services.rollout.engines.torch_engine.sampling import sample
 from services.rollout.engines.torch_engine.sequence import Delta, Sequence, abort_reason, length_reason, stop_reason
 from services.rollout.engines.torch_engine.slot_table import SlotTable
@@ -47,15 +49,22 @@ class Scheduler:
         deterministic: bool,
         weight_version: str,
         deliver: Callable[[list[Delta]], None],
+        decode_rate: float | None = None,
+        log: RequestLog | None = None,
     ) -> None:
+        """`decode_rate`: decode steps per second at most."""
         self._decoder = decoder
         self._slots = slots_needed(max_running, deterministic)
-        self._max_running, self._interval = max_running, stream_interval
+        self._max_running = max_running
         self._chunk = round_up(prefill_chunk, _ROW_STEP)
         self._deterministic = deterministic
         self.weight_version = weight_version
         self._deliver = deliver
-        self._table = SlotTable(self._slots, decoder.length, decoder.config.vocab_size)
+        self._decode_interval_s = 1 / decode_rate if decode_rate is not None else 0.0
+        self._decode_from = 0.0
+        """When the next decode step may begin, by the monotonic clock."""
+        self._log = log
+        self._table = SlotTable(self._slots, decoder.length, decoder.config.vocab_size, stream_interval)
         self._waiting: deque[Sequence] = deque()
         self._prefilling: list[int] = []
         self._deltas: list[Delta] = []
@@ -73,6 +82,17 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._prefilling or self._table.decoding.any())
+
+    @property
+    def used_tokens(self) -> int:
+        """KV cache that running requests have come to need."""
+        return int((self._table.prompt_length + self._table.count)[: self._slots][self._occupied()].sum())
+
+    def idle_seconds(self) -> float:
+        """How long a step would find nothing to do yet, while there is work: decoding is held to its rate."""
+        if self._prefilling or (self._waiting and not self._occupied()[: self._max_running].all()):
+            return 0.0
+        return max(0.0, self._decode_from - time.monotonic())
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         self._waiting.extend(sequences)
@@ -111,22 +131,30 @@ class Scheduler:
         self._flush()
 
     def step(self) -> None:
-        """Admits, prefills one chunk, decodes one token for every prefilled request, and delivers."""
+        """Admits, prefills one chunk, decodes one token for every prefilled request if it is time, and delivers."""
         self._admit()
         at_once = _FIXED_PREFILL_ROWS if self._deterministic else max(1, len(self._prefilling))
         slots = list(self._prefilling)
         for start in range(0, len(slots), at_once):
             self._prefill(slots[start : start + at_once])
-        if self._table.decoding.any():
+        now = time.monotonic()
+        if self._table.decoding.any() and now >= self._decode_from:
+            self._decode_from = now + self._decode_interval_s
             self._decode()
         self._flush()
+
+    def _occupied(self) -> NDArray[np.bool_]:
+        return np.array([sequence is not None for sequence in self._table.sequences], np.bool_)
 
     def _admit(self) -> None:
         for slot in range(self._max_running):
             if not self._waiting:
                 return
             if self._table.sequences[slot] is None:
-                self._table.occupy(slot, self._waiting.popleft())
+                sequence = self._waiting.popleft()
+                self._table.occupy(slot, sequence)
+                if self._log is not None:
+                    self._log.started(sequence, self.weight_version)
                 self._prefilling.append(slot)
                 self._end_prefill_if_done(slot)
 
@@ -208,7 +236,7 @@ class Scheduler:
                 reason = length_reason(int(table.max_new[slot]))
             self._finish(slot, reason)
         if table.streaming.any():
-            due = table.streaming[active] & (table.count[active] - table.sent[active] >= self._interval)
+            due = table.streaming[active] & (table.count[active] - table.sent[active] >= table.interval[active])
             for slot in active[due].tolist():
                 self._report(slot, None)
 
@@ -246,6 +274,8 @@ class Scheduler:
         top, sequence.top_logprobs = sequence.top_logprobs, []
         spans = sequence.spans(self.weight_version, count)
         version = spans[-1]["version"] if spans else self.weight_version
+        if reason is not None and self._log is not None:
+            self._log.ended(sequence, version, count, spans, reason)
         self._deltas.append(Delta(sequence, token_ids, logprobs, top, count, version, spans, finish_reason=reason))
 
     def _wants_input_logprobs(self, slot: int) -> bool:

@@ -30,6 +30,7 @@ class ServingRoutes:
             web.get("/get_model_info", self.model_info),
             web.get("/server_info", self.server_info),
             web.get("/get_server_info", self.server_info),
+            web.get("/v1/loads", self.loads),
         ]
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -88,6 +89,11 @@ class ServingRoutes:
         options["admin_api_key"] = "***" if options["admin_api_key"] else None
         options["model_path"] = str(options["model_path"])
         return reply({**options, **self._engine.info(), "version": _version()})
+
+    async def loads(self, _: web.Request) -> web.Response:
+        """One entry, as of an SGLang without data parallelism. There are core figures only."""
+        load = await self._engine.thread.call(self._engine.load)
+        return reply({"version": _version(), "dp_rank_count": 1, "loads": [load]})
 
 
 async def _stream(request: web.Request, answer: Reply) -> web.StreamResponse:

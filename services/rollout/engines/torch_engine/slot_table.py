@@ -14,9 +14,10 @@ _NO_TOKEN = -1
 class SlotTable:
     """State of every slot. Row `n` (the last) is scratch: it pads batches and never holds a request."""
 
-    def __init__(self, slots: int, length: int, vocab_size: int) -> None:
+    def __init__(self, slots: int, length: int, vocab_size: int, stream_interval: int) -> None:
         rows = slots + 1
         self.slots, self.vocab_size = slots, vocab_size
+        self._stream_interval = stream_interval
         self.sequences: list[Sequence | None] = [None] * slots
         self.tokens = np.zeros((rows, length), np.int32)
         """Prompt and completion, by absolute position."""
@@ -32,6 +33,8 @@ class SlotTable:
         self.sent = np.zeros(rows, np.int64)
         self.max_new = np.zeros(rows, np.int64)
         self.streaming = np.zeros(rows, np.bool_)
+        self.interval = np.ones(rows, np.int64)
+        """Tokens between two events of its stream."""
         self.stop_ids = np.full((rows, 4), _NO_TOKEN, np.int64)
         self.matching = np.zeros(rows, np.bool_)
         """Has stop strings."""
@@ -54,6 +57,7 @@ class SlotTable:
         self.decoding[slot], self.position[slot] = False, 0
         self.prompt_length[slot], self.count[slot], self.sent[slot] = start, len(before), sequence.sent
         self.max_new[slot], self.min_new[slot] = sequence.max_new_tokens, params.min_new_tokens
+        self.interval[slot] = params.stream_interval or self._stream_interval
         self.streaming[slot], self.matching[slot] = sequence.stream, sequence.stop_matcher is not None
         self.top_logprobs[slot] = sequence.top_logprobs_num
         self._set_stop_ids(slot, sequence.stop_ids)

@@ -1,0 +1,50 @@
+"""Real engines, started once for all tests that ask for the same one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.kit.engine_process import CONTEXT, STARTS, STREAM_INTERVAL, EngineApi, EngineProcess
+from tests.kit.hf_reference import load_reference
+from tests.kit.tiny_model import build_tiny_qwen3
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: build_tiny_qwen3(root / name, seed=seed, max_position_embeddings=CONTEXT)
+        for seed, name in enumerate(("old", "new"))
+    }
+
+
+@pytest.fixture(scope="session")
+def references(models: dict[str, Path]) -> dict[str, Any]:
+    return {name: load_reference(path) for name, path in models.items()}
+
+
+@pytest.fixture(scope="session", params=list(STARTS))
+def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[EngineProcess]:
+    flags = ("--incremental-streaming-output", "--stream-interval", str(STREAM_INTERVAL), "--max-running-requests", "8")
+    with STARTS[request.param](models["old"], context_length=CONTEXT, flags=flags) as process:
+        yield process
+
+
+@pytest.fixture
+async def api(engine: EngineProcess) -> AsyncIterator[EngineApi]:
+    """The engine as every test finds it: old weights, version v0, nothing running, not paused."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        api = EngineApi(engine.url, session)
+        yield api
+        await api.ok("/abort_request", {"abort_all": True})
+        await api.ok("/continue_generation")
+        await api.post("/end_weight_update")
+        _, info = await api.get("/model_info")
+        if info["weight_version"] != "default":
+            restore = {"model_path": str(engine.model_path), "weight_version": "default", "flush_cache": False}
+            await api.ok("/update_weights_from_disk", restore)
