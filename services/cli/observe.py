@@ -121,6 +121,7 @@ class Observer:
         except PolyheadError as error:
             log.info("buffer_not_seen", reason=str(error))
             return False
+        self._supervisor.note_serving({each.pid for each in replicas if each.state == pb.REPLICA_STATE_SERVING})
         for replica in replicas:
             self.replicas[replica.replica_id] = replica
             self.most_engines = max(self.most_engines, len(replica.engines))

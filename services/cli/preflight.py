@@ -7,13 +7,16 @@ import json
 import operator
 import socket
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import redis
 
 from services.buffer.prompts import PromptSource
 from services.common.config import Config, load
 from services.common.errors import ConfigError, PolyheadError, UnavailableError
+from services.common.process import free_port
 
 
 def check(config: Config) -> None:
@@ -56,6 +59,32 @@ def _check_addresses(config: Config) -> None:
                 f"{address} cannot serve {replicas[role]} replicas: port 0 gives each its own", field=field
             )
         _check_port(field, address)
+    _check_collective(config)
+
+
+def _check_collective(config: Config) -> None:
+    """The trainer can listen where engines are to reach its collective, and all of them can reach that."""
+    field, address = "trainer.weights.address", config.trainer.weights.address
+    try:
+        free_port(address)
+    except OSError as error:
+        raise ConfigError(f"{address} is no address of this machine: {error.strerror}", field=field) from error
+    if not _is_loopback(address):
+        return
+    for engine in config.rollout.engine.external:
+        if not _is_loopback(urlsplit(engine).hostname or ""):
+            raise ConfigError(
+                f"{engine} is on another host, from where {field} = {address} cannot be reached: "
+                f"set {field} to this machine's address",
+                field="rollout.engine.external",
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 # What the data already generated in a run directory depends on.

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -23,6 +24,7 @@ from services.cli.summary import write_results
 from services.cli.supervisor import Child, Supervisor
 from services.common import embedded_store
 from services.common.config import Config, dump
+from services.common.errors import PolyheadError
 from services.common.lifecycle import STOPPED_EARLY
 from services.common.process import free_port
 from services.common.telemetry import configure_logging
@@ -58,7 +60,7 @@ class Launcher:
         self._stop = asyncio.Event()
         self._signal: signal.Signals | None = None
         self._progress = Progress(config)
-        self._supervisor = Supervisor(self._stop, self._progress.restarted)
+        self._supervisor = Supervisor(self._stop, self._progress.restarted, self._spare)
         self._observer = Observer(config, self._supervisor)
         self._fleet = Fleet(config, self._supervisor, self._start, self._progress.say)
 
@@ -68,13 +70,17 @@ class Launcher:
         (self._dir / "config.toml").write_text(dump(self._config))
         scale.forget(self._dir)
         started = time.time()
-        beside: list[asyncio.Task[None]] = []
+        beside: list[asyncio.Task[Any]] = []
         try:
             trainer = await self._start_all()
             following = asyncio.create_task(self._fleet.follow())
             watching = asyncio.create_task(self._observer.watch(self._progress))
-            beside += [following, watching]
-            status = await self._supervisor.watch(trainer)
+            supervising = asyncio.create_task(self._supervisor.watch(trainer))
+            beside += [following, watching, supervising]
+            await asyncio.wait([following, supervising], return_when=asyncio.FIRST_COMPLETED)
+            if following.done():
+                following.result()
+            status = await supervising
             following.cancel()
             await self._end_all(trainer, watching)
         except BaseException:
@@ -118,7 +124,12 @@ class Launcher:
             "--index",
             str(index),
         ]
-        return self._supervisor.add(Child(role, command, self._dir / "logs" / f"{role}-{index}.log", index))
+        log_path = self._dir / "logs" / f"{role}-{index}.log"
+        return self._supervisor.add(Child(role, command, log_path, index, registers=role in scale.ROLES))
+
+    def _spare(self, child: Child, error: PolyheadError) -> bool:
+        """A run that has not trained a step yet ends with its first failure: most likely its configuration is wrong."""
+        return bool(self._observer.steps) and self._fleet.leave_out(child, error)
 
     async def _end_all(self, trainer: Child, watching: asyncio.Task[None]) -> None:
         """Consumers before the buffer, the buffer before its store."""
@@ -147,8 +158,11 @@ class Launcher:
             loop.add_signal_handler(number, on_signal, number)
 
     def _log_to_file(self) -> None:
-        (self._dir / "logs").mkdir(exist_ok=True)
-        configure_logging("launcher", stream=(self._dir / "logs" / "launcher.log").open("a"))
+        logs = self._dir / "logs"
+        logs.mkdir(exist_ok=True)
+        # Engines log their arguments, and so their keys.
+        logs.chmod(0o700)
+        configure_logging("launcher", stream=(logs / "launcher.log").open("a"))
 
 
 def _resolve(config: Config, socket_dir: Path) -> Config:

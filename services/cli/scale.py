@@ -30,7 +30,7 @@ def ask(run_dir: Path | None, requests: Sequence[str]) -> int:
     if holder(run_dir) is None:
         raise UnavailableError("no launcher is running", field=str(run_dir))
     before = {**configured(config), **read(run_dir)}
-    _write(run_dir, {**read(run_dir), **asked})
+    wish(run_dir, asked)
     print(", ".join(f"{role} {before[role]} → {count}" for role, count in asked.items()))
     return 0
 
@@ -50,7 +50,7 @@ def check(config: Config, wanted: Mapping[str, int]) -> None:
         address = getattr(config, role).address
         if count > 1 and not address.endswith(":0"):
             raise ConfigError(f"{role}.address = {address} is a fixed port and serves one replica", field=role)
-    if wanted.get("rollout", config.rollout.replicas) != config.rollout.replicas and config.rollout.engine.external:
+    if wanted.get("rollout", 0) > config.rollout.replicas and config.rollout.engine.external:
         raise ConfigError(
             "rollout.engine.external was shared out over the replicas when the run began", field="rollout"
         )
@@ -70,6 +70,14 @@ def read(run_dir: Path) -> dict[str, int]:
     return wanted
 
 
+def wish(run_dir: Path, asked: Mapping[str, int]) -> None:
+    """Leaves the wish for these roles, and those for others as they are."""
+    wanted = {**read(run_dir), **asked}
+    partial = run_dir / f"{_NAME}.partial"
+    partial.write_bytes(orjson.dumps(wanted) + b"\n")
+    partial.replace(run_dir / _NAME)
+
+
 def forget(run_dir: Path) -> None:
     """A run that is resumed begins with the numbers of its configuration."""
     (run_dir / _NAME).unlink(missing_ok=True)
@@ -85,9 +93,3 @@ def _parse(requests: Sequence[str]) -> dict[str, int]:
             raise ConfigError("is asked for twice", field=role)
         asked[role] = int(count)
     return asked
-
-
-def _write(run_dir: Path, wanted: Mapping[str, int]) -> None:
-    partial = run_dir / f"{_NAME}.partial"
-    partial.write_bytes(orjson.dumps(wanted) + b"\n")
-    partial.replace(run_dir / _NAME)

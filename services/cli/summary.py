@@ -20,6 +20,8 @@ from services.common.config import Config
 FIRST_STEPS = 20
 LAST_STEPS = 50
 _DISCARDED = "tokens_discarded."
+# Tokens that a replica dropped before they were part of a sample, or whose sample was somebody else's by then.
+_NEVER_IN_THE_BUFFER = ("lease_lost", "past_stop", "quarantined", "refused")
 
 
 def write_results(config: Config, seen: Observer, started: float) -> None:
@@ -63,7 +65,7 @@ def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any
     pauses = [1000 * push["pause_s"] for push in seen.pushes if push["ok"]]
     ledger = seen.ledger if seen.complete else None
     counters = ledger.counters if ledger is not None else {}
-    discarded = _discarded(counters, seen.tokens_lost)
+    discarded = _discarded(counters, seen, seen.tokens_lost)
     training_s = sum(line["step_s"] for line in steps)
     trained_tokens = sum(line["completion_tokens"] for line in steps)
     return {
@@ -83,7 +85,7 @@ def summarise(config: Config, seen: Observer, *, wall_s: float) -> dict[str, Any
         "ledger": _ledger(ledger) if ledger is not None else None,
         "ledger_imbalance": ledger.imbalance if ledger is not None else None,
         "tokens_generated": int(counters.get("tokens_generated", 0)),
-        "tokens_discarded": int(counters.get("tokens_discarded", 0)) + discarded.get("replica_lost", 0),
+        "tokens_discarded": sum(discarded.values()),
         "tokens_discarded_by_reason": discarded,
         "tokens_per_s": round(counters.get("tokens_generated", 0) / max(training_s, 1e-9), 1),
         "training_s": round(training_s, 1),
@@ -113,12 +115,14 @@ def _ledger(ledger: pb.GetLedgerResponse) -> dict[str, Any]:
     return states
 
 
-def _discarded(counters: Mapping[str, float], lost: int) -> dict[str, int]:
+def _discarded(counters: Mapping[str, float], seen: Observer, lost: int) -> dict[str, int]:
     """Tokens by reason. Of a replica that vanished it is what its last heartbeat said, about a second before."""
     by_reason = {
         name.removeprefix(_DISCARDED): int(tokens) for name, tokens in counters.items() if name.startswith(_DISCARDED)
     }
-    return {**by_reason, **({"replica_lost": lost} if lost else {})}
+    of_replicas = {reason: int(seen.total(pb.ROLE_ROLLOUT, _DISCARDED + reason)) for reason in _NEVER_IN_THE_BUFFER}
+    known = {**of_replicas, "replica_lost": lost}
+    return {**by_reason, **{reason: tokens for reason, tokens in known.items() if tokens}}
 
 
 def _engine(seen: Observer) -> dict[str, Any]:

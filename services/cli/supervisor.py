@@ -6,7 +6,7 @@ import asyncio
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,9 @@ log = structlog.get_logger()
 POLL_S = 0.05
 # Exit statuses after which a restart would only fail again: bad configuration, fenced, diverged.
 FATAL_STATUSES = {2, 3, 4}
-# A child that dies this often without staying up for STABLE_S ends the run.
+# Of these, what concerns the child alone and not the run.
+OWN_STATUSES = {2}
+# A child that dies this often without being up for STABLE_S has failed for good.
 MAX_RESTARTS = 8
 STABLE_S = 20.0
 
@@ -36,11 +38,14 @@ class Child:
     index: int = 0
     """Which of its role it is."""
     env: Mapping[str, str] = field(default_factory=dict)
+    registers: bool = False
+    """Whether it is up only when the registry says so: it may take minutes to start. Others are up at once."""
     pids: list[int] = field(default_factory=list)
     restarts: int = 0
-    """In a row, without a stable time between."""
+    """In a row, without being stable between."""
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
+    up_since: float | None = None
     restart_at: float = 0.0
     told_to_end: bool = False
 
@@ -49,24 +54,37 @@ class Child:
         self.process = spawn(self.command, log_path=self.log_path, env=self.env, death_signal=signal.SIGKILL)
         self.pids.append(self.process.pid)
         self.started_at = time.monotonic()
+        self.up_since = None if self.registers else self.started_at
 
     @property
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    @property
+    def stable(self) -> bool:
+        """Whether it has been up for STABLE_S, or had been when it ended."""
+        return self.up_since is not None and time.monotonic() - self.up_since > STABLE_S
+
 
 class Supervisor:
     """Watches children until `leader` ends by itself or `stop` is set.
 
-    Raises PolyheadError, with the child's last line, when one fails for good.
+    Raises PolyheadError, with the child's last line, when one fails for good that cannot be spared.
     """
 
-    def __init__(self, stop: asyncio.Event, on_restart: Callable[[Child, int], None]) -> None:
+    def __init__(
+        self,
+        stop: asyncio.Event,
+        on_restart: Callable[[Child, int], None],
+        spare: Callable[[Child, PolyheadError], bool] = lambda *_: False,
+    ) -> None:
+        """`spare` says whether the run goes on without a child, given why that has failed for good."""
         self.children: list[Child] = []
         self.ended: list[Child] = []
         """Those that were ended in order."""
         self._stop = stop
         self._on_restart = on_restart
+        self._spare = spare
 
     def add(self, child: Child) -> Child:
         child.start()
@@ -76,7 +94,7 @@ class Supervisor:
     async def watch(self, leader: Child) -> int | None:
         """0 when the leader finished, STOPPED_EARLY when it was told to stop before that, None when `stop` is set."""
         while not self._stop.is_set():
-            for child in self.children:
+            for child in list(self.children):
                 if child.running or child.told_to_end:
                     continue
                 assert child.process is not None
@@ -85,6 +103,12 @@ class Supervisor:
                 self._bring_back(child, child.process.returncode)
             await asyncio.sleep(POLL_S)
         return None
+
+    def note_serving(self, pids: Collection[int]) -> None:
+        """The registry says that the processes `pids` serve."""
+        for child in self.children:
+            if child.up_since is None and child.process is not None and child.process.pid in pids:
+                child.up_since = time.monotonic()
 
     @staticmethod
     def tell(child: Child) -> None:
@@ -119,16 +143,23 @@ class Supervisor:
     def _bring_back(self, child: Child, status: int) -> None:
         now = time.monotonic()
         if child.restart_at <= child.started_at:
-            if now - child.started_at > STABLE_S:
-                child.restarts = 0
-            child.restarts += 1
+            child.restarts = 1 if child.stable else child.restarts + 1
             if status in FATAL_STATUSES or child.restarts > MAX_RESTARTS:
-                raise _failure(child, status)
+                self._give_up(child, status)
+                return
             # The first restart is immediate: one crash is no pattern.
             child.restart_at = now + (0.0 if child.restarts == 1 else min(10.0, 0.2 * 2**child.restarts))
             self._on_restart(child, status)
         if now >= child.restart_at:
             child.start()
+
+    def _give_up(self, child: Child, status: int) -> None:
+        """Raises the child's error unless the run goes on without it."""
+        error = _failure(child, status)
+        if status in FATAL_STATUSES - OWN_STATUSES or not self._spare(child, error):
+            raise error
+        self.children.remove(child)
+        self.ended.append(child)
 
 
 def _failure(child: Child, status: int) -> PolyheadError:

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_PREFIX = "POLYHEAD_"
+_SECRET_SUFFIXES = ("PASSWORD", "KEY")
+_REDACTED = "***"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -20,27 +23,32 @@ def spawn(
     log_path: Path,
     env: Mapping[str, str] | None = None,
     death_signal: signal.Signals = signal.SIGTERM,
+    foreign: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Starts `command` with its output appended to `log_path`.
+    """Starts `command` with its output appended to `log_path`, which only its owner may read.
+
+    Its environment is this process's and `env`. A `foreign` program, one that is no service of the run, gets nothing
+    of what configures those: secrets are among it.
 
     It leads a session of its own, so a terminal's Ctrl-C reaches only the parent, which forwards it; and the kernel
     sends it `death_signal` when the parent ends, however that happens. Call it from a thread that lives as long as
     the process: the kernel watches the thread.
     """
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-
+    log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    inherited = {name: value for name, value in os.environ.items() if not (foreign and _configures(name))}
     parent_pid = os.getpid()
 
     def before_exec() -> None:
         die_with_parent(parent_pid, death_signal)
 
+    log_path.touch(mode=0o600)
     with log_path.open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={**inherited, **(env or {})},
             start_new_session=True,
             preexec_fn=before_exec,
         )
@@ -64,12 +72,26 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def last_lines(log_path: Path, count: int = 20) -> str:
-    """The end of a log, for an error message."""
+def last_lines(log_path: Path, count: int = 20, secrets: Sequence[str] = ()) -> str:
+    """The end of a log, for an error message: without `secrets`, and without those in this process's environment."""
     try:
         with log_path.open("rb") as log:
             log.seek(0, os.SEEK_END)
             log.seek(max(0, log.tell() - 65_536))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-count:])
+            text = log.read().decode(errors="replace")
     except OSError:
         return ""
+    for secret in filter(None, (*secrets, *_environments_secrets())):
+        text = text.replace(secret, _REDACTED)
+    return "\n".join(text.splitlines()[-count:])
+
+
+def _configures(variable: str) -> bool:
+    """Whether it is a setting of a run. Their names are taken in either case."""
+    return variable.upper().startswith(_PREFIX)
+
+
+def _environments_secrets() -> Sequence[str]:
+    return [
+        value for name, value in os.environ.items() if _configures(name) and name.upper().endswith(_SECRET_SUFFIXES)
+    ]

@@ -34,6 +34,7 @@ def build_replica(config: Config, process: Process) -> tuple[Replica, Sequence[K
             replica.wanted,
             start_timeout_s=config.rollout.router.start_timeout_s,
             on_change=replica.turned,
+            on_missing=replica.suspect,
         )
         keepers.append(replica.router)
     return replica, keepers

@@ -67,7 +67,16 @@ class Generator:
             return
         async with asyncio.TaskGroup() as tasks:
             for record in records:
-                tasks.create_task(self._run([record]))
+                tasks.create_task(self._by_itself(record))
+
+    async def _by_itself(self, record: SampleRecord) -> None:
+        """Whatever goes wrong with one sample ends none of its siblings."""
+        try:
+            await self._run([record])
+        except Exception as error:
+            log.exception("generation_failed", sample_id=record.sample_id)
+            if not record.closed:
+                self._fail(record, f"{type(error).__name__}: {error}")
 
     async def _run(self, records: Sequence[SampleRecord]) -> None:
         pending = list(records)
@@ -76,7 +85,9 @@ class Generator:
             await self._replica.gate.wait()
             if self._replica.leaving:
                 return
-            if not self._replica.gate.is_set():
+            # Decided by somebody else meanwhile: nobody would want its tokens.
+            pending = [record for record in pending if not record.closed]
+            if not self._replica.gate.is_set() or not pending:
                 continue
             had, deaths, newest = _tokens(pending), self._replica.deaths, self._replica.newest
             try:
@@ -133,7 +144,7 @@ class Generator:
 
     async def _stream(self, records: Sequence[SampleRecord]) -> list[SampleRecord]:
         """The records whose stream broke."""
-        replica, sent = self._replica, self._replica.newest
+        replica, sent = self._replica, self._replica.version
         if sent is None:
             raise EngineUnavailableError("it serves no version", field="engine")
         batch = [_request(record, record.begin(sent)) for record in records]
@@ -164,13 +175,14 @@ class Generator:
         try:
             record.extend(chunk, self._replica.oldest or sent, self._replica.arrival_of)
         except InvalidArgumentError as error:
-            self._replica.stats.discarded["sample_error"] += len(chunk.token_ids)
+            self._replica.stats.discarded["refused"] += len(chunk.token_ids)
             self._fail(record, str(error))
             return
         except EngineUnavailableError:
             record.truncate(known)
             raise
-        if record.resumed and chunk.token_ids:
+        if chunk.token_ids:
+            # An engine sees only its own request, and one without a tokenizer no text at all.
             end = self._prompter.stop_end(record.token_ids, known)
             if end is not None:
                 await self._end_at(record, end, chunk.finish)
@@ -193,7 +205,7 @@ class Generator:
             self._replica.stats.requests_aborted += 1
 
     async def _end_at(self, record: SampleRecord, end: int, finish: Finish | None) -> None:
-        """A stop string that began before this request is complete: what came after it goes."""
+        """A stop string is complete that the engine may not have seen: what came after it goes."""
         self._replica.stats.discarded["past_stop"] += len(record.token_ids) - end
         record.truncate(end)
         record.finish = sample_pb2.FINISH_REASON_STOP

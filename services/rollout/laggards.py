@@ -32,6 +32,8 @@ class Laggards:
 
     def look(self, now: float) -> None:
         """One look, at `now` seconds."""
+        if self._replica.router is not None and not self._replica.router.up:
+            return  # the newest ones are out of rotation for as long as it is away
         newest = self._replica.newest
         for engine in self._replica.engines:
             if engine.life.updating is not None:

@@ -17,6 +17,8 @@ from services.rollout.stats import Stats
 
 # Versions whose arrival is remembered; no request runs across more pushes than this.
 _REMEMBERED_ARRIVALS = 4096
+# Of an engine that fell silent: what streams from the others shows itself within this time, or is asked for again.
+_SILENT_S = 3.0
 _FRESH = Arrival(sample_pb2.KV_ORIGIN_FRESH, late=False)
 _ADVANCED = (
     pb.REPLICA_STATE_SYNCING,
@@ -39,6 +41,8 @@ class Replica:
         self.leaving = False
         self.deaths = 0
         """Engines that ended by themselves."""
+        self.floor: Version | None = None
+        """The newest version that samples were leased for: they get no tokens of older weights."""
         self.unstarted = 0
         """Requests that were sent and have neither a token yet nor an end."""
         self.gate = asyncio.Event()
@@ -66,12 +70,14 @@ class Replica:
 
     @property
     def version(self) -> Version | None:
-        """The oldest version in rotation: what samples are leased for. None when no engine is."""
+        """The oldest version in rotation: what samples are leased for, and what a request counts as sent under, so that
+        none counts as sent under a newer one than its engine had. None when no engine is in rotation.
+        """
         return min(self._versions_in_rotation(), default=None)
 
     @property
     def newest(self) -> Version | None:
-        """The newest version in rotation: what a request counts as sent under."""
+        """The newest version in rotation."""
         return max(self._versions_in_rotation(), default=None)
 
     @property
@@ -92,26 +98,43 @@ class Replica:
         reachable = [engine for engine in self.engines if self._reachable(engine)]
         return (
             not self.leaving
-            and (self.router is None or self.router.up)
+            and (self.router is None or (self.router.up and not self._outgoing(self.router)))
             and any(self.in_rotation(engine) for engine in reachable)
             and all(engine.life.may_generate for engine in reachable)
         )
 
     def in_rotation(self, engine: Engine) -> bool:
         """Whether it gets new requests, now or after the update that runs."""
-        return engine.serving and not engine.lagging and self._reachable(engine)
+        return self.serves(engine) and not engine.lagging and self._reachable(engine)
+
+    def serves(self, engine: Engine) -> bool:
+        """Whether it holds a whole version that is not too old for what was leased."""
+        version = engine.life.version
+        return engine.serving and version is not None and (self.floor is None or version >= self.floor)
+
+    def leased(self, version: Version) -> None:
+        """Samples were leased for `version`: engines with older weights wait for a push, out of rotation."""
+        if self.floor is None or version > self.floor:
+            self.floor = version
+            self.turned()
 
     def wanted(self) -> Mapping[str, str]:
         """The router's workers to be: address → API key."""
         return {
             engine.client.url: engine.client.admin_key
             for engine in self.engines
-            if engine.attached and engine.serving and not engine.lagging and not self.leaving
+            if engine.attached and self.serves(engine) and not engine.lagging and not self.leaving
         }
 
     def serving_without(self, engine: Engine) -> bool:
         """Whether requests can go on when `engine` is taken out."""
-        return any(other.serving for other in self.engines if other is not engine)
+        return any(self.serves(other) for other in self.engines if other is not engine)
+
+    def suspect(self, url: str) -> None:
+        """The router cannot reach the engine at `url`."""
+        for engine in self.engines:
+            if engine.attached and engine.client.url == url:
+                engine.suspect.set()
 
     def generate(self, batch: Sequence[GenerateRequest], salt: str) -> AsyncGenerator[tuple[int, Chunk], None]:
         """As the engine's client does, or the router's. Raises EngineUnavailableError when there is none."""
@@ -176,10 +199,21 @@ class Replica:
         self.deaths += engine.died
         for forget in self.on_lost:
             forget(engine)
+        if not any(other.attached for other in self.engines if other is not engine):
+            self.floor = None  # nothing is held any more
+        if self.router is not None and engine.pid is None and not engine.died:
+            # Its host may have gone without a word: connections to it do not break by themselves.
+            asyncio.get_running_loop().call_later(_SILENT_S, self.router.drop_idle, _SILENT_S)
 
     def _reachable(self, engine: Engine) -> bool:
         """Whether the router may pick it; without one, requests have nowhere else to go."""
         return self.router is None or (engine.attached and engine.client.url in self.router.registered)
+
+    def _outgoing(self, router: RouterKeeper) -> bool:
+        """Whether the router may still pick an engine that is to get no requests."""
+        wanted = self.wanted().keys()
+        unwanted = {engine.client.url for engine in self.engines if engine.attached} - wanted
+        return bool(router.registered - wanted or router.announced & unwanted)
 
     def _versions_in_rotation(self) -> list[Version]:
         return [engine.life.version for engine in self.engines if self.in_rotation(engine) and engine.life.version]

@@ -11,6 +11,8 @@ from services.rollout.engines.engine import Engine
 from services.rollout.replica import Replica
 
 _LOOK_S = 1.0
+# Failed looks in a row at an engine that should answer, after which its keeper has to see to it.
+_MAX_FAILURES = 3
 
 
 class Room:
@@ -33,16 +35,30 @@ class Room:
 
     async def run(self) -> None:
         """Looks at the engines' loads, for ever."""
+        await asyncio.gather(*(self._watch(engine) for engine in self._replica.engines))
+
+    async def _watch(self, engine: Engine) -> None:
+        failures = 0
         while True:
-            await asyncio.gather(*(self._look(engine) for engine in self._replica.engines))
+            failures = 0 if await self._look(engine) else failures + 1
+            if failures == _MAX_FAILURES:
+                engine.suspect.set()
+                failures = 0
             await asyncio.sleep(_LOOK_S)
 
-    async def _look(self, engine: Engine) -> None:
-        if not engine.serving or engine.paused:
-            return  # one that loads weights does not answer
+    async def _look(self, engine: Engine) -> bool:
+        """False when it should have answered and has not."""
+        if not _answers(engine):
+            return True
         try:
             load = await engine.client.load()
         except PolyheadError:
-            return  # its keeper finds out why
+            return not _answers(engine)
         if engine.attached:
             engine.load = load
+        return True
+
+
+def _answers(engine: Engine) -> bool:
+    """One that loads weights does not."""
+    return engine.serving and not engine.paused and engine.life.updating is None

@@ -86,14 +86,25 @@ class Update:
             await _until(lambda: not replica.unstarted, _FIRST_TOKENS_S)
         replica.pause(engine, paused=True)
         self._aborted_before = replica.stats.requests_aborted
-        self._running_before = replica.stats.busy.running
+        self._running_before = await self._requests() if self._pause_mode == "abort" else 0
         self._paused_at = time.monotonic()
         if self._pause_mode == "abort":
             await self._end_requests()
         await engine.client.pause("retract" if self._pause_mode == "retract" else "in_place")
         if self.group_name:
             await engine.client.begin_update()
-        self.running = replica.stats.busy.running
+        self.running = await self._requests()
+
+    async def _requests(self) -> int:
+        """That this engine has at this moment; those of the whole replica when it does not say."""
+        everywhere = self._replica.stats.busy.running
+        if len(self._replica.engines) == 1:
+            return everywhere
+        try:
+            load = await self._engine.client.load()
+        except PolyheadError:
+            return everywhere  # a figure is worth no push
+        return load.running + load.waiting if load is not None else everywhere
 
     async def _end_requests(self) -> None:
         """They are resumed elsewhere, or here after the update; those that do not end in time are carried over."""

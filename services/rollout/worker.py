@@ -32,6 +32,8 @@ log = structlog.get_logger()
 LEASE_WAIT_S = 0.25
 # Room made by samples that finish within this time of each other is filled by one lease.
 LINGER_S = 0.004
+# One lease costs as much for few samples as for many; but no slot stands empty for longer than this to save one.
+IDLE_ROOM_S = 0.05
 # After an empty answer, or an error, nothing is asked for this long, unless the replica turns.
 _EMPTY_PAUSE_S = 0.1
 _ERROR_PAUSE_S = 1.0
@@ -137,18 +139,28 @@ class Worker:
             if not self._may_lease():
                 await self._wake.wait()
                 continue
-            await asyncio.sleep(LINGER_S)
+            await self._gather_room()
             if self._may_lease():
                 self._lease = asyncio.create_task(self._lease_once())
                 await asyncio.shield(self._lease)
 
     def _may_lease(self) -> bool:
         capacity = self._room.capacity
-        at_least = min(capacity, max(self._group_size, capacity // 4))
-        return self._replica.may_generate and capacity - len(self._held) >= at_least
+        return self._replica.may_generate and capacity - len(self._held) >= min(capacity, self._group_size)
+
+    async def _gather_room(self) -> None:
+        """Returns when there is room for a good part of the capacity, or when what there is has been idle for long."""
+        deadline = asyncio.get_running_loop().time() + IDLE_ROOM_S
+        await asyncio.sleep(LINGER_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                while self._room.capacity - len(self._held) < self._room.capacity // 4:
+                    self._wake.clear()
+                    await self._wake.wait()
 
     async def _lease_once(self) -> None:
         until = asyncio.get_running_loop().time() + _EMPTY_PAUSE_S
+        version = self._replica.version
         try:
             response = await self._buffer.lease(
                 sample_pb2.STAGE_GENERATE,
@@ -156,13 +168,15 @@ class Worker:
                 max_samples=self._room.capacity - len(self._held),
                 wait_s=LEASE_WAIT_S,
                 include_payload=False,
-                weight_version=self._replica.version,
+                weight_version=version,
             )
         except PolyheadError as error:
             log.warning("lease_failed", reason=str(error))
             await asyncio.sleep(_ERROR_PAUSE_S)
             return
         self._saver.heed_ttl(response.lease_ttl.ToTimedelta().total_seconds())
+        if response.groups and version is not None:
+            self._replica.leased(version)
         for group in response.groups:
             self._accept(group)
         if not response.groups:
@@ -178,7 +192,7 @@ class Worker:
             self._held[record.sample_id] = record
         if self._replica.leaving:
             self._release_open(records, pb.RELEASE_REASON_DRAIN, "")
-        elif self._replica.oldest is None:
+        elif not any(map(self._replica.serves, self._replica.engines)):
             self._release_open(records, pb.RELEASE_REASON_UNAVAILABLE, "")
         elif records:
             self._spawn(self._generate(records))

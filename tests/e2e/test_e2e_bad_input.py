@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ import pytest
 import redis
 
 from services.common.process import free_port
+from tests.kit.engine_process import engine_environment, wait_healthy
 from tests.kit.runs import Run, polyhead
 from tests.kit.valkey import running
 
@@ -24,8 +26,8 @@ def hangs(args, sample, **kwargs): time.sleep(600)
 def fine(args, sample, **kwargs): return 1.0
 """
 
-
-# Stands for the interpreter that has SGLang: it answers like one that is too old, and takes no flag it does not know.
+# Stand-ins for the interpreter that has SGLang. This one answers like a version that is too old, and takes no flag that
+# it does not know.
 OLD_SGLANG = """
 import argparse, json, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -37,14 +39,55 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps({"version": "0.5.9", "context_length": 64}).encode())
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answer).serve_forever()
 """
+SILENT_SGLANG = """
+import time
+print("Load weight begin.", flush=True)
+time.sleep(600)
+"""
+CRASHING_SGLANG = """
+raise RuntimeError("Not enough memory")
+"""
+# The in-house engine, but that it has no log-probs for prompts of one length.
+POISON = "1+" * 15
+NAN_ENGINE = f"""
+import os
+import numpy as np
+from services.rollout.engines.torch_engine.__main__ import main
+from services.rollout.engines.torch_engine.slot_table import SlotTable
+append = SlotTable.append
+def poisoned(self, slots, tokens, logprobs):
+    append(self, slots, tokens, np.where(self.prompt_length[slots] == {len(POISON)}, np.nan, logprobs))
+SlotTable.append = poisoned
+os._exit(main())
+"""
 
 
 @pytest.fixture(scope="module")
 def old_sglang(tmp_path_factory):
-    python = tmp_path_factory.mktemp("sglang") / "python"
-    python.write_text(f"#!{sys.executable}\n{OLD_SGLANG}")
+    return sglang(tmp_path_factory.mktemp("sglang"), OLD_SGLANG)
+
+
+def sglang(directory: Path, source: str) -> tuple[str, ...]:
+    """The flags of a run whose SGLang is this program."""
+    python = directory / "python"
+    python.write_text(f"#!{sys.executable}\n{source}")
     python.chmod(0o755)
     return ("--rollout.engine.kind", "sglang", "--rollout.engine.python", str(python))
+
+
+@pytest.fixture
+def nan_engine(tmp_path, inputs):
+    """The address of an engine that has no log-probs for one prompt."""
+    (tmp_path / "engine.py").write_text(NAN_ENGINE)
+    port = free_port()
+    command = [sys.executable, str(tmp_path / "engine.py"), "--model-path", str(inputs / "model"), "--port", str(port)]
+    process = subprocess.Popen([*command, "--context-length", "64"], env=engine_environment())
+    try:
+        wait_healthy(f"http://127.0.0.1:{port}", process, within_s=60)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +233,21 @@ def test_an_sglang_that_is_too_old(tmp_path, flags, old_sglang):
     assert "rollout.engine.python: SGLang 0.5.9 is too old: 0.5.10 or newer is needed" in line
 
 
+def test_an_engine_that_never_becomes_ready(tmp_path, flags):
+    silent = sglang(tmp_path, SILENT_SGLANG)
+    line = failed(tmp_path, *flags, *silent, "--rollout.engine.start_timeout_s", "2")
+    log = tmp_path / "run" / "logs" / "engine-0.log"
+    assert line.endswith(f"rollout failed: engine: not ready after 2 s; {log} ends: Load weight begin.")
+
+
+def test_an_engine_that_ends_at_each_start(tmp_path, flags):
+    line = failed(tmp_path, *flags, *sglang(tmp_path, CRASHING_SGLANG))
+    assert "rollout failed: engine: ended with status 1; " in line
+    assert line.endswith("| RuntimeError: Not enough memory")
+    started = (tmp_path / "run" / "logs" / "engine-0.log").read_text().count("RuntimeError: Not enough memory")
+    assert started == 3
+
+
 def test_a_flag_that_the_router_does_not_know(tmp_path, flags):
     line = failed(tmp_path, *flags, "--rollout.engines", "2", "--router-no-such-flag", "7")
     assert "rollout.router.args: unrecognized arguments: --no-such-flag 7" in line
@@ -219,6 +277,28 @@ def test_prompts_that_are_too_long_are_dropped_counted_and_made_up_for(tmp_path,
     summary = run.summary()
     assert [line["step"] for line in run.steps()] == [1, 2, 3, 4]
     assert summary["ledger"]["dropped"]["oversize"] >= 4
+    assert summary["ledger_imbalance"] == 0
+
+
+@pytest.mark.timeout(180)
+def test_samples_without_log_probs_fail_are_counted_and_made_up_for(tmp_path, flags, inputs, nan_engine):
+    rows = (inputs / "prompts.jsonl").read_text().splitlines()[:6]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("\n".join([*rows[:3], json.dumps({"prompt": POISON, "label": "15"}), *rows[3:]]) + "\n")
+    run = Run(
+        tmp_path / "run",
+        *(*flags, "--num-rollout", "4", "--prompt-data", str(data), "--run-dir", str(tmp_path / "run")),
+        *("--rollout-external-engine-addrs", nan_engine, "--buffer.max_attempts", "2"),
+    )
+    assert run.finish(within_s=120) == 0, run.tail()
+    summary = run.summary()
+    assert [line["step"] for line in run.steps()] == [1, 2, 3, 4]
+    trained = {ordinal for line in run.steps() for ordinal in line["prompt_ordinals"]}
+    assert not {ordinal for ordinal in trained if ordinal % 7 == 3}, "the poisoned row"
+    # The first sample of a group that has failed twice is dead; its siblings go with the group.
+    assert summary["ledger"]["dead"] >= 1
+    assert (summary["ledger"]["dead"] + summary["ledger"]["dropped"]["group_dead"]) % 4 == 0
+    assert "nan is not a log-probability" in (run.dir / "logs" / "rollout-0.log").read_text()
     assert summary["ledger_imbalance"] == 0
 
 

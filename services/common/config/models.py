@@ -214,7 +214,7 @@ class EngineConfig(Section):
     """The first GPU of the first engine of the first replica; the others take the GPUs after it."""
     external: list[str] = Field(default_factory=list)
     """Addresses of engines started elsewhere, http://host:port; then none are started here. Replicas share them out
-    (slime: --rollout-external-engine-addrs)."""
+    (slime: --rollout-external-engine-addrs). On other hosts, they need trainer.weights.address."""
     admin_key: SecretStr | None = None
     """Of external engines. Only from the environment: POLYHEAD_ROLLOUT__ENGINE__ADMIN_KEY."""
     decode_rate: Annotated[float, Field(gt=0)] | None = None
@@ -239,18 +239,32 @@ class EngineConfig(Section):
     @field_validator("external")
     @classmethod
     def _addresses_are_urls(cls, value: list[str]) -> list[str]:
+        seen: set[tuple[str, int]] = set()
         for address in value:
             parts = urlsplit(address)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.password or parts.path not in "/":
                 raise ValueError(f"{address!r} is not an address like http://host:port")
+            place = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+            if place in seen:
+                raise ValueError(f"{address} is named twice")
+            seen.add(place)
         return [address.rstrip("/") for address in value]
+
+    @model_validator(mode="after")
+    def _engines_are_ours_to_start(self) -> EngineConfig:
+        if self.external and (self.gpus != 1 or self.args):
+            given = "args" if self.args else "gpus"
+            raise ValueError(f"{given} is for engines that are started here, and external names some started elsewhere")
+        if self.gpus > 1 and self.device == "cpu":
+            raise ValueError(f'gpus = {self.gpus} needs device = "cuda"')
+        return self
 
 
 class RouterConfig(Section):
     """sglang-router, in front of the engines of a replica that has more than one."""
 
     python: Path | None = None
-    """The interpreter that has sglang-router. Default: the engine's own."""
+    """The interpreter that has sglang-router. Default: this one if it has it, else SGLang's."""
     policy: Literal["cache_aware", "round_robin", "random"] = "cache_aware"
     args: dict[str, FlagValue] = Field(default_factory=dict)
     """Further arguments, by the name of the flag: cache-threshold = 0.5 (slime: --router-<flag>)."""
@@ -275,6 +289,18 @@ class RolloutConfig(Section):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
+
+    @model_validator(mode="after")
+    def _engines_fit(self) -> RolloutConfig:
+        external = len(self.engine.external)
+        if external and self.engines != 1:
+            raise ValueError(
+                f"engines = {self.engines} is for engines that are started here, and engine.external names {external} "
+                "started elsewhere"
+            )
+        if self.router.args and self.engines == 1 and external <= self.replicas:
+            raise ValueError("router.args are given, but no replica has several engines, and so a router")
+        return self
 
 
 class RewardConfig(Section):
@@ -321,9 +347,19 @@ class CheckpointConfig(Section):
 
 class WeightsConfig(Section):
     backend: Literal["gloo", "nccl"] = "gloo"
+    address: str = "127.0.0.1"
+    """Where engines reach the trainer's collective: an IPv4 address of this machine, or its name. The default is for
+    engines on this machine only."""
     bucket_mb: Positive = 2048
     timeout_s: Seconds = 60.0
     """Deadline of each call of a push; a replica that misses one is quarantined."""
+
+    @field_validator("address")
+    @classmethod
+    def _address_can_be_reached(cls, value: str) -> str:
+        if value in ("", "0.0.0.0") or ":" in value:
+            raise ValueError(f"{value!r} is not one IPv4 address of this machine, or its name")
+        return value
 
 
 class TrainerConfig(Section):

@@ -28,10 +28,14 @@ class NeverReadyError(EngineUnavailableError):
 class ChildProcess:
     """Use it on the event loop's main thread: the program dies with the thread that started it."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log_path: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log_path: Path, secrets: Sequence[str] = ()
+    ) -> None:
+        """`secrets` are never told, though the log may hold them."""
         self._log_path = log_path
+        self._secrets = secrets
         self._process: subprocess.Popen[bytes] = spawn(
-            command, log_path=log_path, env=environment, death_signal=signal.SIGKILL
+            command, log_path=log_path, env=environment, death_signal=signal.SIGKILL, foreign=True
         )
         self._ended = asyncio.Event()
         self._pidfd = os.pidfd_open(self._process.pid)
@@ -72,12 +76,12 @@ class ChildProcess:
         """What it said about its flags, if that is why it ended."""
         if self.running or self.status != _USAGE_STATUS:
             return None
-        _, mark, reason = last_lines(self._log_path, 1).partition(_USAGE_MARK)
+        _, mark, reason = last_lines(self._log_path, 1, self._secrets).partition(_USAGE_MARK)
         return reason if mark else None
 
     def last_words(self, what: str) -> str:
         """`what`, and how its log ends, as one line."""
-        lines = _COLOURS.sub("", last_lines(self._log_path, 5)).splitlines()
+        lines = _COLOURS.sub("", last_lines(self._log_path, 5, self._secrets)).splitlines()
         return f"{what}; {self._log_path} ends: {' | '.join(lines)}" if lines else f"{what}; see {self._log_path}"
 
     def _on_end(self) -> None:

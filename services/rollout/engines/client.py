@@ -35,6 +35,10 @@ _KEEPALIVE_S = 2.0
 _JSON = {"Content-Type": "application/json"}
 
 
+class KeyRefusedError(EngineUnavailableError):
+    """The engine was started with another admin key."""
+
+
 class EngineClient:
     """One HTTP session to one engine. Close it when the engine ends.
 
@@ -191,11 +195,15 @@ class EngineClient:
             async with self._session.get(self.url + path, timeout=_total(CALL_TIMEOUT_S)) as response:
                 if missing_ok and response.status == 404:
                     return {}
+                _check_key(response.status, path)
                 if response.status != 200:
                     raise EngineUnavailableError(f"HTTP {response.status}", field=f"engine {path}")
-                return orjson.loads(await response.read())
+                answer = orjson.loads(await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError, orjson.JSONDecodeError) as error:
             raise EngineUnavailableError(_transport(error), field=f"engine {path}") from error
+        if not isinstance(answer, dict):
+            raise EngineUnavailableError("is no JSON object", field=f"engine {path}")
+        return answer
 
     async def _post(
         self, path: str, body: Mapping[str, Any], timeout_s: float = CALL_TIMEOUT_S, *, missing_ok: bool = False
@@ -208,6 +216,7 @@ class EngineClient:
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EngineUnavailableError(_transport(error), field=f"engine {path}") from error
+        _check_key(response.status, path)
         if response.status == 200 or (missing_ok and response.status == 404):
             return
         if response.status >= 500:
@@ -257,6 +266,11 @@ def _check_open(session: aiohttp.ClientSession, path: str) -> None:
     """A session is closed when its engine has ended, perhaps before a call of it began."""
     if session.closed:
         raise EngineUnavailableError("not running", field=f"engine {path}")
+
+
+def _check_key(status: int, path: str) -> None:
+    if status in (401, 403):
+        raise KeyRefusedError(f"the admin key was refused: HTTP {status}", field=f"engine {path}")
 
 
 def _total(seconds: float) -> aiohttp.ClientTimeout:

@@ -13,9 +13,14 @@ import structlog
 
 from services.common.config import Config
 from services.common.errors import ConfigError, PolyheadError
-from services.rollout.engines.client import EngineClient
+from services.rollout.engines.client import EngineClient, KeyRefusedError
 from services.rollout.engines.engine import Engine
-from services.rollout.engines.messages import EngineUnavailableError, ServerInfo, check_version
+from services.rollout.engines.messages import (
+    EngineUnavailableError,
+    ServerInfo,
+    check_version,
+    warn_of_inexact_versions,
+)
 
 log = structlog.get_logger()
 
@@ -24,6 +29,7 @@ _POLL_S = 1.0
 _MAX_FAILURES = 3
 _HEALTH_TIMEOUT_S = 30.0
 _FIELD = "rollout.engine.external"
+_KEY_VARIABLE = "POLYHEAD_ROLLOUT__ENGINE__ADMIN_KEY"
 
 
 def external_addresses(config: Config, replica: int) -> Sequence[str]:
@@ -57,7 +63,7 @@ class ExternalKeeper:
                 if isinstance(error, ConfigError):
                     raise
                 if not waiting:
-                    log.warning("engine_awaited", engine=self._engine.index, url=self._url, reason=str(error))
+                    log.warning("engine_awaited", engine=self._engine.index, url=self._url, reason=_reason(error))
                 waiting = True
             await asyncio.sleep(_POLL_S)
 
@@ -74,6 +80,7 @@ class ExternalKeeper:
         return info
 
     async def _one_life(self, client: EngineClient, info: ServerInfo) -> None:
+        warn_of_inexact_versions(info)
         log.info("engine_attached", engine=self._engine.index, name=info.name, url=self._url)
         self._engine.attach(client, info)
         died = False
@@ -127,6 +134,10 @@ class ExternalKeeper:
                 raise ConfigError(
                     f"{self._url} has {name} = {said[name]}, but {self._checkpoint} has {ours[name]}", field=_FIELD
                 )
+
+
+def _reason(error: PolyheadError) -> str:
+    return f"{error} (it is taken from {_KEY_VARIABLE})" if isinstance(error, KeyRefusedError) else str(error)
 
 
 def _refused(error: PolyheadError) -> bool:

@@ -12,6 +12,7 @@ from services.common.errors import PolyheadError
 from services.rollout.engines.engine import Engine
 from services.rollout.engines.launch import EngineCommand
 from services.rollout.engines.lives import keep_alive
+from services.rollout.engines.messages import warn_of_inexact_versions
 from services.rollout.engines.process import EngineProcess
 
 log = structlog.get_logger()
@@ -48,6 +49,7 @@ class EngineKeeper:
         process = EngineProcess(self._command, self._log_path)
         try:
             info = await process.ready(self._start_timeout_s)
+            warn_of_inexact_versions(info)
             log.info("engine_ready", engine=self._engine.index, name=info.name, pid=process.pid)
             self._engine.attach(process.client, info, pid=process.pid, kill=process.kill)
             died = False
@@ -77,6 +79,9 @@ class EngineKeeper:
             suspect.clear()
 
     async def _probe(self, process: EngineProcess) -> None:
+        """One that is being updated is left alone: it may load weights, and the update has deadlines of its own."""
+        if self._engine.life.updating is not None:
+            return
         try:
             await asyncio.wait_for(process.client.server_info(), _PROBE_TIMEOUT_S)
             return
@@ -84,6 +89,8 @@ class EngineKeeper:
             reason = str(error)
         with suppress(TimeoutError):
             await asyncio.wait_for(process.ended(), _END_S)
+            return
+        if self._engine.life.updating is not None:
             return
         log.error("engine_stuck", pid=process.pid, reason=reason)
         process.kill()

@@ -22,7 +22,7 @@ _FIRST_STARTS = 3
 
 async def keep_alive(name: str, one_life: Callable[[], Awaitable[None]]) -> None:
     """Until cancelled. `one_life` returns when the program has ended, and raises EngineUnavailableError when it did
-    not become ready.
+    not become ready, or OSError when it could not be started.
 
     Raises NeverReadyError when the first start takes too long or the first three fail, ConfigError when one shows that
     none can succeed. Once it has been ready, every failure is followed by another start.
@@ -34,12 +34,17 @@ async def keep_alive(name: str, one_life: Callable[[], Awaitable[None]]) -> None
         try:
             await one_life()
             lived = True
-        except EngineUnavailableError as error:
+        except (EngineUnavailableError, OSError) as failure:
+            error = failure if isinstance(failure, EngineUnavailableError) else _not_started(name, failure)
             failed += 1
             if not lived and (failed == _FIRST_STARTS or isinstance(error, NeverReadyError)):
-                raise NeverReadyError(error.reason, field=error.field) from error
+                raise NeverReadyError(error.reason, field=error.field) from failure
             log.error("start_failed", program=name, reason=str(error))
         if loop.time() - began > _HEALTHY_LIFE_S:
             backoff_s = _BACKOFF_FIRST_S
         await asyncio.sleep(backoff_s)
         backoff_s = min(2 * backoff_s, _BACKOFF_MAX_S)
+
+
+def _not_started(name: str, error: OSError) -> EngineUnavailableError:
+    return EngineUnavailableError(f"could not be started: {error}", field=name)

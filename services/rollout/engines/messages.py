@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import structlog
+
 from services.common.errors import ConfigError, PolyheadError, UnavailableError
 
 # Older ones unpickle what reaches them over the network (CVE-2026-3059, CVE-2026-3060).
 SGLANG_MINIMUM = (0, 5, 10)
+# From here on a request says which version each of its tokens is of.
+_SGLANG_EXACT = (0, 5, 23)
+
+log = structlog.get_logger()
 
 
 class EngineUnavailableError(UnavailableError):
@@ -102,6 +108,8 @@ class ServerInfo:
     kv_tokens: int | None = None
     """Tokens that its KV memory holds."""
     model_path: str = ""
+    stream_interval: int | None = None
+    """Tokens between two events of a stream; None when it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +128,25 @@ class EngineLoad:
 
 def check_version(info: ServerInfo) -> None:
     """Raises ConfigError for an SGLang that is too old to be used here."""
-    kind, _, version = info.name.partition("/")
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    if kind == "sglang" and numbers < SGLANG_MINIMUM:
+    if _older_sglang(info, SGLANG_MINIMUM):
         minimum = ".".join(map(str, SGLANG_MINIMUM))
+        version = info.name.partition("/")[2]
         raise ConfigError(f"SGLang {version} is too old: {minimum} or newer is needed", field="rollout.engine.python")
+
+
+def warn_of_inexact_versions(info: ServerInfo) -> None:
+    """To be called once for each engine that is attached: logs whether it leaves token versions to be guessed."""
+    if _older_sglang(info, _SGLANG_EXACT) and info.stream_interval != 1:
+        log.warning(
+            "token_versions_inexact",
+            engine=info.name,
+            stream_interval=info.stream_interval,
+            reason="token versions are upper bounds of age: at each push up to stream_interval tokens of a request are "
+            "stamped one version too old; use stream_interval = 1, or SGLang " + ".".join(map(str, _SGLANG_EXACT)),
+        )
+
+
+def _older_sglang(info: ServerInfo, release: Sequence[int]) -> bool:
+    kind, _, version = info.name.partition("/")
+    numbers = [int(number) for number in re.findall(r"\d+", version)[:3]]
+    return kind == "sglang" and numbers < list(release)

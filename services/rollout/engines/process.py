@@ -26,7 +26,7 @@ class EngineProcess:
         port, admin_key = free_port(), secrets.token_urlsafe(24)
         launch = command(port, admin_key)
         self._scratch = launch.scratch
-        self._child = ChildProcess(launch.command, launch.environment, log_path)
+        self._child = ChildProcess(launch.command, launch.environment, log_path, [admin_key])
         self.client = EngineClient(f"http://127.0.0.1:{port}", admin_key)
         self.killed = False
         """Whether we ended it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from services.common.errors import ConfigError
+
 _SECRETS = "POLYHEAD_SECRET_ARGUMENTS"
 # Everybody on the machine may read a process's arguments, only its owner its environment. The module sees what
 # `python -m` would have shown it, and so do the processes that it spawns.
@@ -30,6 +32,28 @@ def secret_arguments(*arguments: str) -> Mapping[str, str]:
 def flags_of(options: Mapping[str, object]) -> list[str]:
     """Command-line flags: True is a flag without a value, a list one with several."""
     return [part for name, value in options.items() for part in _flag(name, value)]
+
+
+def user_flags(args: Mapping[str, object], ours: Mapping[str, str], field: str) -> dict[str, object]:
+    """Flags that the user gave in the table `field`, by their full names.
+
+    `ours` has those that are not the user's to give, each with the setting that gives it, if any. Raises ConfigError
+    for one of them and for its beginning, which argparse would take for the whole.
+    """
+    flags: dict[str, object] = {}
+    for flag, value in args.items():
+        name = flag.replace("_", "-")
+        meant = name if name in ours else next((whole for whole in ours if whole.startswith(name)), None)
+        if meant is not None:
+            what = "" if meant == name else f"is short for {meant}, which "
+            why = (
+                f"is set by {ours[meant]}"
+                if ours[meant]
+                else "is not to be set: it is given at each start, or not at all"
+            )
+            raise ConfigError(what + why, field=f"{field}.{flag}")
+        flags[name] = value
+    return flags
 
 
 def _flag(name: str, value: object) -> list[str]:

@@ -46,6 +46,8 @@ class RoutedClient:
         self._stream_timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s
         )
+        self._heard: dict[asyncio.Timeout, float] = {}
+        """Of each stream that is waited for: when it was last heard."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
             headers={"Authorization": f"Bearer {key}"},
@@ -82,6 +84,13 @@ class RoutedClient:
                 stream.cancel()
             await asyncio.gather(*streams, return_exceptions=True)
 
+    def drop_idle(self, seconds: float) -> None:
+        """Ends the streams that have been silent for that long, as LOST."""
+        now = asyncio.get_running_loop().time()
+        for stream, heard in self._heard.items():
+            if now - heard >= seconds and not stream.expired():
+                stream.reschedule(now)
+
     async def _follow(self, index: int, request: GenerateRequest, extra_key: str, merged: Merged) -> None:
         """Puts the request's chunks; the last one, and no other, has a finish."""
         body = {
@@ -94,11 +103,10 @@ class RoutedClient:
             "stream": True,
         }
         total, finished = 0, False
+        stream = streamed(self._session, self._url, body, ChunkReader(1), self._stream_timeout)
         try:
-            async with aclosing(
-                streamed(self._session, self._url, body, ChunkReader(1), self._stream_timeout)
-            ) as stream:
-                async for _, chunk in stream:
+            async with aclosing(self._droppable(stream)) as chunks:
+                async for chunk in chunks:
                     if finished:
                         continue
                     total, finished = chunk.total, chunk.finish is not None
@@ -113,6 +121,23 @@ class RoutedClient:
             return
         if not finished:
             await merged.put((index, Chunk([], [], total, None, None, end, reason)))
+
+    async def _droppable(self, stream: AsyncGenerator[tuple[int, Chunk], None]) -> AsyncGenerator[Chunk, None]:
+        """The stream's chunks. `drop_idle` interrupts the waiting for one, never the taking of it."""
+        loop = asyncio.get_running_loop()
+        async with aclosing(stream):
+            while True:
+                try:
+                    async with asyncio.timeout(None) as waiting:
+                        self._heard[waiting] = loop.time()
+                        _, chunk = await anext(stream)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError as error:
+                    raise EngineUnavailableError("silent, and an engine was lost", field="router /generate") from error
+                finally:
+                    self._heard.pop(waiting, None)
+                yield chunk
 
     async def healthy(self, timeout_s: float = CALL_TIMEOUT_S) -> bool:
         """Whether the router answers; it need not have workers."""

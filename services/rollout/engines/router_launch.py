@@ -11,7 +11,7 @@ from pathlib import Path
 from services.common.config import Config
 from services.common.errors import ConfigError
 from services.rollout.engines.launch import Launch
-from services.rollout.engines.python_module import flags_of, module_command, secret_arguments
+from services.rollout.engines.python_module import flags_of, module_command, secret_arguments, user_flags
 from services.rollout.engines.sglang_launch import sglang_environment, sglang_python
 
 # (port, port of its metrics, key) -> what to start
@@ -54,13 +54,8 @@ def router_command(config: Config) -> RouterCommand:
         "policy": config.rollout.router.policy,
         **dict.fromkeys(_FIXED, True),
         **_DEFAULTS,
+        **user_flags(config.rollout.router.args, _OURS, "rollout.router.args"),
     }
-    for flag, value in config.rollout.router.args.items():
-        name = flag.replace("_", "-")
-        if name in _OURS:
-            reason = f"is set by {_OURS[name]}" if _OURS[name] else "is not to be set: it is given at each start"
-            raise ConfigError(reason, field=f"rollout.router.args.{flag}")
-        options[name] = value
     python, flags = router_python(config), flags_of(options)
     # In SGLang's environment it imports SGLang.
     environment = sglang_environment(config) if python in _engine_python(config) else {}

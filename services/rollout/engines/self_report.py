@@ -20,6 +20,7 @@ def read_server_info(info: Mapping[str, Any]) -> ServerInfo:
         max_running_requests=_count(info.get("max_running_requests")),
         kv_tokens=_count(info.get("max_total_num_tokens")),
         model_path=str(info.get("model_path") or ""),
+        stream_interval=_count(info.get("stream_interval")),
     )
 
 

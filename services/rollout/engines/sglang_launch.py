@@ -8,7 +8,7 @@ from services.common.config import Config
 from services.common.config.models import EngineConfig
 from services.common.errors import ConfigError
 from services.rollout.capacity import DEFAULT_SLOTS
-from services.rollout.engines.python_module import flags_of
+from services.rollout.engines.python_module import flags_of, user_flags
 
 _CHECKOUT = Path(__file__).parents[3]
 # A socket's name may have 107 characters, with "/tmp" and 8 random ones after this.
@@ -29,7 +29,11 @@ _OURS = {
     **dict.fromkeys(("tp-size", "tp", "tensor-parallel-size"), "rollout.engine.gpus"),
     # Each rank of another kind would have to be a member of the weight group.
     **dict.fromkeys(("dp-size", "dp", "data-parallel-size"), "rollout.engines"),
+    **dict.fromkeys(("pp-size", "pp", "pipeline-parallel-size", "nnodes", "node-rank"), ""),
     **dict.fromkeys(("host", "port", "api-key", "admin-api-key", "incremental-streaming-output", "config"), ""),
+    # Engines are told their version with their weights, and are called over plain HTTP on this machine.
+    "weight-version": "",
+    **dict.fromkeys(("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-keyfile-password", "enable-ssl-refresh"), ""),
 }
 
 # Pure torch: no CPU build of SGLang's kernels is published.
@@ -75,13 +79,7 @@ def sglang_flags(config: Config, replica: int, index: int) -> list[str]:
         options["base-gpu-id"] = engine.base_gpu + (replica * config.rollout.engines + index) * engine.gpus
     if slots is not None:
         options["max-running-requests"] = slots
-    for flag, value in engine.args.items():
-        name = flag.replace("_", "-")
-        if name in _OURS:
-            reason = f"is set by {_OURS[name]}" if _OURS[name] else "is not to be set: it is given at each start"
-            raise ConfigError(reason, field=f"rollout.engine.args.{flag}")
-        options[name] = value
-    return flags_of(options)
+    return flags_of(options | user_flags(engine.args, _OURS, "rollout.engine.args"))
 
 
 def sglang_environment(config: Config) -> dict[str, str]:

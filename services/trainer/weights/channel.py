@@ -28,7 +28,6 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-LOCALHOST = "127.0.0.1"
 # A replica that is told to give up or to leave does so at once, or is left to itself.
 FAREWELL_S = 2.0
 
@@ -72,13 +71,13 @@ class Channel:
 
     async def join(self, ranks: int) -> None:
         """Forms the process group with the engine, which brings `ranks` members. Raises PolyheadError."""
-        port = free_port(LOCALHOST)
+        port = free_port(self._config.address)
         world_size = 1 + ranks
         request = rpb.JoinWeightGroupRequest(
             epoch=self._epoch,
             group_name=self._group_name,
             backend=self._config.backend,
-            master_address=LOCALHOST,
+            master_address=self._config.address,
             master_port=port,
             world_size=world_size,
             rank_offset=1,
@@ -88,7 +87,7 @@ class Channel:
         def join() -> WeightGroup:
             return WeightGroup(
                 backend=self._config.backend,
-                address=LOCALHOST,
+                address=self._config.address,
                 port=port,
                 rank=0,
                 world_size=world_size,

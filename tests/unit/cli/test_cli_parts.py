@@ -10,7 +10,7 @@ import pytest
 from services.cli.demo.common import prepare_directory
 from services.cli.lock import holder, sole_launcher
 from services.cli.observe import JsonLines
-from services.cli.preflight import _check_addresses, _check_resumable
+from services.cli.preflight import _check_addresses, _check_collective, _check_resumable
 from services.common.config import dump, load
 from services.common.errors import ConfigError
 
@@ -70,6 +70,17 @@ def test_a_run_is_resumed_with_the_data_it_was_begun_with(tmp_path):
 def test_replicas_cannot_share_a_port():
     with pytest.raises(ConfigError, match=r"rollout.address: .* cannot serve 2 replicas"):
         _check_addresses(load(None, {"rollout.replicas": 2, "rollout.address": "127.0.0.1:9000"}))
+
+
+def test_engines_on_other_hosts_need_an_address_that_they_can_reach(monkeypatch):
+    far = {"rollout.engine.external": ["http://localhost:1", "http://127.0.0.2:1", "http://10.0.0.1:1"]}
+    with pytest.raises(ConfigError, match=r"rollout\.engine\.external: http://10.* trainer\.weights\.address = 127"):
+        _check_collective(load(None, far))
+    _check_collective(load(None, {"rollout.engine.external": far["rollout.engine.external"][:2]}))
+    with pytest.raises(ConfigError, match=r"trainer\.weights\.address: 192\.0\.2\.1 is no address of this machine"):
+        _check_collective(load(None, {**far, "trainer.weights.address": "192.0.2.1"}))
+    monkeypatch.setattr("services.cli.preflight.free_port", lambda _: 1)
+    _check_collective(load(None, {**far, "trainer.weights.address": "192.0.2.1"}))
 
 
 def test_a_password_in_the_stores_url_is_refused():

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
-from services.cli import scale
+from services.cli import scale, supervisor
 from services.cli.fleet import Fleet
 from services.cli.lock import sole_launcher
 from services.cli.main import main
 from services.cli.supervisor import Child, Supervisor
 from services.common.config import dump, load
+from services.common.errors import PolyheadError
 
 # Says farewell as a replica does, a while after it was told to.
 REPLICA = """
@@ -86,7 +87,7 @@ async def test_a_fleet_grows_and_shrinks_to_the_last_wish(run_dir):
 
 async def test_an_index_is_not_filled_before_its_last_process_has_left(run_dir):
     launched = Launched(run_dir)
-    scale._write(run_dir, {"rollout": 2})
+    scale.wish(run_dir, {"rollout": 2})
     following = asyncio.create_task(launched.fleet.follow())
     try:
         await launched.until("rollout", [0, 1])
@@ -110,6 +111,100 @@ async def test_a_wish_that_cannot_be_is_told_once_and_changes_nothing(run_dir):
     assert launched.said[0].startswith("not scaled: ")
     launched.fleet.settle()
     assert launched.indices("rollout") == [0]
+    await launched.supervisor.end(launched.supervisor.children, 5)
+
+
+async def fails_for_good(launched, index):
+    """The supervisor finds a replica that has ended, and will not start again."""
+    child = next(child for child in launched.supervisor.children if (child.role, child.index) == ("rollout", index))
+    child.process.kill()
+    child.process.wait()
+    child.restarts = supervisor.MAX_RESTARTS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Child, "stable", property(lambda one: one is not child))
+        launched.supervisor._bring_back(child, -9)
+
+
+async def test_a_replica_that_fails_for_good_is_left_out_until_more_are_asked_for(run_dir):
+    launched = Launched(run_dir)
+    launched.supervisor._spare = launched.fleet.leave_out
+    scale.wish(run_dir, {"rollout": 3})
+    following = asyncio.create_task(launched.fleet.follow())
+    try:
+        await launched.until("rollout", [0, 1, 2])
+        await fails_for_good(launched, 1)
+        assert scale.read(run_dir) == {"rollout": 2}
+        assert "rollout-1 is left out, it failed: exit status -9" in launched.said[-2]
+        assert launched.said[-1] == "rollout: 3 → 2 replicas"
+        launched.fleet._read()
+        launched.fleet.settle()
+        assert launched.indices("rollout") == [0, 2], "the others keep their places, and it is not started again"
+        assert [child.index for child in launched.supervisor.ended] == [1]
+        scale.wish(run_dir, {"rollout": 1})
+        await launched.until("rollout", [0])
+        scale.wish(run_dir, {"rollout": 2})
+        await launched.until("rollout", [0, 1])
+    finally:
+        following.cancel()
+        await launched.supervisor.end(launched.supervisor.children, 5)
+
+
+async def test_a_wish_that_cannot_be_written_down_does_not_bring_the_failed_one_back(run_dir, monkeypatch):
+    launched = Launched(run_dir)
+    launched.supervisor._spare = launched.fleet.leave_out
+    scale.wish(run_dir, {"rollout": 2})
+    launched.fleet._read()
+    launched.fleet.settle()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scale, "wish", full)
+    await fails_for_good(launched, 0)
+    launched.fleet._read()
+    launched.fleet.settle()
+    assert launched.indices("rollout") == [1]
+    assert "No space left" in launched.said[-1]
+    await launched.supervisor.end(launched.supervisor.children, 5)
+
+
+async def test_the_last_stable_replica_and_what_cannot_be_scaled_are_not_left_out(run_dir):
+    launched = Launched(run_dir)
+    launched.fleet.settle()
+    error = PolyheadError("broken")
+    (first,) = (child for child in launched.supervisor.children if child.role == "rollout")
+    second = launched.start("rollout", 1)
+    assert not launched.fleet.leave_out(first, error), "the other has just begun"
+    second.up_since = -1e9
+    second.told_to_end = True
+    assert not launched.fleet.leave_out(first, error), "the other is leaving"
+    second.told_to_end = False
+    assert not launched.fleet.leave_out(launched.start("buffer", 0), error)
+    assert launched.fleet.leave_out(first, error)
+    await launched.supervisor.end(launched.supervisor.children, 5)
+
+
+async def test_a_disk_that_fails_is_told_once_and_following_goes_on(run_dir, monkeypatch):
+    launched = Launched(run_dir)
+    monkeypatch.setattr("services.cli.fleet.LOOK_EVERY_S", 0.001)
+    calls = []
+
+    def broken(*_):
+        calls.append(1)
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scale, "read", broken)
+        patch.setattr(launched, "start", broken)
+        launched.fleet._start = broken
+        following = asyncio.create_task(launched.fleet.follow())
+        while len(calls) < 6:
+            await asyncio.sleep(0.001)
+    launched.fleet._start = launched.start
+    await launched.until("rollout", [0])
+    assert launched.said == ["not scaled: [Errno 5] Input/output error"]
+    assert not following.done()
+    following.cancel()
     await launched.supervisor.end(launched.supervisor.children, 5)
 
 

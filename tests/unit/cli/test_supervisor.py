@@ -42,6 +42,46 @@ async def test_a_bad_configuration_is_not_retried_and_its_line_is_shown(tmp_path
     assert restarted == []
 
 
+@pytest.mark.parametrize(("status", "spared"), [(2, True), (3, False), (4, False)])
+async def test_a_failure_of_its_own_can_be_spared_and_is_not_started_again(tmp_path, status, spared):
+    asked = []
+    watcher = Supervisor(asyncio.Event(), lambda *_: None, lambda one, error: asked.append((one, error.reason)) or True)
+    code = f"import sys; print('polyhead rollout: no such GPU', file=sys.stderr); sys.exit({status})"
+    lost = watcher.add(child(tmp_path, "rollout", code))
+    leader = watcher.add(child(tmp_path, "leader", "import time; time.sleep(1.5)"))
+    if spared:
+        assert await watcher.watch(leader) == 0
+        assert asked == [(lost, "no such GPU")]
+        assert (watcher.children, watcher.ended, len(lost.pids)) == ([leader], [lost], 1)
+    else:
+        with pytest.raises(PolyheadError, match="no such GPU"):
+            await watcher.watch(leader)
+        await watcher.end([leader], grace_s=5)
+
+
+async def test_one_that_registers_is_up_when_the_registry_says_that_it_serves(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.cli.supervisor.STABLE_S", -1.0)
+    watcher, _ = supervisor()
+    slow = child(tmp_path, "rollout", "import time; time.sleep(60)")
+    slow.registers = True
+    watcher.add(slow)
+    watcher.note_serving({slow.process.pid + 1})
+    assert not slow.stable
+    watcher.note_serving({slow.process.pid})
+    assert slow.stable
+    slow.process.kill()
+    slow.process.wait()
+    slow.restarts = 5
+    watcher._bring_back(slow, -9)
+    assert slow.restarts == 1, "it was up: its restarts are counted anew"
+    assert not slow.stable, "its successor has yet to register"
+    slow.process.kill()
+    slow.process.wait()
+    watcher._bring_back(slow, -9)
+    assert slow.restarts == 2, "that one never was"
+    await watcher.end([slow], grace_s=5)
+
+
 async def test_one_that_ignores_sigterm_is_killed_after_the_grace(tmp_path):
     watcher, _ = supervisor()
     stubborn = watcher.add(

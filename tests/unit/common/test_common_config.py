@@ -76,6 +76,17 @@ def test_any_text_survives_a_round_trip(text: str, table: dict[str, object]) -> 
         ("store = 3", "store: Input should be a valid dictionary"),
         ("[run\n", "is not valid TOML"),
         ("[run]\ndeterministic = true", "run.deterministic needs staleness.max_staleness = 0, not 4"),
+        (
+            "[rollout.engine]\nexternal = ['http://a:1', 'http://A:1/']",
+            "rollout.engine.external: http://A:1/ is named twice",
+        ),
+        ("[rollout.engine]\nexternal = ['http://a', 'http://a:80']", "http://a:80 is named twice"),
+        ("[rollout.engine]\nexternal = ['http://a:1']\nargs = { x = 1 }", "rollout.engine: args is for engines that"),
+        ("[rollout.engine]\nexternal = ['http://a:1']\ngpus = 2", "rollout.engine: gpus is for engines that"),
+        ("[rollout]\nengines = 2\nengine.external = ['http://a:1']", "rollout: engines = 2 is for engines that"),
+        ("[rollout.engine]\ngpus = 2", 'rollout.engine: gpus = 2 needs device = "cuda"'),
+        ("[rollout.router]\nargs = { x = 1 }", "rollout: router.args are given, but no replica has several engines"),
+        ("[trainer.weights]\naddress = '0.0.0.0'", "trainer.weights.address: '0.0.0.0' is not one IPv4 address"),
         ("[staleness]\npublish_interval = 7", "max_staleness = 4 must be at least publish_interval - 1 = 6"),
     ],
 )

@@ -32,6 +32,18 @@ async def test_the_end_of_the_log_is_told_in_one_line_without_colours(start):
     assert child.usage_error() is None
 
 
+async def test_a_secret_in_the_log_is_not_told_and_none_of_the_runs_is_passed_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYHEAD_STORE__PASSWORD", "hunter2")
+    monkeypatch.setenv("polyhead_rollout__engine__admin_key", "hunter3")
+    script = "import os; print('the-key hunter2', sorted(x for x in os.environ if 'polyhead' in x.lower()))"
+    environment = {"POLYHEAD_OWN": "1"}
+    child = ChildProcess([sys.executable, "-c", script], environment, tmp_path / "logs" / "log", ["the-key"])
+    await child.ended()
+    assert child.last_words("ended").endswith("log ends: *** *** ['POLYHEAD_OWN']")
+    assert (tmp_path / "logs" / "log").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o700
+
+
 async def test_a_flag_that_was_refused_is_told_from_other_ends(start):
     child = start("import argparse; argparse.ArgumentParser(prog='x').parse_args(['--what'])")
     assert child.usage_error() is None, "it has not ended"

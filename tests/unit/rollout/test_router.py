@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
@@ -30,12 +31,14 @@ class Routed:
         self.engines = [FakeEngine(), FakeEngine()]
         self.wanted: dict[str, str] = {}
         self.changes = 0
+        self.missing: list[str] = []
         self.keeper = RouterKeeper(
             router_command(load(None, ROUND_ROBIN)),
             directory / "router.log",
             lambda: self.wanted,
             start_timeout_s=30.0,
             on_change=self._count,
+            on_missing=self.missing.append,
         )
 
     def _count(self) -> None:
@@ -187,6 +190,67 @@ async def test_a_removed_engine_gets_nothing_more_and_its_streams_go_on(routed):
     assert set((await running)[1].values()) == {Finish.LENGTH}
 
 
+async def test_an_engine_is_registered_until_the_router_has_let_it_go(routed):
+    first, second = routed.engines
+    routed.want(first, second)
+    await routed.registered(first, second)
+    client, looks, let_go = routed.keeper.client, [], asyncio.Event()
+    before, look = await client.workers(), client.workers
+
+    async def workers() -> Mapping[str, str]:
+        looks.append(1)
+        return await look() if let_go.is_set() else before
+
+    client.workers = workers
+    routed.want(second)
+    await until(lambda: len(looks) > 2)
+    assert routed.keeper.registered == {first.url, second.url}
+    let_go.set()
+    await routed.registered(second)
+
+
+async def test_a_removal_waits_for_the_addition_that_is_under_way(routed):
+    (engine, other) = routed.engines
+    routed.want(other)
+    await routed.registered(other)
+    routed.want(engine, other)
+    await until(lambda: engine.url in routed.keeper.announced)
+    routed.wanted = {other.url: "engine-key"}
+    await routed.keeper.remove(engine.url)
+    assert engine.url not in routed.keeper.announced
+    assert await routed.keeper.client.workers() == {other.url: (await routed.keeper.client.workers())[other.url]}
+
+
+async def test_a_router_is_up_without_an_engine_that_it_cannot_find(routed, monkeypatch):
+    monkeypatch.setattr("services.rollout.engines.router._COMPLETE_S", 0.2)
+    (engine, _) = routed.engines
+    gone = f"http://127.0.0.1:{free_port()}"
+    routed.wanted = {gone: "k", engine.url: "k"}
+    pid = routed.keeper.pid
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: not routed.keeper.up)
+    await until(lambda: routed.keeper.up, 20.0)
+    assert routed.keeper.registered == {engine.url}
+    assert routed.missing == [gone]
+
+
+async def test_streams_that_are_silent_are_lost_when_told_so_and_others_go_on(routed):
+    first, second = routed.engines
+    routed.want(first, second)
+    await routed.registered(first, second)
+    first.limit_tokens = 2
+    finished: list[Finish] = []
+    async with aclosing(routed.keeper.client.generate(requests(2), "")) as stream:
+        async for _, chunk in stream:
+            if chunk.finish is Finish.LENGTH:
+                routed.keeper.drop_idle(3600.0)
+                assert len(first.running) == 1
+                routed.keeper.drop_idle(0.0)
+                routed.keeper.drop_idle(0.0)
+            finished += [chunk.finish] if chunk.finish else []
+    assert finished == [Finish.LENGTH, Finish.LOST]
+
+
 async def test_an_engine_with_a_new_key_is_registered_anew(routed):
     (engine, _) = routed.engines
     routed.want(engine)
@@ -227,7 +291,7 @@ async def test_a_router_that_dies_comes_back_with_its_engines(routed):
 
 
 async def test_a_flag_the_router_does_not_know_ends_the_run_with_its_own_words(tmp_path):
-    command = router_command(load(None, {"rollout.router.args": {"no-such-flag": 1}}))
+    command = router_command(load(None, {"rollout.engines": 2, "rollout.router.args": {"no-such-flag": 1}}))
     keeper = RouterKeeper(command, tmp_path / "log", dict, start_timeout_s=30.0)
     with pytest.raises(ConfigError, match=r"rollout\.router\.args: unrecognized arguments: --no-such-flag 1"):
         await keeper.run()

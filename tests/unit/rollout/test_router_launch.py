@@ -15,7 +15,7 @@ from services.rollout.engines.router_launch import router_command, router_python
 
 
 def flags(**overrides: Any) -> list[str]:
-    return list(router_command(load(None, overrides))(1, 2, "secret").command)
+    return list(router_command(load(None, {"rollout.engines": 2, **overrides}))(1, 2, "secret").command)
 
 
 def test_what_would_undo_our_care_is_off() -> None:
@@ -39,6 +39,7 @@ def test_an_argument_of_the_user_replaces_a_default() -> None:
         ({"worker_urls": ["a"]}, "is set by rollout.engine.external"),
         ({"api-key": "k"}, "is not to be set"),
         ({"disable-retries": True}, "is not to be set"),
+        ({"prometheus-p": 1}, "is short for prometheus-port, which is not to be set"),
     ],
 )
 def test_flags_that_are_ours_are_refused(args: dict[str, Any], reason: str) -> None:

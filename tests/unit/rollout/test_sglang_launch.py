@@ -31,7 +31,7 @@ def options(command: list[str]) -> dict[str, str]:
 
 def test_the_settings_become_flags(base_config: Config) -> None:
     args = {"chunked_prefill_size": 8, "enable-metrics": True, "cuda-graph-bs": [1, 2]}
-    config = configured(base_config, context_length=64, max_running_requests=4, gpus=2, args=args)
+    config = configured(base_config, context_length=64, max_running_requests=4, args=args)
     launch = engine_command(config)(123, "secret")
     command = list(launch.command)
     assert command[:2] == [sys.executable, "-c"]
@@ -44,7 +44,7 @@ def test_the_settings_become_flags(base_config: Config) -> None:
         "4",
         "256",
     )
-    assert (flags["--tp-size"], flags["--chunked-prefill-size"], flags["--enable-metrics"]) == ("2", "8", "")
+    assert (flags["--tp-size"], flags["--chunked-prefill-size"], flags["--enable-metrics"]) == ("1", "8", "")
     at = command.index("--cuda-graph-bs")
     assert command[at + 1 : at + 3] == ["1", "2"]
     assert flags["--attention-backend"] == "torch_native"
@@ -119,6 +119,12 @@ def test_stop_strings_need_the_engines_tokenizer(base_config: Config) -> None:
         ({"port": 1}, r"args.port: is not to be set"),
         ({"tp": 2}, r"args.tp: is set by rollout.engine.gpus"),
         ({"base-gpu-id": 2}, r"args.base-gpu-id: is set by rollout.engine.base_gpu"),
+        ({"pp_size": 2}, r"args.pp_size: is not to be set"),
+        ({"nnodes": 2}, r"args.nnodes: is not to be set"),
+        ({"weight-version": "1"}, r"args.weight-version: is not to be set"),
+        ({"ssl-keyfile": "x"}, r"args.ssl-keyfile: is not to be set"),
+        ({"admin-api": "x"}, r"args.admin-api: is short for admin-api-key, which is not to be set"),
+        ({"max-run": 2}, r"args.max-run: is short for max-running-requests, which is set by rollout.engine.max_run"),
     ],
 )
 def test_flags_that_are_ours_are_refused(base_config: Config, args: dict[str, Any], reason: str) -> None:

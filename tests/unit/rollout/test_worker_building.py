@@ -28,7 +28,7 @@ def build(config: Config, index: int = 0):
     [
         ({}, [EngineKeeper]),
         ({"engines": 2}, [EngineKeeper, EngineKeeper, RouterKeeper]),
-        ({"engines": 4, "engine": {"external": ["http://a:1"]}}, [ExternalKeeper]),
+        ({"engine": {"external": ["http://a:1"]}}, [ExternalKeeper]),
         ({"engine": {"external": ["http://a:1", "http://b:1"]}}, [ExternalKeeper, ExternalKeeper, RouterKeeper]),
     ],
 )

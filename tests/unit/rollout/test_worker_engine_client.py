@@ -197,6 +197,23 @@ async def test_admin_calls_carry_the_key_and_old_engines_lack_sessions():
     assert seen == ["Bearer key"] * 3
 
 
+@pytest.mark.parametrize("answer", [[], "text", None, 3])
+async def test_an_answer_that_is_no_object_is_the_engines_fault(answer):
+    async def respond(request: web.Request) -> web.Response:
+        return web.json_response(answer)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", respond)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+        for call in (client.server_info, client.model_info, client.load):
+            with pytest.raises(EngineUnavailableError, match="is no JSON object"):
+                await call()
+    await runner.cleanup()
+
+
 def event(index=0, output_ids=(), completion_tokens=0, finish=None, logprobs=None, **meta):
     values = [-1.0] * len(output_ids) if logprobs is None else logprobs
     return {

@@ -14,6 +14,7 @@ import pytest
 from polyhead.v1 import buffer_pb2 as pb
 from services.common.config import Config, load
 from services.common.errors import ConfigError
+from services.common.versions import Version
 from services.rollout.engines.engine import Engine
 from services.rollout.engines.keeper import EngineKeeper
 from services.rollout.engines.launch import Launch, engine_command, torch_engine_command
@@ -89,6 +90,42 @@ async def test_a_first_start_that_fails_is_an_error(tmp_path):
     keeper = EngineKeeper(place(), lambda port, key: Launch(["false"]), tmp_path / "log", start_timeout_s=5)
     with pytest.raises(EngineUnavailableError, match="ended with status 1"):
         await keeper.run()
+
+
+async def test_an_engine_that_cannot_be_started_is_an_error_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.rollout.engines.lives._BACKOFF_FIRST_S", 0.01)
+    starts = []
+
+    def command(port: int, key: str) -> Launch:
+        starts.append(port)
+        raise PermissionError(13, "Permission denied", "/scratch")
+
+    keeper = EngineKeeper(place(), command, tmp_path / "log", start_timeout_s=5)
+    with pytest.raises(EngineUnavailableError, match=r"engine 0: could not be started: .*Permission denied"):
+        await keeper.run()
+    assert len(starts) == 3
+
+
+async def test_an_engine_that_is_being_updated_is_not_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("services.rollout.engines.keeper._PROBE_TIMEOUT_S", 0.3)
+    engine = place()
+    keeper = EngineKeeper(engine, stub("hang"), tmp_path / "log", start_timeout_s=20)
+    task = asyncio.create_task(keeper.run())
+    await until(lambda: engine.pid is not None)
+    pid = engine.pid
+    engine.life.begin_update(Version(1, 1))
+    engine.suspect.set()
+    await until(lambda: not engine.suspect.is_set())
+    engine.life.abort_update(torn=False)
+    engine.suspect.set()
+    await until(lambda: not engine.suspect.is_set())
+    engine.life.begin_update(Version(1, 1))  # while it is probed
+    engine.suspect.set()
+    await until(lambda: not engine.suspect.is_set())
+    assert engine.pid == pid
+    assert psutil.pid_exists(pid)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_an_engine_that_dies_is_started_again_and_joins_anew(tmp_path, monkeypatch):

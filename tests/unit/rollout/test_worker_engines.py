@@ -12,6 +12,8 @@ from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.common.errors import FencedError
 from services.common.versions import Version
+from services.rollout.engines.client import EngineClient
+from services.rollout.engines.messages import EngineLoad, EngineUnavailableError
 from services.rollout.laggards import Laggards
 from services.rollout.prompting import sampling_seed
 from services.rollout.records import Arrival
@@ -261,17 +263,149 @@ async def test_an_engine_left_behind_gets_nothing_new_until_it_is_pushed_to(make
     await until(lambda: len(rig.replica.router.registered) == 2)
 
 
-async def test_an_engine_that_is_left_alone_does_not_lag(make_pair):
-    rig = await make_pair()
+async def leasing_for(rig: Rig, version: Version) -> None:
+    """What is leased from here on is leased for it."""
+
+    def asked() -> bool:
+        leases = [request for name, request in rig.buffer.requests if name == "Lease"]
+        return bool(leases) and Version.from_proto(leases[-1].weight_version) == version
+
+    await until(asked)
+
+
+async def left_behind(rig: Rig) -> Laggards:
+    """The second engine lags."""
     laggards = Laggards(rig.replica)
     await rig.push(V1, engine=0)
     laggards.look(0.0)
     laggards.look(5.0)
+    await until(lambda: rig.replica.router.registered == {rig.engine.url})
+    return laggards
+
+
+async def test_an_engine_that_is_left_alone_does_not_lag(make_pair):
+    rig = await make_pair()
+    laggards = await left_behind(rig)
     await rig.lose(0)
     assert not rig.replica.gate.is_set()
     laggards.look(6.0)
     await until(lambda: rig.replica.may_generate)
     assert rig.replica.version == FIRST
+
+
+async def test_what_was_leased_for_a_version_gets_nothing_of_an_older_one_when_its_engine_is_lost(make_pair):
+    rig = await make_pair(save_interval_s=60.0)
+    rig.buffer.releasing = False
+    laggards = await left_behind(rig)
+    await leasing_for(rig, V1)
+    rig.engine.limit_tokens = 4
+    held = rig.buffer.add_group(PROMPT, 4)
+    await until(lambda: rig.replica.stats.tokens_generated == 16)
+    await rig.lose(0)
+    await until(lambda: released(*held))
+    assert {sample.released.reason for sample in held} == {pb.RELEASE_REASON_UNAVAILABLE}
+    laggards.look(6.0)
+    laggards.look(7.0)
+    assert (rig.replica.state, rig.replica.version) == (pb.REPLICA_STATE_SYNCING, None)
+    assert not rig.replica.wanted()
+    rig.buffer.releasing = True
+    await rig.push(V1, engine=1)
+    more = rig.buffer.add_group(PROMPT, 4)
+    await until(lambda: done(*more))
+    assert {span.version.step for sample in more for span in sample.sample.segments[0].spans} == {1}
+
+
+async def test_what_was_leased_for_a_version_waits_for_it_while_the_router_is_away(make_pair):
+    rig = await make_pair(save_interval_s=60.0)
+    laggards = await left_behind(rig)
+    await leasing_for(rig, V1)
+    rig.engine.limit_tokens = 4
+    held = rig.buffer.add_group(PROMPT, 4)
+    await until(lambda: rig.replica.stats.tokens_generated == 16)
+    os.kill(rig.replica.router.pid, signal.SIGKILL)
+    await until(lambda: not rig.replica.router.up)
+    laggards.look(6.0)
+    assert rig.replica.wanted().keys() == {rig.engine.url}
+    await until(lambda: rig.replica.may_generate, 20.0)
+    await finished(rig, held)
+    assert not rig.engines[1].requests
+
+
+async def test_a_slow_push_of_a_version_that_was_overtaken_brings_no_engine_back(make_pair):
+    rig = await make_pair()
+    await rig.lose(1)
+    await rig.engines[1].start()
+    await rig.attach(1)
+    await rig.push(Version(1, 2), engine=0)
+    await leasing_for(rig, Version(1, 2))
+    held = rig.buffer.add_group(PROMPT, 4)
+    await until(lambda: done(*held))
+    await rig.push(V1, engine=1)
+    assert rig.replica.wanted().keys() == {rig.engine.url}
+    assert rig.replica.version == Version(1, 2)
+    await rig.push(Version(1, 2), engine=1)
+    await until(lambda: len(rig.replica.router.registered) == 2)
+
+
+async def test_no_request_is_sent_while_the_router_may_pick_an_engine_that_is_to_go(make_pair):
+    rig = await make_pair()
+    assert rig.replica.may_generate
+    rig.replica.engines[1].lagging = True
+    rig.replica.turned()
+    assert len(rig.replica.router.registered) == 2
+    assert not rig.replica.gate.is_set()
+    await until(rig.replica.gate.is_set)
+    assert rig.replica.router.registered == {rig.engine.url}
+
+
+async def test_streams_of_an_external_engine_that_fell_silent_are_resumed_elsewhere(make_pair, monkeypatch):
+    monkeypatch.setattr("services.rollout.replica._SILENT_S", 0.1)
+    rig = await make_pair(save_interval_s=60.0)
+    rig.replica.engines[1].detach()
+    await until(lambda: len(rig.replica.router.registered) == 1)
+    await rig.attach(1, external=True)
+    rig.serve(engine=1)
+    await until(lambda: len(rig.replica.router.registered) == 2)
+    held = await generating(rig)
+    rig.engine.limit_tokens = None
+    await until(lambda: sum(sample.sample is not None for sample in held) == 2)
+    rig.replica.engines[1].detach()
+    await until(lambda: done(*held))
+    assert [completion(sample) for sample in held] == [expected_tokens(sample) for sample in held]
+    assert rig.replica.stats.tokens_generated == 40
+
+
+async def test_a_pushs_figures_are_those_of_its_engine(make_pair, monkeypatch):
+    async def load(client: EngineClient) -> EngineLoad:
+        running = {engine.url: len(engine.running) for engine in rig.engines}[client.url]
+        return EngineLoad(running, waiting=0, used_tokens=0, max_tokens=1000)
+
+    rig = await make_pair()
+    await generating(rig)
+    monkeypatch.setattr(EngineClient, "load", load)
+    assert await rig.begin(V1, engine=1) == 2
+    await rig.load(V1, 0, engine=1)
+    await rig.load(V1, 1, engine=1)
+    committed = await rig.commit(V1, engine=1)
+    assert (committed.continued, committed.aborted) == (2, 0)
+    await rig.begin(V1, mode="ABORT", engine=0)
+    await rig.load(V1, 0, engine=0)
+    await rig.load(V1, 1, engine=0)
+    committed = await rig.commit(V1, engine=0)
+    assert (committed.continued, committed.aborted) == (0, 2)
+
+
+async def test_an_engine_that_answers_no_more_is_suspected(make_rig, monkeypatch):
+    async def load(client: EngineClient) -> EngineLoad:
+        looks.append(client.url)
+        raise EngineUnavailableError("TimeoutError", field="engine /v1/loads")
+
+    looks: list[str] = []
+    monkeypatch.setattr("services.rollout.room._LOOK_S", 0.01)
+    monkeypatch.setattr(EngineClient, "load", load)
+    rig = await make_rig()
+    await until(rig.first.suspect.is_set)
+    assert len(looks) >= 3
 
 
 async def test_as_much_is_held_as_the_engines_in_rotation_have_slots_for(make_pair):

@@ -6,6 +6,8 @@ import asyncio
 import json
 
 import pytest
+from aiohttp import web
+from structlog.testing import capture_logs
 
 from polyhead.v1 import buffer_pb2 as pb
 from services.common.config import load
@@ -108,6 +110,26 @@ async def test_one_with_another_model_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"^rollout.engine.external: .* has model_type = llama, but .* has qwen3$"):
         await asyncio.wait_for(place.keeper.run(), 10)
     await place.fake.stop()
+
+
+async def test_a_key_that_is_refused_is_said_with_the_place_it_is_from(tmp_path):
+    async def refuse(request: web.Request) -> web.Response:
+        return web.json_response({"error": "Unauthorized"}, status=401)
+
+    place = Place(tmp_path)
+    app = web.Application()
+    app.router.add_route("*", "/{path}", refuse)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", place.port).start()
+    with capture_logs() as logs:
+        running = asyncio.create_task(place.keeper.run())
+        await until(lambda: bool(logs))
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await runner.cleanup()
+    reason = "the admin key was refused: HTTP 401 (it is taken from POLYHEAD_ROLLOUT__ENGINE__ADMIN_KEY)"
+    assert logs[0]["reason"] == f"engine /server_info: {reason}"
 
 
 def test_external_engines_are_shared_out():

@@ -185,12 +185,23 @@ async def test_a_stop_string_is_found_across_the_seam(make_rig, prompter):
     await until(lambda: "abort_request" in rig.engine.names())
 
 
+async def test_a_stop_string_is_found_where_the_engine_does_not_look_for_it(make_rig, prompter):
+    text = prompter.decode([expected_tokens(Held("", 0, "g0"), 10)])[0]
+    rig = await make_rig(sampling={"stop": [text[2:5]], "max_response_len": 10})
+    (held,) = rig.buffer.add_group(PROMPT, 1)
+    await until(lambda: done(held))
+    assert len(rig.engine.requests) == 1
+    assert completion(held.sample) == expected_tokens(held, 5)
+    assert held.sample.finish_reason == sample_pb2.FINISH_REASON_STOP
+
+
 async def test_a_request_that_the_engine_ended_is_resumed(make_rig):
     rig = await make_rig()
     rig.engine.abort_all_after = 4
     held = rig.buffer.add_group(PROMPT, 4)
     await until(lambda: done(*held))
-    assert len(rig.engine.requests) == 3
+    budgets = [{params["max_new_tokens"] for params in request["sampling_params"]} for request in rig.engine.requests]
+    assert budgets == [{10}, {6}, {2}]
     assert all(completion(sample.sample) == expected_tokens(sample, 10) for sample in held)
     assert rig.replica.stats.requests_aborted == 8
     assert len({rid for request in rig.engine.requests for rid in request["rid"]}) == 12

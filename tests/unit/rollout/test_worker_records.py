@@ -87,8 +87,18 @@ def test_what_the_engine_says_of_a_request_stamps_it(arrival_of, claimed, expect
     assert plain(generated(chunk(5, 5, claimed), arrival_of=arrival_of)) == expected
 
 
+@pytest.mark.parametrize("arrival_of", [in_place, late])
+def test_a_request_that_a_faster_engine_took_is_never_stamped_newer_than_it_is(arrival_of):
+    """With several engines a request counts as sent under the oldest version: one that a push overtook before its first
+    token looks the same as one that went to an engine which had the newer version already.
+    """
+    made = generated(chunk(5, 5, [(V2, 0, 5)]), arrival_of=arrival_of, sent=V1)
+    assert plain(made)[-1] == (V2, int(arrival_of is late), 5, CARRIED)
+    assert arrival_of is in_place or plain(made)[0] == (V1, 0, 1, FRESH)
+
+
 def test_a_request_that_a_slower_engine_took_was_prefilled_by_its_own_version():
-    """With several engines a request is sent under the newest version, and may meet the one before."""
+    """An engine may hold an older version than the request was sent under."""
     for chunks in (
         [chunk(2, 2, [(V1, 0, 2)]), chunk(3, 5, [(V1, 0, 4), (V2, 4, 5)])],
         [chunk(2, 2, stated=V1), chunk(2, 4, stated=V1), chunk(1, 5, stated=V2)],
