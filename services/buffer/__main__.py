@@ -9,13 +9,16 @@ import stamina
 import structlog
 
 from polyhead.v1 import buffer_pb2, buffer_pb2_grpc
+from services.buffer.blob_sweep import BlobSweep
 from services.buffer.memory_watch import MemoryWatch
 from services.buffer.prompts import PromptSource
 from services.buffer.redis_store import RedisStore
 from services.buffer.service import BufferService
 from services.buffer.settings import run_params
 from services.buffer.store import Store
+from services.buffer.witness import Witness
 from services.common import rpc
+from services.common.blobs import Blobs
 from services.common.config import Config
 from services.common.errors import ConfigError, UnavailableError
 from services.common.lifecycle import Process, run_service
@@ -30,11 +33,14 @@ async def serve(config: Config, process: Process) -> None:
     """Opens the run in the store, serves until told to stop."""
     source = PromptSource(config.data) if config.data.prompt_data else None
     store = _connect(config)
+    witness = Witness(config.run.dir / f"{config.run.name}.position", store)
     try:
+        witness.recall()
         await _open(store, config, source)
         watch = MemoryWatch(store, config.store.max_memory_mb)
         await watch.look()
-        service = BufferService(store, source, watch, config.buffer, config.batch.n_samples_per_prompt)
+        blobs = Blobs(config.run.dir / "blobs")
+        service = BufferService(store, source, watch, config.buffer, config.batch.n_samples_per_prompt, blobs)
         server = await rpc.serve(
             config.buffer.address,
             lambda server: buffer_pb2_grpc.add_BufferServiceServicer_to_server(service, server),
@@ -42,10 +48,12 @@ async def serve(config: Config, process: Process) -> None:
             message_mb=config.buffer.limits.message_mb,
         )
         log.info("serving", address=server.address, prompts=len(source) if source else 0)
-        watching = asyncio.create_task(watch.run(server.set_serving))
+        sweep = BlobSweep(store, blobs, service.retired)
+        watching = asyncio.gather(watch.run(server.set_serving), sweep.run(), witness.run())
         await process.stop.wait()
         watching.cancel()
         await server.stop(STOP_GRACE_S)
+        witness.save()
     finally:
         await store.close()
 

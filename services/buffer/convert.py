@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
 from services.buffer import partials, policy
 from services.buffer.ids import group_id, sample_id
 from services.buffer.records import (
@@ -16,8 +17,11 @@ from services.buffer.records import (
     LeasedGroup,
     LeasedSample,
     LedgerRecord,
+    Page,
     Released,
     Report,
+    Requeued,
+    SampleFacts,
     Scored,
     Waiting,
     WatermarkRecord,
@@ -33,6 +37,7 @@ def fill_group(message: pb.LeasedGroup, group: LeasedGroup, group_size: int) -> 
     message.order = group.order
     message.prompt_ordinal = _SUBMITTED | group.order if group.ordinal == NO_ORDINAL else group.ordinal
     message.staleness = max(0, group.staleness)
+    message.judge = group.judge
     if group.prompt:
         message.prompt.MergeFromString(group.prompt)
     for sample in group.samples:
@@ -44,18 +49,21 @@ def _fill_sample(message: pb.LeasedSample, order: int, sample: LeasedSample) -> 
     message.index = sample.index
     message.lease_id = sample.lease_id
     message.attempt = sample.attempt
-    facts, record = sample.facts, message.record
+    _fill_record(message.record, sample.facts)
+    for delta in partials.split(sample.partial):
+        message.partial.add().MergeFromString(delta)
+    message.sample = sample.payload
+    if sample.score:
+        message.score.MergeFromString(sample.score)
+
+
+def _fill_record(record: sample_pb2.SampleIndex, facts: SampleFacts) -> None:
     record.num_tokens = facts.num_tokens
     record.completion_tokens = facts.completion_tokens
     record.finish_reason = _enum(facts.finish_reason)
     record.reward = facts.reward
     if facts.oldest.epoch:
         record.oldest_version.epoch, record.oldest_version.step = facts.oldest
-    for delta in partials.split(sample.partial):
-        message.partial.add().MergeFromString(delta)
-    message.sample = sample.payload
-    if sample.score:
-        message.score.MergeFromString(sample.score)
 
 
 def waiting_for(stage: int, waiting: Waiting) -> pb.WaitingFor:
@@ -80,7 +88,31 @@ def fetched(sample_ids: Sequence[str], records: Sequence[Fetched]) -> pb.FetchRe
             message.partial.add().MergeFromString(delta)
         if record.score:
             message.score.MergeFromString(record.score)
+        if record.prompt:
+            message.prompt.MergeFromString(record.prompt)
     return response
+
+
+def page(found: Page) -> pb.ListSamplesResponse:
+    response = pb.ListSamplesResponse(next_page_token=str(found.following) if found.following else "")
+    for each in found.samples:
+        message = response.samples.add(
+            sample_id=sample_id(*each.ref),
+            group_id=group_id(each.ref.order),
+            index=each.ref.index,
+            attempt=each.attempt,
+        )
+        _fill_record(message.record, each.facts)
+        if (letter := each.letter) is not None:
+            dead = pb.DeadLetter(error=letter.error, died_unix_ms=letter.died_ms, requeue=_enum(letter.requeue))
+            message.dead.CopyFrom(dead)
+    return response
+
+
+def requeued(sample_ids: Sequence[str], records: Sequence[Requeued]) -> Iterable[pb.RequeueResult]:
+    for each, record in zip(sample_ids, records, strict=True):
+        goes_on = group_id(record.order) if record.order >= 0 else ""
+        yield pb.RequeueResult(sample_id=each, outcome=_enum(record.outcome), group_id=goes_on)
 
 
 def watermark(record: WatermarkRecord) -> pb.Watermark:

@@ -12,8 +12,10 @@ log = structlog.get_logger()
 
 # By the server's fsync policy; None for a server that does not tell.
 _WARNINGS = {
-    "everysec": "a crash of its machine loses the last acknowledged second: set appendfsync to always",
-    "no": "a crash of its machine loses the last acknowledged half minute or so: set appendfsync to always",
+    "everysec": "a crash of the server or its machine loses up to two seconds of acknowledged work: "
+    "set appendfsync to always",
+    "no": "a crash of the server or its machine loses half a minute or so of acknowledged work: "
+    "set appendfsync to always",
     None: "it does not tell its appendfsync: with anything but always, a crash of its machine loses acknowledged work",
 }
 

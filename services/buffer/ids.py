@@ -28,6 +28,12 @@ def sample_id(order: int, index: int) -> str:
     return f"g{order:08d}-{index:03d}"
 
 
+def stamped(payload: bytes, order: int, index: int) -> bytes:
+    """A serialized Sample that came without ids, with those of its place: fields 1 and 2 of the message."""
+    sample, group = sample_id(order, index).encode(), group_id(order).encode()
+    return payload + bytes([10, len(sample)]) + sample + bytes([18, len(group)]) + group
+
+
 def parse_sample_id(text: str, field: str) -> SampleRef:
     """Inverse of `sample_id`. Raises InvalidArgumentError, naming `field`, for anything it would not write."""
     if match := _SAMPLE_ID.fullmatch(text):

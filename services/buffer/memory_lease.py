@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.buffer.ids import SampleRef
-from services.buffer.memory_state import NEVER_EXTENDED, GroupRow, MemoryState, SampleRow
+from services.buffer.memory_state import DEAD, NEVER_EXTENDED, GroupRow, MemoryState, SampleRow
 from services.buffer.records import LeasedGroup, LeasedSample
 
 
@@ -31,6 +31,14 @@ class Handout:
         places = [index for index, row in enumerate(group.samples) if row.state == source][: self.left]
         return self._put(group, places) if places and not self.full else 0
 
+    def take_whole(self, group: GroupRow) -> int:
+        """Leases all samples of a scored group, to be judged: the first one of an answer whatever its size."""
+        places = [index for index, row in enumerate(group.samples) if row.state != DEAD]
+        size = len(group.prompt) + sum(self._size(group.samples[index], judge=True) for index in places)
+        if self.granted and (len(places) > self.left or self.bytes + size > self.max_bytes):
+            return 0
+        return self._put(group, places, judge=True, payload=self.payload and size <= self.max_bytes)
+
     def put_again(self, request_id: str) -> bool:
         """Puts what the replica still holds of an earlier answer to this request into this one, if there is any."""
         held: dict[int, list[int]] = {}
@@ -39,8 +47,12 @@ class Handout:
             if row is not None and row.state == self.target and row.lease_id == lease_id:
                 held.setdefault(ref.order, []).append(ref.index)
         for order, places in held.items():
-            self._put(self.state.groups[order], places)
-        return bool(held)
+            group = self.state.groups[order]
+            if not group.samples[places[0]].score_lease:
+                self._put(group, places)
+            elif len(places) == len(group.alive):
+                self.take_whole(group)
+        return bool(self.groups)
 
     def remember(self, request_id: str, *, more: bool = False) -> None:
         """Remembers what this answer grants, beside what an earlier turn of the same request did."""
@@ -52,24 +64,27 @@ class Handout:
         known, granted = self.state.grants.get((self.replica_id, self.target), ("", []))
         return granted if request_id and known == request_id else []
 
-    def _put(self, group: GroupRow, places: Sequence[int]) -> int:
+    def _size(self, row: SampleRow, *, judge: bool) -> int:
+        return len(row.score if judge else row.partial) + (len(row.payload) if self.payload else 0)
+
+    def _put(self, group: GroupRow, places: Sequence[int], *, judge: bool = False, payload: bool = True) -> int:
         samples: list[LeasedSample] = []
         size = len(group.prompt)
         for index in places:
             row = group.samples[index]
-            size += len(row.partial) + (len(row.payload) if self.payload else 0)
-            self.full = self.full or (bool(self.granted) and self.bytes + size > self.max_bytes)
+            size += self._size(row, judge=judge)
+            self.full = self.full or (not judge and bool(self.granted) and self.bytes + size > self.max_bytes)
             if self.full:
                 break
             if row.state != self.target:
                 row.state, row.lease_id, row.appended_from = self.target, self.state.next_lease(), NEVER_EXTENDED
             row.due_ms = self.state.clock_ms() + self.state.params.lease_ttl_ms
-            samples.append(leased_sample(index, row, payload=self.payload))
+            samples.append(leased_sample(index, row, payload=self.payload and payload, score=judge))
             self.granted.append((SampleRef(group.order, index), row.lease_id))
         if samples:
             self.bytes += size
-            self.left -= len(samples)
-            self.groups.append(LeasedGroup(group.order, group.ordinal, 0, group.prompt, samples))
+            self.left = max(0, self.left - len(samples))
+            self.groups.append(LeasedGroup(group.order, group.ordinal, 0, group.prompt, samples, judge))
         return len(samples)
 
 

@@ -7,8 +7,9 @@ the Redis store is compared with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.buffer import policy
 from services.buffer.ids import SampleRef
@@ -25,6 +26,12 @@ RETIRED, DROPPED, DEAD = State.SAMPLE_STATE_RETIRED, State.SAMPLE_STATE_DROPPED,
 LEASED = (GENERATING, SCORING)
 # `appended_from` of a lease that was never extended, and of one under which no token was saved.
 NEVER_EXTENDED, NOTHING_APPENDED = -2, -1
+# What counts a group that the filter's verdict leaves in.
+_KEPT: dict[int, str] = {
+    pb.GROUP_VERDICT_KEEP: "filter.kept",
+    pb.GROUP_VERDICT_KEEP_IF_INSUFFICIENT: "filter.kept_when_insufficient",
+    pb.GROUP_VERDICT_FILTER_FAILED: "filter.failed",
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -46,14 +53,21 @@ class SampleRow:
     generate_lease: int = 0
     score_lease: int = 0
     released_lease: int = 0
-    error: str = ""
+    requeued: bool = False
+    """It was dead before."""
     partial: bytes = b""
     payload: bytes = b""
     score: bytes = b""
+    blobs: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
         return self.completion_tokens or self.saved
+
+    def forget(self) -> None:
+        """Lets go of all that is big."""
+        self.partial = self.payload = self.score = b""
+        self.blobs = ()
 
     def facts(self) -> SampleFacts:
         oldest = Version(*self.versions[0][:2]) if self.versions else Version(0, 0)
@@ -72,6 +86,11 @@ class GroupRow:
     bound_step: int = 0
     """The step it has to be replayed at, after a recovery."""
     closed: bool = False
+    kept: bool = False
+    """Closed as GROUP_DEAD, and its prompt is there for a requeue."""
+    reissued_as: int | None = None
+    judged: bool = False
+    """The filter's verdict is in."""
 
     @property
     def alive(self) -> list[SampleRow]:
@@ -85,6 +104,10 @@ class GroupRow:
     def ready(self) -> bool:
         return self.live and not self.bound_step and all(row.state == READY for row in self.alive)
 
+    @property
+    def judgeable(self) -> bool:
+        return self.live and all(row.state == SCORED for row in self.alive)
+
 
 @dataclass(slots=True)
 class Batch:
@@ -94,6 +117,17 @@ class Batch:
     lease_id: int
     orders: list[int]
     committed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeadRow:
+    """How a sample died. `place` is its place in the order of death."""
+
+    place: int
+    error: str
+    died_ms: int
+    attempt: int
+    facts: SampleFacts
 
 
 @dataclass(slots=True)
@@ -111,6 +145,7 @@ class MemoryState:
     counters: dict[str, int] = field(default_factory=dict)
     tallies: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """Samples, completion tokens and samples with a token in closed states, by (state, drop reason)."""
+    letters: dict[SampleRef, DeadRow] = field(default_factory=dict)
     forks: dict[int, int] = field(default_factory=dict)
     trained: dict[int, int] = field(default_factory=dict)
     """Groups consumed by each step above the published one."""
@@ -120,6 +155,10 @@ class MemoryState:
     cursor: int = 0
     next_order: int = 0
     last_lease: int = 0
+    preferred: dict[int, int] = field(default_factory=dict)
+    """Places of the groups that are leased first, by order."""
+    filtered: int = 0
+    """Groups that filters dropped since the last batch was leased."""
     epoch: int = 0
     step: int = 0
     retired_step: int = 0
@@ -154,6 +193,19 @@ class MemoryState:
     def live(self) -> list[GroupRow]:
         return [group for group in self.groups.values() if group.live]
 
+    def has_partial(self, group: GroupRow) -> bool:
+        """Whether a live group waits for a rollout replica with tokens already there."""
+        states = [row.state for row in group.samples]
+        return group.live and PENDING in states and any(row.length for row in group.alive)
+
+    @staticmethod
+    def facts_of(group: GroupRow, row: SampleRow) -> SampleFacts:
+        """The record of a sample in a waiting group: unfinished tokens are as old as the group's birth."""
+        facts = row.facts()
+        if group.birth is None or not row.length or row.versions:
+            return facts
+        return replace(facts, oldest=group.birth)
+
     def unpublished(self) -> int:
         """Groups consumed by steps that are not published yet."""
         return sum(self.trained.values())
@@ -162,7 +214,11 @@ class MemoryState:
         return len(self.live()) + self.unpublished()
 
     def room(self) -> int:
-        return max(0, policy.live_limit(self.params) - self.occupied())
+        """Groups that may be admitted; none while they would be too old for the next step from the start."""
+        return 0 if self.behind() else max(0, policy.live_limit(self.params) - self.occupied())
+
+    def behind(self) -> bool:
+        return self.published is not None and self.published.step + self.params.max_staleness < self.step
 
     def count(self, *states: int) -> int:
         """Samples of open groups in these states, those of groups never leased aside."""
@@ -171,6 +227,8 @@ class MemoryState:
     def why_no_generate(self, version: Version | None, *, admit: bool) -> Waiting:
         if refused := self.refuses(version):
             return refused
+        if self.behind():
+            return Waiting("push", (self.step,))
         if not self.room():
             return Waiting("bound", (self.occupied(), policy.live_limit(self.params)))
         return Waiting("prompts") if admit else Waiting("memory")
@@ -192,8 +250,11 @@ class MemoryState:
         return Waiting("pending", (pending,)) if pending else Waiting("idle")
 
     def why_no_batch(self, have: int) -> Waiting:
-        figures = (have, self.params.batch_groups, self.count(GENERATING), self.count(GENERATED, SCORING))
-        return Waiting("groups", figures)
+        if self.filtered and self.filtered >= self.params.refill_groups:
+            return Waiting("filtered", (have, self.params.batch_groups, self.filtered))
+        judgeable = sum(len(group.alive) for group in self.live() if group.judgeable)
+        to_score = self.count(GENERATED, SCORING) + judgeable
+        return Waiting("groups", (have, self.params.batch_groups, self.count(GENERATING), to_score))
 
     def fence(self, epoch: int) -> None:
         if epoch < self.epoch:
@@ -231,35 +292,68 @@ class MemoryState:
             self.closed_ordinals[group.ordinal] = self.step
 
     def drop(self, group: GroupRow, reason: int) -> None:
-        """Closes a whole group. A STALE one is issued again, ahead of all others."""
+        """Closes a whole group. A STALE or SURPLUS one is issued again, ahead of all others; of one `kept` the prompt
+        stays.
+        """
         for row in group.alive:
             row.state = DROPPED
             self.tally(row, DROPPED, reason)
-            row.partial = row.payload = row.score = b""
-        if reason == sample_pb2.DROP_REASON_STALE:
+            row.forget()
+        if reason in policy.REISSUED_REASONS:
             group.closed, group.bound_step = True, 0
             self.new_group(group.ordinal, group.prompt, reissued=True)
         else:
             self.close_ordinal(group)
-        group.prompt = b""
+        if not group.kept:
+            group.prompt = b""
+        self.filtered += reason in policy.FILTER_REASONS
+
+    def judge(self, group: GroupRow, verdict: int, reason: str) -> None:
+        """Applies what the filter says of a scored group."""
+        group.judged = True
+        for row in group.alive:
+            row.state, row.attempt, row.lost = SCORED, 0, 0
+        if policy.verdict_drops(verdict, self.filtered, self.params.refill_groups):
+            self.bump(policy.reason_counter(reason, self.counters))
+            self.drop(group, sample_pb2.DROP_REASON_FILTERED)
+            return
+        self.bump(_KEPT[verdict])
+        self.finish(group)
 
     def kill(self, group: GroupRow, row: SampleRow, error: str) -> None:
         """Makes a dead letter of a sample; its group goes on without it or is dropped."""
         self.tally(row, DEAD)
-        row.state, row.error = DEAD, error
-        row.partial = row.payload = row.score = b""
+        row.state, row.requeued = DEAD, False
+        self._write_letter(SampleRef(group.order, group.samples.index(row)), row, error)
+        row.forget()
         if len(group.alive) < self.params.min_group_size:
+            group.kept = True
             self.drop(group, sample_pb2.DROP_REASON_GROUP_DEAD)
         else:
             self.finish(group)
 
+    def _write_letter(self, ref: SampleRef, row: SampleRow, error: str) -> None:
+        self.letters[ref] = DeadRow(self.next_lease(), error, self.clock_ms(), row.attempt, row.facts())
+        if len(self.letters) > policy.KEPT_DEAD:
+            oldest = min(self.letters, key=lambda each: self.letters[each].place)
+            del self.letters[oldest]
+            if (group := self.groups.get(oldest.order)) is not None and group.kept:
+                self.forget_prompt(group)
+
+    @staticmethod
+    def forget_prompt(group: GroupRow) -> None:
+        """Lets go of what a requeue of the group would need."""
+        group.prompt, group.kept = b"", False
+
     def finish(self, group: GroupRow) -> None:
-        """If all samples are scored: READY together, or dropped by the filter."""
-        if any(row.state != SCORED for row in group.alive):
+        """If all samples are scored: READY together, dropped by the filter, or left to be judged."""
+        if any(row.state != SCORED for row in group.alive) or (self.params.judged and not group.judged):
             return
         if self.params.drop_zero_variance and policy.has_zero_variance([row.reward for row in group.alive]):
-            self.drop(group, sample_pb2.DROP_REASON_ZERO_VARIANCE)
-            return
+            if not self.params.zero_variance_fallback or self.filtered < self.params.refill_groups:
+                self.drop(group, sample_pb2.DROP_REASON_ZERO_VARIANCE)
+                return
+            self.bump("filter.kept_when_insufficient")
         for row in group.alive:
             row.state = READY
 
@@ -273,7 +367,8 @@ class MemoryState:
 
     @staticmethod
     def give_back(row: SampleRow) -> None:
-        row.state = PENDING if row.state == GENERATING else GENERATED
+        returned = SCORED if row.score_lease else GENERATED
+        row.state = PENDING if row.state == GENERATING else returned
 
     def take_back_expired(self, state: int) -> int:
         """Ends leases of samples in `state` that are over. Returns the number of groups this closed."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
+from services.buffer import memory_operator as operator
 from services.buffer import memory_train as train
 from services.buffer import policy
 from services.buffer.ids import SampleRef
@@ -29,13 +30,17 @@ from services.buffer.records import (
     Extension,
     Fetched,
     Generated,
+    ImportedGroup,
     IssuedPrompt,
     Lease,
     LeasedGroup,
+    LeasedSample,
     LedgerRecord,
+    Page,
     Recovered,
     Released,
     Report,
+    Requeued,
     Result,
     RunParams,
     Scored,
@@ -90,10 +95,13 @@ class MemoryStore(Store):
 
     async def submit(self, request_id: str, prompts: Sequence[bytes]) -> list[int]:
         if request_id not in self.state.submits:
-            self.state.submits[request_id] = [self.state.new_group(-1, prompt) for prompt in prompts]
-            if len(self.state.submits) > policy.KEPT_SUBMITS:
-                del self.state.submits[next(iter(self.state.submits))]
+            self._remember_submit(request_id, [self.state.new_group(-1, prompt) for prompt in prompts])
         return list(self.state.submits[request_id])
+
+    def _remember_submit(self, request_id: str, made: list[int]) -> None:
+        self.state.submits[request_id] = made
+        if len(self.state.submits) > policy.KEPT_SUBMITS:
+            del self.state.submits[next(iter(self.state.submits))]
 
     async def lease_generate(
         self,
@@ -113,7 +121,8 @@ class MemoryStore(Store):
             return Lease(out.groups, closed_groups=closed, cursor=state.cursor)
         if refused := state.refuses(version):
             return Lease([], refused, closed_groups=closed, cursor=state.cursor)
-        for group in sorted(state.live(), key=lambda group: group.order):
+        last = len(state.preferred)
+        for group in sorted(state.live(), key=lambda group: (state.preferred.get(group.order, last), group.order)):
             out.take(group, PENDING)
         fresh = [group for group in state.groups.values() if group.birth is None and not group.closed]
         for group in sorted(fresh, key=lambda group: (not group.reissued, group.order)):
@@ -156,7 +165,12 @@ class MemoryStore(Store):
         out = Handout(state, replica_id, SCORING, max_samples, max_bytes, payload)
         if not out.put_again(request_id):
             for group in sorted(state.live(), key=lambda group: group.order):
-                out.take(group, GENERATED)
+                if out.full or not out.left:
+                    break
+                if group.judgeable:
+                    out.take_whole(group)
+                else:
+                    out.take(group, GENERATED)
             out.remember(request_id)
         return Lease(out.groups, None if out.groups else state.why_no_score(), closed_groups=closed)
 
@@ -183,9 +197,14 @@ class MemoryStore(Store):
         ]
         return LeasedGroup(group.order, group.ordinal, 0 if oldest is None else step - 1 - oldest, b"", samples)
 
-    async def fetch(self, refs: Sequence[SampleRef]) -> list[Fetched]:
-        rows = (self.state.row(ref) for ref in refs)
-        return [Fetched(row.state, row.partial, row.payload, row.score) if row else Fetched(0) for row in rows]
+    async def fetch(self, refs: Sequence[SampleRef], *, prompts: bool = False) -> list[Fetched]:
+        return [self._fetch(ref, prompts=prompts) for ref in refs]
+
+    def _fetch(self, ref: SampleRef, *, prompts: bool) -> Fetched:
+        if (row := self.state.row(ref)) is None:
+            return Fetched(0)
+        prompt = self.state.groups[ref.order].prompt if prompts and not row.payload else b""
+        return Fetched(row.state, row.partial, row.payload, row.score, prompt)
 
     async def extend(self, samples: Sequence[Extension]) -> Report:
         return Report([self._extend(each) for each in samples])
@@ -227,7 +246,7 @@ class MemoryStore(Store):
         row.state, row.generate_lease, row.attempt, row.lost = GENERATED, each.lease_id, 0, 0
         row.num_tokens, row.completion_tokens = each.num_tokens, each.completion_tokens
         row.finish_reason, row.versions, row.payload = each.finish_reason, each.versions, each.payload
-        row.partial, row.saved = b"", 0
+        row.partial, row.saved, row.blobs = b"", 0, each.blobs
         return OK
 
     async def complete_score(self, samples: Sequence[Scored]) -> Report:
@@ -237,15 +256,25 @@ class MemoryStore(Store):
 
     def _complete_score(self, each: Scored) -> Result:
         row = self.state.row(each.ref)
-        if row is not None and row.score_lease == each.lease_id:
+        if row is not None and each.lease_id in (row.score_lease, self._verdict_lease(each.ref)):
             return DUPLICATE
         if lost := self._lost(each.ref, each.lease_id, (SCORING,)):
             return lost
         assert row is not None
+        if bool(each.verdict) != bool(row.score_lease):
+            return LEASE_LOST
+        if each.verdict:
+            self.state.judge(self.state.groups[each.ref.order], each.verdict, each.verdict_reason)
+            return OK
         row.state, row.score_lease, row.attempt, row.lost = SCORED, each.lease_id, 0, 0
         row.reward, row.score = each.reward, each.score
         self.state.finish(self.state.groups[each.ref.order])
         return OK
+
+    def _verdict_lease(self, ref: SampleRef) -> int:
+        """The lease under which a group that is judged was leased for it, 0 for another."""
+        group = self.state.groups[ref.order]
+        return group.samples[ref.index].lease_id if group.judged else 0
 
     def _lost(self, ref: SampleRef, lease_id: int, states: tuple[int, ...]) -> Result | None:
         """Why a lease does not hold, None when it does."""
@@ -253,6 +282,26 @@ class MemoryStore(Store):
         if row is None or self.state.groups[ref.order].closed or row.state == DEAD:
             return GONE
         return None if row.state in states and row.lease_id == lease_id else LEASE_LOST
+
+    async def partials(self, max_groups: int) -> list[LeasedGroup]:
+        found = [group for group in self.state.in_order() if self.state.has_partial(group)][:max_groups]
+        return [
+            LeasedGroup(
+                group.order,
+                group.ordinal,
+                0,
+                group.prompt,
+                [
+                    LeasedSample(index, 0, row.attempt, self.state.facts_of(group, row), score=row.score)
+                    for index, row in enumerate(group.samples)
+                    if row.state != DEAD
+                ],
+            )
+            for group in found
+        ]
+
+    async def prefer(self, orders: Sequence[int]) -> None:
+        self.state.preferred = {order: place for place, order in enumerate(dict.fromkeys(orders))}
 
     async def release(self, stage: int, samples: Sequence[Released]) -> Report:
         before = {each.ref.order: self._standing(each.ref.order) for each in samples}
@@ -345,6 +394,23 @@ class MemoryStore(Store):
             dict(state.counters),
         )
 
+    async def list_samples(self, state: int, start: int, limit: int) -> Page:
+        return operator.list_samples(self.state, state, start, limit)
+
+    async def requeue(self, refs: Sequence[SampleRef]) -> list[Requeued]:
+        return [operator.requeue(self.state, ref) for ref in refs]
+
+    async def referenced_blobs(self, digests: Sequence[str]) -> set[str]:
+        rows = (row for group in self.state.groups.values() for row in group.samples)
+        return set(digests) & {digest for row in rows for digest in row.blobs}
+
+    async def import_groups(self, request_id: str, groups: Sequence[ImportedGroup]) -> tuple[list[int], int]:
+        if request_id in self.state.submits:
+            return list(self.state.submits[request_id]), 0
+        made, ready = operator.import_groups(self.state, groups)
+        self._remember_submit(request_id, made)
+        return list(made), ready
+
     def _waiting(self, *, admit: bool) -> dict[int, Waiting]:
         """Per stage what a lease would wait for; nothing for a stage that has work."""
         state, waiting = self.state, {}
@@ -352,7 +418,7 @@ class MemoryStore(Store):
         can_start = state.published is not None and admit and state.room() and fresh
         if state.published is None or not (state.count(PENDING) or can_start):
             waiting[int(sample_pb2.STAGE_GENERATE)] = state.why_no_generate(None, admit=admit)
-        if not state.count(GENERATED):
+        if not state.count(GENERATED) and not any(group.judgeable for group in state.live()):
             waiting[int(sample_pb2.STAGE_SCORE)] = state.why_no_score()
         reason = None if state.count(TRAINING) else train.plan_batch(state)[1]
         if reason:

@@ -16,18 +16,26 @@ def plan_batch(state: MemoryState) -> tuple[list[GroupRow], Waiting | None]:
     recorded = state.batches[step].orders if step in state.batches else []
     chosen = [state.groups[order] for order in recorded if order in state.groups]
     chosen = [group for group in chosen if group.bound_step == step]
+    surplus = _surplus(state, step)
     if not chosen or len(chosen) < len(recorded):
-        ready = (group for group in state.live() if group.ready)
+        ready = (group for group in state.live() if group.ready and group.order not in surplus)
         by_deadline = sorted(ready, key=lambda group: (state.deadline(group), group.order))
         chosen += by_deadline[: max(0, size - len(chosen))]
         if len(chosen) < size:
             return [], state.why_no_batch(len(chosen))
     if state.params.on_stale == "wait":
-        left = [group for group in state.live() if group not in chosen]
+        left = [group for group in state.live() if group not in chosen and group.order not in surplus]
         blocking = policy.blocking_group(step, size, *_deadlines(state, chosen, left))
         if blocking is not None:
             return [], Waiting("deadline", (blocking,))
     return chosen, None
+
+
+def _surplus(state: MemoryState, step: int) -> set[int]:
+    if not policy.over_sampled(state.params):
+        return set()
+    live = ((group.bound_step or state.deadline(group), group.order) for group in state.live())
+    return policy.surplus(step, state.params.batch_groups, live)
 
 
 def _deadlines(
@@ -41,12 +49,14 @@ def _deadlines(
 
 
 def close_stale(state: MemoryState) -> int:
-    """Drops live groups that no later step may train. Returns how many."""
+    """Drops live groups that no later step may train, by the name of the cause. Returns how many."""
     if state.params.on_stale == "mask":
         return 0
     over = [group for group in state.live() if not group.bound_step and state.deadline(group) <= state.step]
+    surplus = policy.over_sampled(state.params)
+    reason = sample_pb2.DROP_REASON_SURPLUS if surplus else sample_pb2.DROP_REASON_STALE
     for group in sorted(over, key=lambda group: (state.deadline(group), group.order)):
-        state.drop(group, sample_pb2.DROP_REASON_STALE)
+        state.drop(group, reason)
     return len(over)
 
 
@@ -68,6 +78,7 @@ def record_batch(state: MemoryState, epoch: int, step: int, chosen: list[GroupRo
         for row in group.alive:
             row.state = TRAINING
     batch = Batch(epoch, state.next_lease(), [group.order for group in chosen])
+    state.filtered = 0
     state.batches[step] = batch
     return batch
 

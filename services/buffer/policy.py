@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.buffer.ids import group_id
 from services.buffer.records import RunParams, StateCount, Waiting
@@ -18,12 +19,14 @@ REASONS = {
     "below": "replica below the published version e{0}.s{1}",
     "abandoned": "replica serves a version that a recovery undid",
     "bound": "staleness bound: {0} of {1} groups live",
+    "push": "weights of step {0} are not published: a group started now would be too old for the next step",
     "memory": "store memory",
     "prompts": "end of prompts",
     "generating": "samples in generation",
     "pending": "groups waiting for a rollout replica",
     "idle": "no sample in generation",
     "groups": "{0} of {1} groups ready: {2} samples in generation, {3} to be scored",
+    "filtered": "{0} of {1} groups ready: the filter has dropped {2} groups since the last batch",
     "deadline": "group deadline: {0} must be trained first",
 }
 """Why nothing could be leased, by code. The figures are those of `Waiting`."""
@@ -43,6 +46,9 @@ UNCOUNTED_LOSSES = 2
 KEPT_SUBMITS = 10_000
 """Submits whose request ids are remembered, the newest ones."""
 
+KEPT_DEAD = 1_000
+"""Dead letters that can be read and requeued, the newest ones."""
+
 
 def describe(waiting: Waiting) -> tuple[str, int]:
     """The reason in words, and how many things are waited for."""
@@ -50,9 +56,9 @@ def describe(waiting: Waiting) -> tuple[str, int]:
     if waiting.code == "deadline":
         return REASONS["deadline"].format(group_id(figures[0])), 1
     count = figures[0] if figures else 0
-    if waiting.code == "groups":
+    if waiting.code in ("groups", "filtered"):
         count = figures[1] - figures[0]
-    elif waiting.code == "below":
+    elif waiting.code in ("below", "push"):
         count = 0
     return REASONS[waiting.code].format(*figures), count
 
@@ -78,6 +84,31 @@ def deadline(effective: int, max_staleness: int) -> int:
     return effective + 1 + max_staleness
 
 
+REISSUED_REASONS = (sample_pb2.DROP_REASON_STALE, sample_pb2.DROP_REASON_SURPLUS)
+"""Groups dropped for these did nothing wrong: their prompts are issued again, ahead of all others."""
+
+
+def over_sampled(params: RunParams) -> bool:
+    """Whether more groups are admitted than can be trained in time, and the surplus is to be told by name."""
+    return params.surplus_groups > 0 and params.on_stale == "wait"
+
+
+def surplus(step: int, batch_groups: int, live: Iterable[tuple[int, int]]) -> set[int]:
+    """Orders of the groups that cannot be trained in time while those before them are.
+
+    `live` holds (deadline, order). In that order, and not in the order of arrival, groups get their places in the
+    steps until their deadlines: long groups do not lose theirs to short ones. When a group before it is dropped, a
+    surplus group moves up.
+    """
+    placed, left_over = 0, set()
+    for due, order in sorted(live):
+        if placed < (due - step + 1) * batch_groups:
+            placed += 1
+        else:
+            left_over.add(order)
+    return left_over
+
+
 def blocking_group(
     step: int, batch_groups: int, chosen: Sequence[int], left: Iterable[tuple[int, int, bool]]
 ) -> int | None:
@@ -99,6 +130,29 @@ def blocking_group(
         if at_last_of_due and count > (due - step) * batch_groups and first is not None:
             return first
     return None
+
+
+MAX_PARTIALS = 1024
+"""Waiting groups that a user's buffer filter gets to see at once, the oldest ones."""
+
+KEPT_REASONS = 64
+"""Reasons of filters that are counted apart; further ones are counted together."""
+
+FILTER_REASONS = (sample_pb2.DROP_REASON_ZERO_VARIANCE, sample_pb2.DROP_REASON_FILTERED)
+
+
+def reason_counter(reason: str, counters: Iterable[str]) -> str:
+    """The counter of a filter's reason, given the counters there are."""
+    name = f"filter.drop_{reason}"
+    known = [counter for counter in counters if counter.startswith("filter.drop_")]
+    return name if name in known or len(known) < KEPT_REASONS else "filter.drop_other"
+
+
+def verdict_drops(verdict: int, filtered: int, refill_groups: int) -> bool:
+    """Whether a filter's verdict closes the group, when `filtered` groups were dropped since the last batch."""
+    if verdict == pb.GROUP_VERDICT_KEEP_IF_INSUFFICIENT:
+        return filtered < refill_groups
+    return verdict == pb.GROUP_VERDICT_DROP
 
 
 def has_zero_variance(rewards: Sequence[float]) -> bool:

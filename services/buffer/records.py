@@ -28,6 +28,12 @@ class RunParams:
     on_stale: str
     """wait, mask or drop."""
     drop_zero_variance: bool
+    judged: bool
+    """Scored groups wait for the verdict of a user's filter."""
+    zero_variance_fallback: bool
+    """Groups without variance are kept when they are needed, as with KEEP_IF_INSUFFICIENT."""
+    refill_groups: int
+    """After the filter has dropped so many groups since the last batch, KEEP_IF_INSUFFICIENT means KEEP."""
     max_attempts: int
     lease_ttl_ms: int
     dataset_digest: str
@@ -85,6 +91,8 @@ class LeasedGroup:
     prompt: bytes
     """A serialized Prompt; empty in TRAIN leases, whose payloads hold it."""
     samples: Sequence[LeasedSample]
+    judge: bool = False
+    """SCORE: all its samples are scored, and its verdict is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +130,22 @@ class Generated:
     versions: tuple[tuple[int, int, int], ...]
     """(epoch, lowest step, highest step) of the tokens, by epoch."""
     payload: bytes
+    blobs: tuple[str, ...] = ()
+    """Digests of the blobs that the payload refers to, each once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
+    """A score, or the verdict on the group of a sample that was leased to be judged."""
+
     ref: SampleRef
     lease_id: int
     reward: float
     score: bytes
+    verdict: int = 0
+    """A GroupVerdict; 0 for a score."""
+    verdict_reason: str = ""
+    """At most 64 characters that can stand in a counter's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +188,64 @@ class Fetched:
     partial: bytes = b""
     payload: bytes = b""
     score: bytes = b""
+    prompt: bytes = b""
+    """A serialized Prompt, when asked for and there is no payload."""
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """How a sample died, and what `requeue` would do (a RequeueOutcome)."""
+
+    error: str
+    died_ms: int
+    requeue: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListedSample:
+    """`letter` is set for DEAD; `attempt` and `facts` are those at its death then."""
+
+    ref: SampleRef
+    attempt: int
+    facts: SampleFacts
+    letter: Letter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """`following` is where the next page starts, 0 for nowhere."""
+
+    samples: Sequence[ListedSample]
+    following: int
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """`order` is the group the sample goes on in, -1 for none."""
+
+    outcome: int
+    order: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedSample:
+    """`payload` is a serialized Sample without sample_id and group_id; `score` and `reward` None: to be scored."""
+
+    num_tokens: int
+    completion_tokens: int
+    finish_reason: int
+    versions: tuple[tuple[int, int, int], ...]
+    payload: bytes
+    reward: float | None = None
+    score: bytes = b""
+    blobs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedGroup:
+    prompt: bytes
+    """A serialized Prompt."""
+    samples: Sequence[ImportedSample]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import msgpack
+import structlog
 from redis import exceptions as failures
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -16,6 +18,8 @@ from redis.backoff import NoBackoff
 from services.buffer.durability import Durability
 from services.common import errors
 from services.common.errors import ConfigError, PolyheadError, UnavailableError
+
+log = structlog.get_logger()
 
 _DIRECTORY = Path(__file__).parent / "scripts"
 _MAX_CONNECTIONS = 32
@@ -26,7 +30,7 @@ _CALL_TIMEOUT_S = 10.0
 _PARTS: dict[str, tuple[str, ...]] = {
     "open": ("open",),
     "issue": ("issue",),
-    "submit": ("submit",),
+    "submit": ("submits", "submit"),
     "lease_generate": ("leases", "lease_generate"),
     "lease_score": ("leases", "lease_score"),
     "lease_train": ("leases", "plan", "lease_train"),
@@ -35,6 +39,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "heartbeat": ("batch", "extend"),
     "complete_generate": ("batch", "complete_generate"),
     "complete_score": ("batch", "complete_score"),
+    "partials": ("leases", "partials"),
+    "prefer": ("prefer",),
     "release": ("batch", "release"),
     "commit_step": ("commit_step",),
     "publish_version": ("publish_version",),
@@ -43,11 +49,16 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "acquire_epoch": ("acquire_epoch",),
     "recover": ("retire", "recover"),
     "replicas": ("replicas",),
+    "lost": ("lost",),
     "ledger": ("leases", "plan", "ledger"),
+    "list_samples": ("dead", "list_samples"),
+    "referenced_blobs": ("referenced_blobs",),
+    "requeue": ("dead", "requeue"),
+    "import_groups": ("submits", "import_groups"),
 }
 # A full store refuses these. Everything else frees memory or leads to it, and what it adds is bounded by the groups
 # that are live: admission stops well before the store is full. "extend" is "heartbeat" with tokens.
-_NEEDS_ROOM = {"issue", "submit", "extend"}
+_NEEDS_ROOM = {"issue", "submit", "extend", "requeue", "import_groups"}
 # A run that another client wiped out is created again before anything else is done with it.
 _GUARD = "if not M then return fail('RunMissing', '', '') end\n"
 
@@ -89,6 +100,8 @@ class ScriptRunner:
         self._prefix = f"{{{run_name}}}:"
         self.where = url.rpartition("@")[2]
         self._digests: dict[str, str] = {}
+        self.acknowledged = 0
+        """The highest position that the store has answered with: it never goes back unless the store lost writes."""
 
     async def close(self) -> None:
         await self._redis.aclose()
@@ -96,6 +109,7 @@ class ScriptRunner:
     async def run(self, name: str, arguments: object, blobs: Sequence[bytes] = ()) -> tuple[Any, list[bytes]]:
         """One script call: its body and the byte strings that follow it. Raises what the script refused with."""
         packed = msgpack.packb(arguments, use_bin_type=False)
+        acknowledged = self.acknowledged
         try:
             answer = await self._call(name, packed, blobs)
         except (failures.RedisError, OSError) as error:
@@ -106,7 +120,16 @@ class ScriptRunner:
                 raise RunMissing("the store holds no such run", field=self.where)
             kind: type[PolyheadError] = getattr(errors, body["error"])
             raise kind(body["reason"], field=body["field"])
-        return body, answer[1:]
+        *stored, before, after = answer[1:]
+        self.acknowledged = max(self.acknowledged, after)
+        if before < acknowledged and name != "lost":
+            await self._report_lost(before, acknowledged)
+        return body, stored
+
+    async def _report_lost(self, found: int, acknowledged: int) -> None:
+        (missing,), _ = await self.run("lost", [found, acknowledged])
+        if missing:
+            log.error("lost_after_restart", store=self.where, writes=missing)
 
     async def used_memory(self) -> int:
         """Bytes the server has allocated."""
@@ -133,7 +156,7 @@ class ScriptRunner:
             appendfsync,
         )
 
-    async def _call(self, name: str, packed: bytes, blobs: Sequence[bytes]) -> list[bytes]:
+    async def _call(self, name: str, packed: bytes, blobs: Sequence[bytes]) -> list[Any]:
         digest = self._digests.get(name)
         if digest is not None:
             try:
@@ -146,6 +169,11 @@ class ScriptRunner:
 
 def translate(error: Exception, where: str) -> PolyheadError:
     """A failure of the server or the connection as one clear line."""
+    if (untrusted := _untrusted(error)) is not None:
+        return ConfigError(
+            f"its certificate is not trusted: {untrusted.verify_message}; add ?ssl_ca_certs=FILE to store.url",
+            field=f"store {where}",
+        )
     if isinstance(error.__cause__, failures.RedisError):  # what went wrong while connecting
         error = error.__cause__
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -160,3 +188,10 @@ def translate(error: Exception, where: str) -> PolyheadError:
     if isinstance(error, failures.ReadOnlyError) or any(word in text for word in ("MISCONF", "READONLY", "NOREPLICAS")):
         return UnavailableError(f"refuses writes: {text}", field=f"store {where}")
     return PolyheadError(f"failed: {text}", field=f"store {where}")
+
+
+def _untrusted(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """The certificate's refusal behind a failure to connect."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error

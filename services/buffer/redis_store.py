@@ -14,14 +14,20 @@ from services.buffer.records import (
     Extension,
     Fetched,
     Generated,
+    ImportedGroup,
+    ImportedSample,
     IssuedPrompt,
     Lease,
     LeasedGroup,
     LeasedSample,
     LedgerRecord,
+    Letter,
+    ListedSample,
+    Page,
     Recovered,
     Released,
     Report,
+    Requeued,
     Result,
     RunParams,
     SampleFacts,
@@ -52,6 +58,17 @@ class RedisStore(Store):
     def __init__(self, url: str, *, password: str | None = None, run_name: str) -> None:
         self._scripts = ScriptRunner(url, password, run_name)
         self._params: RunParams | None = None
+
+    @property
+    def acknowledged(self) -> int:
+        """The highest position that the store has answered with, or that it is held to: when it answers with less, it
+        came back without acknowledged writes. That is logged, and counted as lost_after_restart in the ledger.
+        """
+        return self._scripts.acknowledged
+
+    @acknowledged.setter
+    def acknowledged(self, position: int) -> None:
+        self._scripts.acknowledged = position
 
     async def open(self, params: RunParams) -> None:
         body, _ = await self._scripts.run("open", asdict(params))
@@ -104,10 +121,10 @@ class RedisStore(Store):
     async def lease_train(self, epoch: int, step: int, *, payload: bool, max_bytes: int = UNBOUNDED) -> Lease:
         return _lease(*await self._run("lease_train", [epoch, step, payload, max_bytes]), train=True)
 
-    async def fetch(self, refs: Sequence[SampleRef]) -> list[Fetched]:
-        states, blobs = await self._run("fetch", refs)
+    async def fetch(self, refs: Sequence[SampleRef], *, prompts: bool = False) -> list[Fetched]:
+        states, blobs = await self._run("fetch", [prompts, refs])
         parts = iter(blobs)
-        return [Fetched(state, next(parts), next(parts), next(parts)) for state in states]
+        return [Fetched(state, next(parts), next(parts), next(parts), next(parts)) for state in states]
 
     async def extend(self, samples: Sequence[Extension]) -> Report:
         rows = [(*each.ref, each.lease_id, each.from_token, each.num_tokens) for each in samples]
@@ -129,14 +146,23 @@ class RedisStore(Store):
                 each.completion_tokens,
                 each.finish_reason,
                 [figure for versions in each.versions for figure in versions],
+                each.blobs,
             )
             for each in samples
         ]
         return _report(await self._run("complete_generate", rows, [each.payload for each in samples]))
 
     async def complete_score(self, samples: Sequence[Scored]) -> Report:
-        rows = [(*each.ref, each.lease_id, each.reward) for each in samples]
+        rows = [(*each.ref, each.lease_id, each.reward, each.verdict, each.verdict_reason) for each in samples]
         return _report(await self._run("complete_score", rows, [each.score for each in samples]))
+
+    async def partials(self, max_groups: int) -> list[LeasedGroup]:
+        rows, blobs = await self._run("partials", [max_groups])
+        parts = iter(blobs)
+        return [_group(row, parts, train=True) for row in rows]
+
+    async def prefer(self, orders: Sequence[int]) -> None:
+        await self._run("prefer", [list(dict.fromkeys(orders))])
 
     async def release(self, stage: int, samples: Sequence[Released]) -> Report:
         state = _LEASED_STATES[stage]
@@ -206,6 +232,28 @@ class RedisStore(Store):
             dict(_items(counters)),
         )
 
+    async def list_samples(self, state: int, start: int, limit: int) -> Page:
+        (rows, following), _ = await self._run("list_samples", [state, start, limit])
+        return Page([_listed(row) for row in rows], following)
+
+    async def requeue(self, refs: Sequence[SampleRef]) -> list[Requeued]:
+        body, _ = await self._run("requeue", refs)
+        return [Requeued(*row) for row in body]
+
+    async def referenced_blobs(self, digests: Sequence[str]) -> set[str]:
+        body, _ = await self._run("referenced_blobs", digests)
+        return set(body)
+
+    async def import_groups(self, request_id: str, groups: Sequence[ImportedGroup]) -> tuple[list[int], int]:
+        rows = [[_imported(sample) for sample in group.samples] for group in groups]
+        blobs: list[bytes] = []
+        for group in groups:
+            blobs.append(group.prompt)
+            for sample in group.samples:
+                blobs += (sample.payload, sample.score)
+        body, _ = await self._run("import_groups", [request_id, KEPT_SUBMITS, rows], blobs)
+        return list(body[0]), body[1]
+
     async def _run(self, name: str, arguments: object, blobs: Sequence[bytes] = ()) -> tuple[Any, list[bytes]]:
         try:
             return await self._scripts.run(name, arguments, blobs)
@@ -234,17 +282,35 @@ def _lease(body: Any, blobs: list[bytes], *, train: bool = False) -> Lease:
 
 
 def _group(row: Any, parts: Iterator[bytes], *, train: bool) -> LeasedGroup:
-    order, ordinal, staleness, samples = row
-    prompt = next(parts)
-    return LeasedGroup(order, ordinal, staleness, prompt, [_sample(each, parts, train=train) for each in samples])
+    order, ordinal, staleness, samples, *judge = row
+    prompt, scored = next(parts), train or any(judge)
+    leased = [_sample(each, parts, scored=scored) for each in samples]
+    return LeasedGroup(order, ordinal, staleness, prompt, leased, any(judge))
 
 
-def _sample(row: Any, parts: Iterator[bytes], *, train: bool) -> LeasedSample:
-    index, lease_id, attempt, (num_tokens, completion_tokens, finish_reason, epoch, step, reward) = row
-    facts = SampleFacts(num_tokens, completion_tokens, finish_reason, Version(epoch, step), float(reward))
-    if train:
+def _sample(row: Any, parts: Iterator[bytes], *, scored: bool) -> LeasedSample:
+    index, lease_id, attempt, known = row
+    facts = _facts(known)
+    if scored:
         return LeasedSample(index, lease_id, attempt, facts, payload=next(parts), score=next(parts))
     return LeasedSample(index, lease_id, attempt, facts, partial=next(parts), payload=next(parts))
+
+
+def _facts(row: Any) -> SampleFacts:
+    num_tokens, completion_tokens, finish_reason, epoch, step, reward = row
+    return SampleFacts(num_tokens, completion_tokens, finish_reason, Version(epoch, step), float(reward))
+
+
+def _listed(row: Any) -> ListedSample:
+    order, index, attempt, known, letter = row
+    return ListedSample(SampleRef(order, index), attempt, _facts(known), Letter(*letter) if letter else None)
+
+
+def _imported(sample: ImportedSample) -> tuple[Any, ...]:
+    versions = [figure for versions in sample.versions for figure in versions]
+    scored = sample.reward is not None
+    facts = (sample.num_tokens, sample.completion_tokens, sample.finish_reason, versions)
+    return *facts, scored, sample.reward or 0.0, sample.blobs
 
 
 def _report(answer: tuple[Any, list[bytes]]) -> Report:

@@ -13,15 +13,16 @@ from google.protobuf.duration_pb2 import Duration
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import buffer_pb2_grpc, sample_pb2
-from services.buffer import convert, policy, records, validation
+from services.buffer import convert, operator_checks, policy, records, validation
 from services.buffer.ids import SampleRef, group_id, parse_sample_id
 from services.buffer.memory_watch import MemoryWatch
 from services.buffer.prompts import PromptSource
 from services.buffer.records import IssuedPrompt, LeasedGroup, Released
 from services.buffer.store import Store
 from services.buffer.wakeups import Wakeups
+from services.common.blobs import Blobs
 from services.common.config.models import BufferConfig
-from services.common.errors import InvalidArgumentError, LimitError, PolyheadError
+from services.common.errors import InvalidArgumentError, LimitError, PolyheadError, UnavailableError
 from services.common.rpc import MIB
 from services.common.versions import Version
 
@@ -34,16 +35,24 @@ _STAGES = (sample_pb2.STAGE_GENERATE, sample_pb2.STAGE_SCORE, sample_pb2.STAGE_T
 
 
 class BufferService(buffer_pb2_grpc.BufferServiceServicer):
-    """`source` is None for a run that only gets submitted prompts."""
+    """`source` is None for a run that only gets submitted prompts, `blobs` for one whose samples refer to none."""
 
     def __init__(
-        self, store: Store, source: PromptSource | None, watch: MemoryWatch, config: BufferConfig, group_size: int
+        self,
+        store: Store,
+        source: PromptSource | None,
+        watch: MemoryWatch,
+        config: BufferConfig,
+        group_size: int,
+        blobs: Blobs | None = None,
     ) -> None:
         self._store = store
         self._source = source
         self._watch = watch
         self._config = config
         self._group_size = group_size
+        self._blobs = blobs
+        self.retired = asyncio.Event()
         self._wakeups = Wakeups()
         # Of the payloads, partials and prompts in an answer: the other half is for records and one more sample.
         self._answer_bytes = config.limits.message_mb * MIB // 2
@@ -163,8 +172,8 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
     async def Fetch(self, request: pb.FetchRequest, context: Any) -> pb.FetchResponse:
         ids = validation.check_count(request.sample_ids, self._config.limits, "sample_ids")
         refs = [parse_sample_id(each, f"sample_ids[{number}]") for number, each in enumerate(ids)]
-        found = await self._store.fetch(refs)
-        size = sum(len(each.payload) + len(each.partial) for each in found)
+        found = await self._store.fetch(refs, prompts=request.include_prompt)
+        size = sum(len(each.payload) + len(each.partial) + len(each.prompt) for each in found)
         if size > self._config.limits.message_mb * MIB:
             raise LimitError(f"{size} bytes in one answer: fetch fewer samples at a time", field="sample_ids")
         return convert.fetched(ids, found)
@@ -176,7 +185,7 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
 
     async def Complete(self, request: pb.CompleteRequest, context: Any) -> pb.CompleteResponse:
         if request.stage == sample_pb2.STAGE_GENERATE:
-            samples = validation.generated(request, self._config.limits)
+            samples = validation.generated(request, self._config.limits, self._blobs)
             report = await self._store.complete_generate(samples)
             self._wakeups.wake(sample_pb2.STAGE_SCORE)
             return pb.CompleteResponse(results=convert.results(samples, report))
@@ -196,6 +205,21 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         self._wakeups.wake(request.stage)
         self._wake(report.ready_groups, report.closed_groups)
         return pb.ReleaseResponse(results=convert.results(samples, report))
+
+    async def ListPartials(self, request: pb.ListPartialsRequest, context: Any) -> pb.ListPartialsResponse:
+        most = min(request.max_groups or policy.MAX_PARTIALS, policy.MAX_PARTIALS)
+        response = pb.ListPartialsResponse()
+        size = 0
+        for group in await self._store.partials(most):
+            size += len(group.prompt) + sum(len(sample.score) for sample in group.samples)
+            if response.groups and size > self._answer_bytes:
+                break
+            convert.fill_group(response.groups.add(), group, self._group_size)
+        return response
+
+    async def PreferGroups(self, request: pb.PreferGroupsRequest, context: Any) -> pb.PreferGroupsResponse:
+        await self._store.prefer(validation.preferred(request))
+        return pb.PreferGroupsResponse()
 
     async def CommitStep(self, request: pb.CommitStepRequest, context: Any) -> pb.CommitStepResponse:
         if not request.outcome or request.outcome not in pb.StepOutcome.values():
@@ -222,6 +246,8 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         self, request: pb.ConfirmCheckpointRequest, context: Any
     ) -> pb.ConfirmCheckpointResponse:
         retired = await self._store.confirm_checkpoint(request.epoch, request.oldest_kept_step)
+        if retired:
+            self.retired.set()
         return pb.ConfirmCheckpointResponse(retired_samples=retired)
 
     async def AcquireEpoch(self, request: pb.AcquireEpochRequest, context: Any) -> pb.AcquireEpochResponse:
@@ -262,6 +288,26 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
             if self._source is None or reason.code != "prompts"
         }
         return convert.ledger(replace(record, waiting=waiting))
+
+    async def ListSamples(self, request: pb.ListSamplesRequest, context: Any) -> pb.ListSamplesResponse:
+        start = operator_checks.page(request, self._config.limits)
+        return convert.page(await self._store.list_samples(request.state, start, request.limit))
+
+    async def Requeue(self, request: pb.RequeueRequest, context: Any) -> pb.RequeueResponse:
+        ids = validation.check_count(request.sample_ids, self._config.limits, "sample_ids")
+        refs = [parse_sample_id(each, f"sample_ids[{number}]") for number, each in enumerate(ids)]
+        found = await self._store.requeue(refs)
+        self._wakeups.wake(sample_pb2.STAGE_GENERATE)
+        return pb.RequeueResponse(results=convert.requeued(ids, found))
+
+    async def Import(self, request: pb.ImportRequest, context: Any) -> pb.ImportResponse:
+        groups = operator_checks.imported(request, self._config.limits, self._group_size, self._blobs)
+        if not self._watch.admit:
+            raise UnavailableError("the store's memory is short: no group is admitted", field="groups")
+        orders, ready_groups = await self._store.import_groups(request.request_id, groups)
+        self._wakeups.wake(sample_pb2.STAGE_SCORE)
+        self._wake(ready_groups, 0)
+        return pb.ImportResponse(group_ids=[group_id(order) for order in orders])
 
     def _wake(self, ready_groups: int, closed_groups: int) -> None:
         if ready_groups:

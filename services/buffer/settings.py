@@ -10,15 +10,18 @@ from services.common.config import Config
 def run_params(config: Config, source: PromptSource | None) -> RunParams:
     """Times in milliseconds, defaults resolved."""
     batch, staleness = config.batch, config.staleness
-    surplus = (batch.over_sampling_batch_size or batch.rollout_batch_size) - batch.rollout_batch_size
+    round_groups = batch.over_sampling_batch_size or batch.rollout_batch_size
     return RunParams(
         group_size=batch.n_samples_per_prompt,
         min_group_size=batch.min_group_size or batch.n_samples_per_prompt,
         batch_groups=batch.rollout_batch_size,
-        surplus_groups=surplus,
+        surplus_groups=round_groups - batch.rollout_batch_size,
         max_staleness=staleness.max_staleness,
         on_stale=staleness.on_stale,
-        drop_zero_variance=batch.dynamic_sampling_filter == "nonzero_std",
+        drop_zero_variance=batch.dynamic_sampling_filter.startswith("nonzero_std"),
+        judged=bool(batch.user_filter),
+        zero_variance_fallback=batch.dynamic_sampling_filter == "nonzero_std_with_fallback",
+        refill_groups=batch.max_refill_rounds * round_groups,
         max_attempts=config.buffer.max_attempts,
         lease_ttl_ms=int(config.buffer.lease_ttl_s * 1000),
         dataset_digest=source.digest if source else "",

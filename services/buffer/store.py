@@ -10,12 +10,16 @@ from services.buffer.records import (
     Extension,
     Fetched,
     Generated,
+    ImportedGroup,
     IssuedPrompt,
     Lease,
+    LeasedGroup,
     LedgerRecord,
+    Page,
     Recovered,
     Released,
     Report,
+    Requeued,
     RunParams,
     Scored,
     WatermarkRecord,
@@ -104,8 +108,8 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def fetch(self, refs: Sequence[SampleRef]) -> list[Fetched]:
-        """One record per reference, in order."""
+    async def fetch(self, refs: Sequence[SampleRef], *, prompts: bool = False) -> list[Fetched]:
+        """One record per reference, in order; with `prompts`, those of samples without payload too."""
 
     @abstractmethod
     async def extend(self, samples: Sequence[Extension]) -> Report:
@@ -118,6 +122,14 @@ class Store(ABC):
     @abstractmethod
     async def complete_score(self, samples: Sequence[Scored]) -> Report:
         """SCORING to SCORED; a group whose samples are all scored becomes READY or is dropped by the filter."""
+
+    @abstractmethod
+    async def partials(self, max_groups: int) -> list[LeasedGroup]:
+        """The oldest live groups with a PENDING sample and some tokens: records and scores, nothing leased."""
+
+    @abstractmethod
+    async def prefer(self, orders: Sequence[int]) -> None:
+        """These groups' PENDING samples are leased first, in this order. Replaces what was said before."""
 
     @abstractmethod
     async def release(self, stage: int, samples: Sequence[Released]) -> Report:
@@ -163,3 +175,26 @@ class Store(ABC):
     @abstractmethod
     async def ledger(self, *, admit: bool) -> LedgerRecord:
         """Where every sample is. O(open samples)."""
+
+    @abstractmethod
+    async def list_samples(self, state: int, start: int, limit: int) -> Page:
+        """At most `limit` samples in a state whose samples are kept, from `start`, 0 or what the page before says.
+
+        O(open samples), for CONSUMED O(consumed samples), for DEAD O(limit).
+        """
+
+    @abstractmethod
+    async def requeue(self, refs: Sequence[SampleRef]) -> list[Requeued]:
+        """Gives dead samples another chance, as `RequeueOutcome` in the contract says. One record each, in order."""
+
+    @abstractmethod
+    async def referenced_blobs(self, digests: Sequence[str]) -> set[str]:
+        """Those that the payload of a sample refers to."""
+
+    @abstractmethod
+    async def import_groups(self, request_id: str, groups: Sequence[ImportedGroup]) -> tuple[list[int], int]:
+        """Accepts groups that were generated elsewhere, all or none, once per `request_id` (see `submit`).
+
+        Returns their orders and how many became READY. Raises PreconditionError while no version is published, beyond
+        the staleness bound, and for tokens that this run's history does not have or may no longer train.
+        """

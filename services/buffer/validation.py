@@ -12,6 +12,7 @@ from services.buffer import partials, policy
 from services.buffer.ids import SampleRef, group_id, parse_sample_id
 from services.buffer.records import Extension, Generated, Released, Scored
 from services.common import wire
+from services.common.blobs import Blobs
 from services.common.config.models import LimitsConfig
 from services.common.errors import InvalidArgumentError, LimitError
 from services.common.rpc import MIB
@@ -19,6 +20,7 @@ from services.common.versions import Version
 
 _MAX_NAME = 128
 _MAX_ERROR = 500
+_MAX_REASON = 64
 _MAX_EPOCH = 1_000_000
 _KIB = 1024
 
@@ -74,19 +76,21 @@ def prompts(request: pb.SubmitRequest, limits: LimitsConfig) -> list[bytes]:
     check_name(request.request_id, "request_id")
     found = []
     for number, prompt in enumerate(check_count(request.prompts, limits, "prompts")):
-        field = f"prompts[{number}]"
-        if not prompt.WhichOneof("input"):
-            raise InvalidArgumentError("has neither text nor messages", field=f"{field}.input")
-        metadata_bytes = len(prompt.metadata_json.encode())
-        if metadata_bytes > limits.metadata_kb * _KIB:
-            raise LimitError(
-                f"{metadata_bytes} bytes, at most {limits.metadata_kb * _KIB}", field=f"{field}.metadata_json"
-            )
-        data = prompt.SerializeToString()
-        if len(data) > limits.sample_mb * MIB:
-            raise LimitError(f"{len(data)} bytes, at most {limits.sample_mb * MIB}", field=field)
-        found.append(data)
+        found.append(prompt_bytes(prompt, limits, f"prompts[{number}]"))
     return found
+
+
+def prompt_bytes(prompt: sample_pb2.Prompt, limits: LimitsConfig, field: str) -> bytes:
+    """A serialized prompt within its limits."""
+    if not prompt.WhichOneof("input"):
+        raise InvalidArgumentError("has neither text nor messages", field=f"{field}.input")
+    metadata_bytes = len(prompt.metadata_json.encode())
+    if metadata_bytes > limits.metadata_kb * _KIB:
+        raise LimitError(f"{metadata_bytes} bytes, at most {limits.metadata_kb * _KIB}", field=f"{field}.metadata_json")
+    data = prompt.SerializeToString()
+    if len(data) > limits.sample_mb * MIB:
+        raise LimitError(f"{len(data)} bytes, at most {limits.sample_mb * MIB}", field=field)
+    return data
 
 
 def extensions(request: pb.ExtendRequest, limits: LimitsConfig) -> list[Extension]:
@@ -104,41 +108,58 @@ def extensions(request: pb.ExtendRequest, limits: LimitsConfig) -> list[Extensio
     return found
 
 
-def generated(request: pb.CompleteRequest, limits: LimitsConfig) -> list[Generated]:
-    """Checks each serialized Sample against its id and the limits."""
+def generated(request: pb.CompleteRequest, limits: LimitsConfig, blobs: Blobs | None) -> list[Generated]:
+    """Checks each serialized Sample against its id and the limits, and that its blobs are there."""
     check_name(request.replica_id, "replica_id")
     found = []
     for number, each in enumerate(check_count(request.samples, limits, "samples")):
         field = f"samples[{number}]"
         ref, lease_id = _leased(each, field)
-        try:
-            sample = wire.parse_sample(
-                each.sample,
-                max_bytes=limits.sample_mb * MIB,
-                max_tokens=limits.sample_tokens,
-                max_metadata_bytes=limits.metadata_kb * _KIB,
-            )
-        except (InvalidArgumentError, LimitError) as error:
-            raise type(error)(error.reason, field=f"{field}.{error.field}") from None
+        sample = parsed(each.sample, limits, field)
         if sample.sample_id != each.sample_id or sample.index != ref.index or sample.group_id != group_id(ref.order):
             raise InvalidArgumentError(
                 f"is {sample.sample_id!r}, number {sample.index} of {sample.group_id!r}", field=f"{field}.sample"
             )
-        if sample.finish_reason == sample_pb2.FINISH_REASON_UNSPECIFIED:
-            raise InvalidArgumentError("must be given", field=f"{field}.sample.finish_reason")
-        spans = (span for segment in sample.segments for span in segment.spans)
-        found.append(
-            Generated(
-                ref,
-                lease_id,
-                sum(segment.num_tokens for segment in sample.segments),
-                sum(wire.completion_length(segment) for segment in sample.segments),
-                sample.finish_reason,
-                policy.merge_versions(Version.from_proto(span.version) for span in spans),
-                each.sample,
-            )
-        )
+        digests = check_blobs(sample, blobs, field)
+        found.append(Generated(ref, lease_id, *sample_facts(sample, field), each.sample, digests))
     return found
+
+
+def parsed(data: bytes, limits: LimitsConfig, field: str) -> sample_pb2.Sample:
+    """A serialized Sample that is whole and within its limits."""
+    try:
+        return wire.parse_sample(
+            data,
+            max_bytes=limits.sample_mb * MIB,
+            max_tokens=limits.sample_tokens,
+            max_metadata_bytes=limits.metadata_kb * _KIB,
+        )
+    except (InvalidArgumentError, LimitError) as error:
+        raise type(error)(error.reason, field=f"{field}.{error.field}") from None
+
+
+def check_blobs(sample: sample_pb2.Sample, blobs: Blobs | None, field: str) -> tuple[str, ...]:
+    """The digests of the blobs it refers to, each once. Raises DataLossError when one is not there."""
+    if not sample.refs:
+        return ()
+    if blobs is None:
+        raise InvalidArgumentError("this buffer knows no directory of blobs", field=f"{field}.sample.refs")
+    for name, ref in sample.refs.items():
+        blobs.check(ref, f"{field}.sample.refs[{name}]")
+    return tuple(sorted({ref.sha256 for ref in sample.refs.values()}))
+
+
+def sample_facts(sample: sample_pb2.Sample, field: str) -> tuple[int, int, int, tuple[tuple[int, int, int], ...]]:
+    """Tokens, completion tokens, finish reason, and versions as `policy.merge_versions` has them."""
+    if sample.finish_reason == sample_pb2.FINISH_REASON_UNSPECIFIED:
+        raise InvalidArgumentError("must be given", field=f"{field}.sample.finish_reason")
+    spans = (span for segment in sample.segments for span in segment.spans)
+    return (
+        sum(segment.num_tokens for segment in sample.segments),
+        sum(wire.completion_length(segment) for segment in sample.segments),
+        sample.finish_reason,
+        policy.merge_versions(Version.from_proto(span.version) for span in spans),
+    )
 
 
 def scored(request: pb.CompleteRequest, limits: LimitsConfig) -> list[Scored]:
@@ -147,12 +168,40 @@ def scored(request: pb.CompleteRequest, limits: LimitsConfig) -> list[Scored]:
     for number, each in enumerate(check_count(request.samples, limits, "samples")):
         field = f"samples[{number}]"
         ref, lease_id = _leased(each, field)
+        if each.verdict:
+            if each.verdict not in pb.GroupVerdict.values() or each.HasField("score"):
+                raise InvalidArgumentError("must be a known one, without a score", field=f"{field}.verdict")
+            found.append(Scored(ref, lease_id, 0.0, b"", each.verdict, _counter_name(each.verdict_reason)))
+            continue
         if not each.HasField("score"):
-            raise InvalidArgumentError("a SCORE completion carries a score", field=f"{field}.score")
-        if not math.isfinite(each.score.reward):
-            raise InvalidArgumentError(f"{each.score.reward} is not finite", field=f"{field}.score.reward")
-        found.append(Scored(ref, lease_id, each.score.reward, each.score.SerializeToString()))
+            raise InvalidArgumentError("a SCORE completion carries a score or a verdict", field=f"{field}.score")
+        found.append(Scored(ref, lease_id, each.score.reward, score_bytes(each.score, limits, f"{field}.score")))
     return found
+
+
+def score_bytes(score: sample_pb2.Score, limits: LimitsConfig, field: str) -> bytes:
+    """A serialized Score with a finite reward, within the limit of metadata."""
+    if not math.isfinite(score.reward):
+        raise InvalidArgumentError(f"{score.reward} is not finite", field=f"{field}.reward")
+    data = score.SerializeToString()
+    if len(data) > limits.metadata_kb * _KIB:
+        raise LimitError(f"{len(data)} bytes, at most {limits.metadata_kb * _KIB}", field=field)
+    return data
+
+
+def _counter_name(reason: str) -> str:
+    """A filter's reason as part of a counter's name."""
+    plain = (char if char.isascii() and (char.isalnum() or char in "._+-") else "_" for char in reason[:_MAX_REASON])
+    return "".join(plain) or "unnamed"
+
+
+def preferred(request: pb.PreferGroupsRequest) -> list[int]:
+    """The orders of the groups."""
+    if len(request.group_ids) > policy.MAX_PARTIALS:
+        raise LimitError(f"{len(request.group_ids)} in one call, at most {policy.MAX_PARTIALS}", field="group_ids")
+    return [
+        parse_sample_id(f"{each}-000", f"group_ids[{number}]").order for number, each in enumerate(request.group_ids)
+    ]
 
 
 def released(request: pb.ReleaseRequest, limits: LimitsConfig) -> list[Released]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from services.cli import buffer_arguments
 from services.common.errors import PolyheadError
 
 
@@ -56,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     bench = verbs.add_parser("bench", help="measure a part of the system on this machine; needs a checkout")
     bench.add_argument("name", help="rollout, ...: tests/bench/bench_<name>.py")
     bench.set_defaults(verb=_bench)
+
+    buffer = verbs.add_parser("buffer", help="look into a run's mailboxes, requeue, export, import")
+    buffer_arguments.add_to(buffer)
+    buffer.set_defaults(verb=_buffer)
 
     demo = verbs.add_parser("demo", help="a language model learns addition on this machine, in two minutes")
     demo.add_argument("task", nargs="?", choices=("addition", "smollm2"), default="addition")
@@ -113,6 +118,13 @@ def _bench(arguments: argparse.Namespace, rest: list[str]) -> int:
     from services.cli.bench import run_bench
 
     return run_bench(arguments.name, rest)
+
+
+def _buffer(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.cli import buffer_tools
+
+    _refuse_rest(rest)
+    return buffer_tools.run(arguments)
 
 
 def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -92,6 +92,12 @@ def queues(ledger: pb.GetLedgerResponse) -> str:
     return " ".join(f"{name.lower()} {counts.get(name, 0)}" for name in _QUEUES)
 
 
+def lost(ledger: pb.GetLedgerResponse) -> str:
+    """What the store forgot although it had acknowledged it; empty when nothing."""
+    writes = ledger.counters.get("lost_after_restart", 0)
+    return f"the store came back without {writes} acknowledged writes (lost_after_restart)" if writes else ""
+
+
 def waiting(ledger: pb.GetLedgerResponse) -> list[str]:
     """Who waits for whom, a phrase per stage."""
     names = {

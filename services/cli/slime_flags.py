@@ -39,6 +39,7 @@ VALUE_FLAGS: dict[str, str] = {
     "--rollout-top-k": "rollout.sampling.top_k",
     "--rm-type": "reward.scorer",
     "--custom-rm-path": "reward.scorer",
+    "--buffer-filter-path": "reward.buffer_filter",
     "--advantage-estimator": "trainer.algorithm.advantage",
     "--eps-clip": "trainer.algorithm.eps_clip",
     "--eps-clip-high": "trainer.algorithm.eps_clip_high",
@@ -63,6 +64,8 @@ LIST_FLAGS: dict[str, str] = {
 SWITCHES: dict[str, tuple[str, Any]] = {
     "--apply-chat-template": ("data.apply_chat_template", True),
     "--rollout-shuffle": ("data.shuffle", True),
+    "--partial-rollout": ("staleness.partial_rollout", True),
+    "--mask-offpolicy-in-partial-rollout": ("staleness.mask_offpolicy", True),
     "--calculate-per-token-loss": ("trainer.algorithm.loss_reduction", "per_token"),
     "--disable-grpo-std-normalization": ("trainer.algorithm.normalize_std", False),
 }
@@ -71,6 +74,9 @@ SWITCHES: dict[str, tuple[str, Any]] = {
 _FILTERS = {
     "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": "nonzero_std",
     "check_reward_nonzero_std": "nonzero_std",
+    "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std_with_fallback": (
+        "nonzero_std_with_fallback"
+    ),
 }
 
 
@@ -127,11 +133,7 @@ def _values(flag: str, rest: list[str], count: int | None = None, *, least: int 
 
 
 def _filter(path: str) -> str:
-    if path not in _FILTERS:
-        raise ConfigError(
-            f"{path!r} is not built in; known: {', '.join(_FILTERS)}", field="--dynamic-sampling-filter-path"
-        )
-    return _FILTERS[path]
+    return _FILTERS.get(path, path)
 
 
 def _nearest(flag: str) -> str:

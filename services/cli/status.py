@@ -14,7 +14,7 @@ from rich.table import Table
 
 from polyhead.v1 import buffer_pb2 as pb
 from services.cli.lock import holder
-from services.cli.progress import queues, waiting
+from services.cli.progress import lost, queues, waiting
 from services.common.buffer_client import BufferClient
 from services.common.config import load
 from services.common.errors import ConfigError, UnavailableError
@@ -37,6 +37,8 @@ def print_status(run_dir: Path | None) -> int:
         soft_wrap=True,
     )
     console.print(queues(ledger))
+    if lost(ledger):
+        console.print(f"lost     {lost(ledger)}", soft_wrap=True)
     for phrase in waiting(ledger):
         console.print(f"waiting  {phrase}", soft_wrap=True)
     console.print(replica_table(replicas))

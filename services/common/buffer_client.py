@@ -53,6 +53,7 @@ class BufferClient:
     def __init__(self, address: str, *, retry_for_s: float = RETRY_FOR_S, message_mb: int = 64) -> None:
         self._channel = rpc.channel(address, message_mb=message_mb)
         self._stub = buffer_pb2_grpc.BufferServiceStub(self._channel)
+        self._max_bytes = message_mb * rpc.MIB
         self._retry_for_s = retry_for_s
         self._address = address
 
@@ -94,8 +95,8 @@ class BufferClient:
         request.wait.CopyFrom(_duration(wait_s))
         return await self._call("Lease", request, timeout_s=wait_s + POLL_SLACK_S)
 
-    async def fetch(self, sample_ids: Sequence[str]) -> pb.FetchResponse:
-        return await self._call("Fetch", pb.FetchRequest(sample_ids=sample_ids))
+    async def fetch(self, sample_ids: Sequence[str], *, include_prompt: bool = False) -> pb.FetchResponse:
+        return await self._call("Fetch", pb.FetchRequest(sample_ids=sample_ids, include_prompt=include_prompt))
 
     async def extend(self, replica_id: str, samples: Sequence[pb.ExtendedSample]) -> pb.ExtendResponse:
         return await self._call("Extend", pb.ExtendRequest(replica_id=replica_id, samples=samples))
@@ -109,6 +110,12 @@ class BufferClient:
         self, stage: sample_pb2.Stage, replica_id: str, samples: Sequence[pb.ReleasedSample]
     ) -> pb.ReleaseResponse:
         return await self._call("Release", pb.ReleaseRequest(stage=stage, replica_id=replica_id, samples=samples))
+
+    async def list_partials(self, max_groups: int = 0) -> pb.ListPartialsResponse:
+        return await self._call("ListPartials", pb.ListPartialsRequest(max_groups=max_groups))
+
+    async def prefer_groups(self, group_ids: Sequence[str]) -> pb.PreferGroupsResponse:
+        return await self._call("PreferGroups", pb.PreferGroupsRequest(group_ids=group_ids))
 
     async def commit_step(
         self,
@@ -147,7 +154,22 @@ class BufferClient:
     async def get_ledger(self) -> pb.GetLedgerResponse:
         return await self._call("GetLedger", pb.GetLedgerRequest())
 
+    async def list_samples(
+        self, state: sample_pb2.SampleState, limit: int, page_token: str = ""
+    ) -> pb.ListSamplesResponse:
+        request = pb.ListSamplesRequest(state=state, limit=limit, page_token=page_token)
+        return await self._call("ListSamples", request)
+
+    async def requeue(self, sample_ids: Sequence[str]) -> pb.RequeueResponse:
+        return await self._call("Requeue", pb.RequeueRequest(sample_ids=sample_ids))
+
+    async def import_groups(self, request_id: str, groups: Sequence[pb.SampleGroup]) -> pb.ImportResponse:
+        return await self._call("Import", pb.ImportRequest(request_id=request_id, groups=groups))
+
     async def _call(self, verb: str, request: Message, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        if (size := request.ByteSize()) > self._max_bytes:
+            over = f"{size} bytes in one call, at most {self._max_bytes}"
+            raise LimitError(over, field=f"{verb} {_biggest(request)}")
         method = getattr(self._stub, verb)
         try:
             async for attempt in stamina.retry_context(
@@ -164,6 +186,11 @@ class BufferClient:
             kind = _kind(error.code())
             raise kind(f"buffer {verb} failed: {error.code().name} {error.details()}", field=self._address) from error
         raise AssertionError("unreachable: the retry loop returns or raises")
+
+
+def _biggest(request: Message) -> str:
+    """The name of the field that makes a message big: the one that repeats."""
+    return next((field.name for field, _ in request.ListFields() if field.is_repeated), "")
 
 
 def _duration(seconds: float) -> Duration:

@@ -65,6 +65,12 @@ class UnavailableError(PolyheadError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
+class DataLossError(PolyheadError):
+    """What was stored is missing or altered. Retrying does not bring it back."""
+
+    code = grpc.StatusCode.DATA_LOSS
+
+
 class TrainingDivergedError(PolyheadError):
     """Three steps in a row were not finite."""
 
@@ -81,6 +87,7 @@ _BY_NAME: dict[str, type[PolyheadError]] = {
         FencedError,
         PreconditionError,
         UnavailableError,
+        DataLossError,
         TrainingDivergedError,
     )
 }

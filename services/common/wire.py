@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -14,6 +15,10 @@ from services.common.errors import InvalidArgumentError, LimitError
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
 MASK_DTYPE = np.dtype("u1")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_REFS = 64
+_MAX_REF_NAME = 128
 
 
 def encode_tokens(token_ids: ArrayLike) -> bytes:
@@ -71,7 +76,19 @@ def parse_sample(data: bytes, *, max_bytes: int, max_tokens: int, max_metadata_b
         raise LimitError(f"{total} tokens, at most {max_tokens}", field="sample.segments")
     for number, segment in enumerate(sample.segments):
         _check_segment(segment, f"sample.segments[{number}]")
+    check_refs(sample.refs, "sample.refs")
     return sample
+
+
+def check_refs(refs: Mapping[str, sample_pb2.BlobRef], field: str) -> None:
+    """References to blobs are few and well-formed. Raises InvalidArgumentError, or LimitError for too many."""
+    if len(refs) > _MAX_REFS:
+        raise LimitError(f"{len(refs)} references, at most {_MAX_REFS}", field=field)
+    for name, ref in refs.items():
+        if not 0 < len(name) <= _MAX_REF_NAME or not name.isprintable():
+            raise InvalidArgumentError(f"names have 1 to {_MAX_REF_NAME} printable characters", field=field)
+        if not _SHA256.fullmatch(ref.sha256):
+            raise InvalidArgumentError("is not 64 lower-case hexadecimal digits", field=f"{field}[{name}].sha256")
 
 
 def check_spans(spans: Iterable[sample_pb2.WeightVersionSpan], start: int, end: int, field: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import msgpack
 
 from services.common.errors import ConfigError, UnavailableError
+from services.reward.filters import GroupItem, WaitingItem
 from services.reward.scorers.base import Item
 from services.reward.settings import ScorerSettings
 
@@ -35,7 +36,7 @@ class Child(asyncio.Protocol):
         self._transport: Any = None
         self._process: Any = None
         self._disconnected = asyncio.Event()
-        self._load_error: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._load_error: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
 
     @classmethod
     async def start(cls, settings: ScorerSettings, on_frames: Callable[[Child, list[list[Any]]], None]) -> Child:
@@ -57,7 +58,7 @@ class Child(asyncio.Protocol):
     def pid(self) -> int:
         return int(self._process.pid)
 
-    def send(self, items: Sequence[Item]) -> None:
+    def send(self, items: Sequence[Item | GroupItem | WaitingItem]) -> None:
         """Never blocks: what the socket does not take is kept here."""
         self._transport.write(msgpack.packb(items))
 
@@ -104,7 +105,7 @@ class Child(asyncio.Protocol):
         self._unpacker.feed(data)
         frames = list(self._unpacker)
         if frames and not self._load_error.done():
-            self._load_error.set_result(frames.pop(0)[1])
+            self._load_error.set_result(frames.pop(0))
         if frames:
             self._on_frames(self, frames)
 
@@ -139,8 +140,9 @@ class Child(asyncio.Protocol):
         try:
             await asyncio.wait(waited, timeout=LOAD_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if self._load_error.done():
-                if reason := self._load_error.result():
-                    raise ConfigError(reason, field="reward.scorer")
+                reason, field = self._load_error.result()
+                if reason:
+                    raise ConfigError(reason, field=field)
                 return
             how = ended.result() if ended.done() else f"is not ready after {LOAD_TIMEOUT_S:g} s"
             raise UnavailableError(f"its process {how} while it loaded", field="reward.scorer")

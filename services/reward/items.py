@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import reward_pb2, sample_pb2
 from services.common.wire import completion_length
+from services.reward.filters import GroupItem, ScoredItem, WaitingItem
 from services.reward.scorers.base import Item
 
 _STATUS = {
@@ -25,7 +28,50 @@ def item_of_sample(sample: sample_pb2.Sample, group: pb.LeasedGroup) -> Item:
         completion_tokens=sum(completion_length(segment) for segment in sample.segments),
         group_index=group.order,
         sample_index=group.order * group.group_size + sample.index,
+        start_rollout_id=_start_rollout_id(sample),
     )
+
+
+def _start_rollout_id(sample: sample_pb2.Sample) -> int:
+    versions = {(span.version.epoch, span.version.step) for segment in sample.segments for span in segment.spans}
+    return min(versions)[1] if len(versions) > 1 else -1
+
+
+def item_of_group(group: pb.LeasedGroup) -> GroupItem:
+    """A group leased to be judged, payloads included. Raises DecodeError."""
+    scored = [
+        ScoredItem(
+            item_of_sample(sample_pb2.Sample.FromString(leased.sample), group),
+            leased.score.reward,
+            dict(leased.score.parts),
+        )
+        for leased in group.samples
+    ]
+    return GroupItem(group.group_id, scored)
+
+
+def item_of_waiting(groups: Sequence[pb.LeasedGroup], num_samples: int) -> WaitingItem:
+    """Unfinished groups by their records: lengths and rewards, without texts and tokens."""
+    return WaitingItem(
+        "waiting groups", [[_waiting(leased, group) for leased in group.samples] for group in groups], num_samples
+    )
+
+
+def _waiting(leased: pb.LeasedSample, group: pb.LeasedGroup) -> ScoredItem:
+    record = leased.record
+    unfinished = "aborted" if record.completion_tokens else "pending"
+    item = _item(
+        leased.sample_id,
+        group.prompt,
+        "",
+        status=_STATUS.get(record.finish_reason, unfinished),
+        completion_tokens=record.completion_tokens,
+        group_index=group.order,
+        sample_index=group.order * group.group_size + leased.index,
+        start_rollout_id=record.oldest_version.step if record.HasField("oldest_version") else -1,
+    )
+    scored = leased.HasField("score")
+    return ScoredItem(item, leased.score.reward if scored else None, dict(leased.score.parts))
 
 
 def item_of_request(item: reward_pb2.ScoreItem, place: int) -> Item:
@@ -50,6 +96,7 @@ def _item(
     completion_tokens: int,
     group_index: int,
     sample_index: int,
+    start_rollout_id: int = -1,
 ) -> Item:
     return Item(
         sample_id=sample_id,
@@ -62,4 +109,5 @@ def _item(
         completion_tokens=completion_tokens,
         group_index=group_index,
         sample_index=sample_index,
+        start_rollout_id=start_rollout_id,
     )

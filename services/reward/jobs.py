@@ -6,6 +6,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
+from services.reward.filters import GroupItem, Judgement, WaitingItem
 from services.reward.scorers.base import Item, Verdict
 
 
@@ -28,18 +29,30 @@ class Result(NamedTuple):
     seconds: float
     failure: FailureKind | None = None
     reason: str = ""
+    judgement: Judgement | None = None
+    """Of a group instead of a verdict."""
+    preferred: list[int] | None = None
+    """Of waiting groups: the numbers of those that go first."""
 
 
 class Job:
-    """One item on its way through the pool. `on_result` is called once, from the event loop, unless it is cancelled."""
+    """One item or group on its way through the pool.
+
+    `on_result` is called once, from the event loop, unless the job is cancelled.
+    """
 
     __slots__ = ("cancelled", "item", "on_result", "reported")
 
-    def __init__(self, item: Item, on_result: Callable[[Result], None]) -> None:
+    def __init__(self, item: Item | GroupItem | WaitingItem, on_result: Callable[[Result], None]) -> None:
         self.item = item
         self.on_result = on_result
         self.cancelled = False
         self.reported = False
+
+    @property
+    def name(self) -> str:
+        """The id of its sample or group."""
+        return self.item[0]
 
     def report(self, result: Result) -> None:
         if not self.cancelled:

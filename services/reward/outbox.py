@@ -63,10 +63,11 @@ class Outbox:
 
     async def flush(self) -> None:
         """Sends everything. Raises UnavailableError, and keeps what the buffer has not answered for."""
-        while self._completed:
-            await self._send_completed(self._completed[: self._samples_per_rpc])
-        while self._released:
-            await self._send_released(self._released[: self._samples_per_rpc])
+        while self._completed or self._released:
+            if self._completed:
+                await self._send_completed(self._completed[: self._samples_per_rpc])
+            else:
+                await self._send_released(self._released[: self._samples_per_rpc])
         self._filled.clear()
 
     async def _send_completed(self, samples: list[pb.CompletedSample]) -> None:

@@ -17,6 +17,7 @@ import structlog
 
 from services.common.errors import PolyheadError
 from services.reward.child import Child
+from services.reward.filters import GroupItem, Judgement, WaitingItem
 from services.reward.jobs import FailureKind, Job, Result
 from services.reward.scorers.base import Item, Verdict
 from services.reward.settings import ScorerSettings
@@ -59,6 +60,26 @@ class ScorerPool:
         self._why_unavailable = "the pool is not running"
         self.available = asyncio.Event()
         """Set while at least one process is running."""
+
+    @property
+    def judges(self) -> bool:
+        """Whether its processes have a filter for groups."""
+        return bool(self._settings.filter)
+
+    @property
+    def orders_partials(self) -> bool:
+        """Whether its processes have a filter for the groups that wait unfinished."""
+        return bool(self._settings.buffer_filter)
+
+    async def prefer(self, waiting: WaitingItem) -> Result:
+        """Asks the buffer filter."""
+        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        job = Job(waiting, done.set_result)
+        self.submit([job])
+        try:
+            return await done
+        finally:
+            job.cancelled = True
 
     @property
     def scorer(self) -> str:
@@ -148,11 +169,17 @@ class ScorerPool:
 
     def _on_frames(self, slot: _Slot, frames: list[list[Any]]) -> None:
         slot.progress_at = asyncio.get_running_loop().time()
-        for reward, parts, reason, seconds in frames:
+        for value, parts, reason, seconds in frames:
             self._note(seconds)
-            failure = FailureKind.RAISED if reward is None else None
-            verdict = None if reward is None else Verdict(reward, parts)
-            slot.jobs.popleft().report(Result(verdict, seconds, failure, reason))
+            job = slot.jobs.popleft()
+            if value is None:
+                job.report(Result(None, seconds, FailureKind.RAISED, reason))
+            elif isinstance(job.item, GroupItem):
+                job.report(Result(None, seconds, judgement=Judgement(*value)))
+            elif isinstance(job.item, WaitingItem):
+                job.report(Result(None, seconds, preferred=value))
+            else:
+                job.report(Result(Verdict(value, parts), seconds))
         self._dispatch(slot)
         if slot.child is not None and self._window() > 1:
             slot.child.rest(GATHER_S)
@@ -197,7 +224,7 @@ class ScorerPool:
         slot.jobs.clear()
         self._queue.extendleft(reversed(rest))
         if blamed is not None and unanswered:
-            log.warning("scorer_process_lost", sample_id=blamed.item.sample_id, timed_out=timed_out, how=how)
+            log.warning("scorer_process_lost", item=blamed.name, timed_out=timed_out, how=how)
             blamed.report(self._timeout() if timed_out else self._death(how))
         for other in self._slots:
             self._dispatch(other)

@@ -1,8 +1,8 @@
 """One process of the pool: ``python -m services.reward.pool_process FD PARENT``.
 
-It answers on a socket it inherits. Frames are msgpack: first the settings, answered with ``[true, ""]`` or
-``[false, reason]``; then lists of items, each item answered as soon as it is scored and before the next one begins,
-so that the parent always knows which item this process is on.
+It answers on a socket it inherits. Frames are msgpack: first the settings, answered with ``["", ""]`` or
+``[reason, field]``; then lists of items to score and groups to judge, each answered as soon as it is done and before
+the next one begins, so that the parent always knows which one this process is on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +20,11 @@ from typing import Any
 import msgpack
 
 from services.common.process import die_with_parent
+from services.reward.filters import FIELD, GroupFilter, GroupItem, WaitingItem
 from services.reward.scorers import build
 from services.reward.scorers.base import Item, SampleError, Scorer
 
+Plugin = Callable[[Any], Any]
 _CHUNK = 1 << 18
 _MAX_REASON = 500
 
@@ -34,10 +37,16 @@ def main() -> None:
         # A process that a user's function starts must not hold the connection open after this one has died.
         connection.set_inheritable(False)
         frames = _frames(connection)
-        scorer = _load(connection, next(frames))
+        scorer, judge, prefer = _load(connection, next(frames))
         for items in frames:
             for item in items:
-                connection.sendall(_pack(_answer(scorer, Item(*item))))
+                if len(item) == len(GroupItem._fields):
+                    call: Callable[[], tuple[Any, Any]] = partial(_plugin, judge, GroupItem(*item))
+                elif len(item) == len(WaitingItem._fields):
+                    call = partial(_plugin, prefer, WaitingItem(*item))
+                else:
+                    call = partial(_score, scorer, Item(*item))
+                connection.sendall(_pack(_answer(call)))
 
 
 def _frames(connection: socket.socket) -> Iterator[Any]:
@@ -48,26 +57,49 @@ def _frames(connection: socket.socket) -> Iterator[Any]:
         yield from unpacker
 
 
-def _load(connection: socket.socket, settings: dict[str, Any]) -> Scorer:
+def _load(connection: socket.socket, settings: dict[str, Any]) -> tuple[Scorer, Plugin | None, Plugin | None]:
+    paths, args = settings["paths"], settings["args"]
+    search = [Path(path) for path in paths]
+    field = "reward.scorer"
     try:
-        scorer = build(settings["name"], paths=settings["paths"], args=settings["args"])
+        scorer = build(settings["name"], paths=paths, args=args)
+        field = FIELD
+        judge = GroupFilter(settings["filter"], search, args) if settings["filter"] else None
+        field = "reward.buffer_filter"
+        prefer = _buffer_filter(settings, search) if settings["buffer_filter"] else None
     except BaseException as error:  # user code runs here, and may even call sys.exit
-        connection.sendall(_pack([False, _one_line(getattr(error, "reason", None) or _describe(error))]))
+        connection.sendall(_pack([_one_line(getattr(error, "reason", None) or _describe(error)), field]))
         raise SystemExit(0) from None
-    connection.sendall(_pack([True, ""]))
-    return scorer
+    connection.sendall(_pack(["", ""]))
+    return scorer, judge, prefer
 
 
-def _answer(scorer: Scorer, item: Item) -> list[Any]:
-    """``[reward, parts, "", seconds]``, or ``[None, None, reason, seconds]``."""
+def _buffer_filter(settings: dict[str, Any], search: list[Path]) -> Plugin:
+    from services.reward.waiting import BufferFilter  # brings gRPC in, which no other plugin needs
+
+    return BufferFilter(settings["buffer_filter"], search, settings["args"], settings["buffer_address"])
+
+
+def _score(scorer: Scorer, item: Item) -> tuple[float, dict[str, float]]:
+    return scorer(item)
+
+
+def _plugin(plugin: Plugin | None, item: Any) -> tuple[Any, None]:
+    if plugin is None:
+        raise SampleError("this process has no such filter")
+    return plugin(item), None
+
+
+def _answer(call: Callable[[], tuple[Any, Any]]) -> list[Any]:
+    """``[reward, parts, "", seconds]``, ``[answer, None, "", seconds]``, or ``[None, None, reason, seconds]``."""
     begun = time.perf_counter()
     try:
-        verdict = scorer(item)
+        value, parts = call()
     except SampleError as error:
         return [None, None, _one_line(str(error)), time.perf_counter() - begun]
     except BaseException as error:  # a scorer may raise anything, SystemExit included
         return [None, None, _one_line(_describe(error)), time.perf_counter() - begun]
-    return [verdict.reward, verdict.parts, "", time.perf_counter() - begun]
+    return [value, parts, "", time.perf_counter() - begun]
 
 
 def _pack(frame: list[Any]) -> bytes:

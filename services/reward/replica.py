@@ -16,6 +16,7 @@ from services.common.errors import UnavailableError
 from services.common.lifecycle import Process
 from services.common.registration import keep_registered
 from services.reward.pool import ScorerPool
+from services.reward.preference import keep_preferring
 from services.reward.service import FULL_NAME, RewardServicer
 from services.reward.settings import scorer_settings
 from services.reward.stats import Stats
@@ -42,7 +43,10 @@ async def serve(config: Config, process: Process) -> None:
         heartbeat = asyncio.create_task(keep_registered(buffer, describe, changed, HEARTBEAT_S))
         stopping = asyncio.create_task(_announce(process.stop, changed, server))
         puller = asyncio.create_task(Puller(buffer, pool, process.replica_id, config, stats).run(process.stop))
-        tasks = (puller, heartbeat)
+        batch = config.batch
+        groups = batch.over_sampling_batch_size or batch.rollout_batch_size
+        preferring = asyncio.create_task(keep_preferring(buffer, pool, stats, groups))
+        tasks = (puller, heartbeat, preferring)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:

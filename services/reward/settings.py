@@ -15,6 +15,11 @@ class ScorerSettings:
     name: str
     paths: list[str]
     args: dict[str, Any]
+    filter: str = ""
+    """The dotted path of the dynamic-sampling filter; empty without one of the user's."""
+    buffer_filter: str = ""
+    buffer_address: str = ""
+    """Where the buffer filter's samples fetch their tokens."""
 
 
 def scorer_settings(config: Config) -> ScorerSettings:
@@ -30,10 +35,14 @@ def scorer_settings(config: Config) -> ScorerSettings:
         "num_rollout": config.run.num_rollout,
         "rollout_batch_size": config.batch.rollout_batch_size,
         "n_samples_per_prompt": config.batch.n_samples_per_prompt,
+        "over_sampling_batch_size": config.batch.over_sampling_batch_size or config.batch.rollout_batch_size,
         "global_batch_size": config.batch.global_batch_size,
         "rollout_temperature": sampling.temperature,
         "rollout_top_p": sampling.top_p,
         "rollout_top_k": sampling.top_k,
         "rollout_max_response_len": sampling.max_response_len,
     }
-    return ScorerSettings(config.reward.scorer, [str(path) for path in config.plugins.paths], args)
+    paths = [str(path) for path in config.plugins.paths]
+    return ScorerSettings(
+        config.reward.scorer, paths, args, config.batch.user_filter, config.reward.buffer_filter, config.buffer.address
+    )

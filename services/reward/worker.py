@@ -16,7 +16,7 @@ from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import LimitError, PolyheadError, UnavailableError
-from services.reward.items import item_of_sample
+from services.reward.items import item_of_group, item_of_sample
 from services.reward.jobs import FailureKind, Job, Result
 from services.reward.outbox import RETRY_S, Outbox
 from services.reward.pool import ScorerPool
@@ -48,7 +48,8 @@ class Puller:
         self._samples_per_rpc = limits.samples_per_rpc
         self._gather_s = GATHER_S if config.staleness.max_staleness else SYNC_GATHER_S
         self._lease_ttl_s = config.buffer.lease_ttl_s
-        self._leased: dict[int, Job] = {}
+        self._leased: dict[int, tuple[str, Job]] = {}
+        """By lease: its sample, and the job, which the samples of a group that is judged share."""
         self._settled = asyncio.Event()
         self._has_leased = asyncio.Event()
         self._outbox = Outbox(buffer, replica_id, samples_per_rpc=limits.samples_per_rpc, on_settled=self._forget)
@@ -89,6 +90,8 @@ class Puller:
                 await asyncio.sleep(RETRY_S)
                 continue
             self._lease_ttl_s = response.lease_ttl.ToNanoseconds() / 1e9 or self._lease_ttl_s
+            for group in response.groups:
+                await self._complete_payloads(group)
             taken = self._take(response)
             if 0 < taken < room:
                 await asyncio.sleep(self._gather_s)
@@ -106,6 +109,9 @@ class Puller:
         """Hands what was leased to the pool. Returns how many samples were leased."""
         jobs: list[Job] = []
         for group in response.groups:
+            if group.judge:
+                jobs += self._take_group(group)
+                continue
             for leased in group.samples:
                 try:
                     sample = sample_pb2.Sample.FromString(leased.sample)
@@ -115,13 +121,64 @@ class Puller:
                     )
                     continue
                 job = Job(item_of_sample(sample, group), partial(self._on_result, leased))
-                self._leased[leased.lease_id] = job
+                self._leased[leased.lease_id] = (leased.sample_id, job)
                 jobs.append(job)
         self._pool.submit(jobs)
         taken = sum(len(group.samples) for group in response.groups)
         if taken:
             self._has_leased.set()
         return taken
+
+    async def _complete_payloads(self, group: pb.LeasedGroup) -> None:
+        """Fetches what a big group, leased whole, came without. On failure it stays without."""
+        for leased in group.samples:
+            if group.judge and not leased.sample:
+                try:
+                    response = await self._buffer.fetch([leased.sample_id])
+                except PolyheadError as error:
+                    log.warning("fetch_failing", sample_id=leased.sample_id, reason=str(error))
+                    return
+                leased.sample = response.samples[0].sample
+
+    def _take_group(self, group: pb.LeasedGroup) -> list[Job]:
+        """The job of judging a group; none when that is settled at once."""
+        if not self._pool.judges:
+            self._settle_group(group, pb.GROUP_VERDICT_KEEP)
+            return []
+        if not all(leased.sample for leased in group.samples):
+            self._give_back_group(group, "its samples could not be fetched")
+            return []
+        job = Job(item_of_group(group), partial(self._on_judged, group))
+        for leased in group.samples:
+            self._leased[leased.lease_id] = (leased.sample_id, job)
+        return [job]
+
+    def _on_judged(self, group: pb.LeasedGroup, result: Result) -> None:
+        self._stats.count_judged(result)
+        if result.failure is FailureKind.UNAVAILABLE:
+            self._give_back_group(group, result.reason)
+        elif result.judgement is None:
+            # A filter only chooses: without its word nothing speaks against the group.
+            log.warning("filter_failed", group_id=group.group_id, why=result.failure, reason=result.reason)
+            self._settle_group(group, pb.GROUP_VERDICT_FILTER_FAILED)
+        elif result.judgement.keep:
+            self._settle_group(group, pb.GROUP_VERDICT_KEEP)
+        elif result.judgement.keep_when_insufficient:
+            self._settle_group(group, pb.GROUP_VERDICT_KEEP_IF_INSUFFICIENT, result.judgement.reason)
+        else:
+            self._settle_group(group, pb.GROUP_VERDICT_DROP, result.judgement.reason)
+
+    def _settle_group(self, group: pb.LeasedGroup, verdict: pb.GroupVerdict, reason: str = "") -> None:
+        for leased in group.samples:
+            self._outbox.complete(
+                pb.CompletedSample(
+                    sample_id=leased.sample_id, lease_id=leased.lease_id, verdict=verdict, verdict_reason=reason
+                )
+            )
+
+    def _give_back_group(self, group: pb.LeasedGroup, reason: str) -> None:
+        for leased in group.samples:
+            self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_UNAVAILABLE, reason)
 
     def _on_result(self, leased: pb.LeasedSample, result: Result) -> None:
         self._stats.count(result)
@@ -156,14 +213,14 @@ class Puller:
             for start in range(0, len(held), self._samples_per_rpc):
                 await self._extend(held[start : start + self._samples_per_rpc])
 
-    async def _extend(self, held: list[tuple[int, Job]]) -> None:
-        request = [pb.ExtendedSample(sample_id=job.item.sample_id, lease_id=lease_id) for lease_id, job in held]
+    async def _extend(self, held: list[tuple[int, tuple[str, Job]]]) -> None:
+        request = [pb.ExtendedSample(sample_id=sample_id, lease_id=lease_id) for lease_id, (sample_id, _) in held]
         try:
             response = await self._buffer.extend(self._replica_id, request)
         except PolyheadError as error:
             log.warning("heartbeat_failing", reason=str(error))
             return
-        for (lease_id, job), result in zip(held, response.results, strict=True):
+        for (lease_id, (_, job)), result in zip(held, response.results, strict=True):
             if result.outcome in (pb.OUTCOME_LEASE_LOST, pb.OUTCOME_GONE) and lease_id in self._leased:
                 log.info("lease_lost", sample_id=result.sample_id)
                 job.cancelled = True
@@ -171,10 +228,10 @@ class Puller:
 
     async def _drain(self) -> None:
         await self._wait_until_settled()
-        unfinished = [(lease_id, job) for lease_id, job in self._leased.items() if not job.reported]
-        for lease_id, job in unfinished:
+        unfinished = [(lease_id, *held) for lease_id, held in self._leased.items() if not held[1].reported]
+        for lease_id, sample_id, job in unfinished:
             job.cancelled = True
-            self._give_back(job.item.sample_id, lease_id, pb.RELEASE_REASON_DRAIN, "the replica is leaving")
+            self._give_back(sample_id, lease_id, pb.RELEASE_REASON_DRAIN, "the replica is leaving")
         if self._leased:
             await self._wait_until_settled()
         log.info("drained", given_back=len(unfinished), left_behind=len(self._leased))

@@ -55,6 +55,7 @@ def _optimizer_step(backend: TorchBackend, samples: Sequence[TrainSample], clock
         advantages,
         clock,
         mask_above=mask_above(config),
+        mask_offpolicy=config.staleness.mask_offpolicy,
         reduction=algorithm.loss_reduction,
         max_tokens=config.trainer.max_tokens_per_gpu,
     )

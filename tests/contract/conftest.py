@@ -1,17 +1,25 @@
-"""Real engines, started once for all tests that ask for the same one."""
+"""What several contract suites share: real engines, and the stores that the buffer's suites hold to their promises."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from services.buffer.memory_store import MemoryStore
+from services.buffer.redis_store import RedisStore
+from services.buffer.store import Store
+from tests.kit import valkey
+from tests.kit.buffer_driver import Driver, params
 from tests.kit.engine_process import CONTEXT, STARTS, STREAM_INTERVAL, EngineApi, EngineProcess
 from tests.kit.hf_reference import load_reference
 from tests.kit.tiny_model import build_tiny_qwen3
+
+Start = Callable[..., Awaitable[Driver]]
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +56,35 @@ async def api(engine: EngineProcess) -> AsyncIterator[EngineApi]:
         if info["weight_version"] != "default":
             restore = {"model_path": str(engine.model_path), "weight_version": "default", "flush_cache": False}
             await api.ok("/update_weights_from_disk", restore)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[valkey.Valkey]:
+    with valkey.running() as started:
+        yield started
+
+
+_runs = itertools.count()
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    if request.param == "memory":
+        yield MemoryStore()
+        return
+    opened = RedisStore(request.getfixturevalue("server").url, run_name=f"run-{next(_runs)}")
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def start(store: Store) -> Start:
+    """Opens the store with changed parameters and brings a trainer up."""
+
+    async def started(**changes: object) -> Driver:
+        await store.open(params(**changes))
+        driver = Driver(store)
+        await driver.start()
+        return driver
+
+    return started

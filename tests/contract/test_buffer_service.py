@@ -448,11 +448,16 @@ async def test_every_request_names_what_is_wrong_with_it(client: BufferClient) -
     )
     delta = sample_pb2.TokenDelta(from_token=0, token_ids=wire.encode_tokens([1]), rollout_logprobs=b"")
     garbage = pb.CompletedSample(sample_id=good.sample_id, lease_id=1, sample=b"\xff\xff")
+    both = pb.CompletedSample(
+        sample_id=good.sample_id, lease_id=1, score=sample_pb2.Score(reward=1.0), verdict=pb.GROUP_VERDICT_KEEP
+    )
     calls = {
         "samples[0].sample": client.complete(GENERATE, "r", [swapped]),
         "samples[1].sample": client.complete(GENERATE, "r", [good, garbage]),
         "samples[0].score": client.complete(SCORE, "s", [unscored]),
         "samples[0].score.reward": client.complete(SCORE, "s", [infinite]),
+        "samples[0].verdict": client.complete(SCORE, "s", [both]),
+        "group_ids[1]": client.prefer_groups(["g00000000", "g1"]),
         "stage": client.complete(TRAIN, "t", []),
         "samples[0].sample_id": client.extend("r", [pb.ExtendedSample(sample_id="../x", lease_id=1)]),
         "samples[0].lease_id": client.extend("r", [pb.ExtendedSample(sample_id=good.sample_id)]),
@@ -677,7 +682,7 @@ async def test_a_store_that_refuses_writes_is_unavailable(config: Config) -> Non
     ("settings", "words"),
     [
         ({"appendfsync": "always"}, []),
-        ({"appendfsync": "everysec"}, ["loses the last acknowledged second"]),
+        ({"appendfsync": "everysec"}, ["loses up to two seconds of acknowledged work"]),
         ({"appendonly": "no"}, ["appendonly is off"]),
     ],
 )

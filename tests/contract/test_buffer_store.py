@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -12,7 +11,6 @@ from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.buffer import partials, policy, redis_store
 from services.buffer.ids import SampleRef
-from services.buffer.memory_store import MemoryStore
 from services.buffer.records import (
     Extension,
     Generated,
@@ -23,47 +21,13 @@ from services.buffer.records import (
     Waiting,
     WatermarkRecord,
 )
-from services.buffer.redis_store import RedisStore
 from services.buffer.store import Store
 from services.common.errors import ConfigError, FencedError, PreconditionError
 from services.common.versions import Version
-from tests.kit import valkey
 from tests.kit.buffer_driver import Driver, orders, outcomes, params, refs, released
 
 Start = Callable[..., Awaitable[Driver]]
 TTL_MS = 30
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[valkey.Valkey]:
-    with valkey.running() as started:
-        yield started
-
-
-_runs = itertools.count()
-
-
-@pytest.fixture(params=["memory", "redis"])
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
-    if request.param == "memory":
-        yield MemoryStore()
-        return
-    opened = RedisStore(request.getfixturevalue("server").url, run_name=f"run-{next(_runs)}")
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
-def start(store: Store) -> Start:
-    """Opens the store with changed parameters and brings a trainer up."""
-
-    async def started(**changes: object) -> Driver:
-        await store.open(params(**changes))
-        driver = Driver(store)
-        await driver.start()
-        return driver
-
-    return started
 
 
 # The run
@@ -899,6 +863,6 @@ async def test_lengths_are_summed_by_state(start: Start, store: Store) -> None:
 
 
 async def test_a_run_record_holds_every_parameter(store: Store) -> None:
-    changed = RunParams(3, 2, 5, 1, 4, "drop", True, 9, 1234, "d9", 3)
+    changed = RunParams(3, 2, 5, 1, 4, "drop", True, True, True, 6, 9, 1234, "d9", 3)
     await store.open(changed)
     assert (await store.ledger(admit=True)).live_groups_limit == 26

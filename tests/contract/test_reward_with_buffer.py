@@ -43,7 +43,7 @@ class Rig:
         """Submits one group for every GROUP completions, and completes their generation."""
         groups = len(completions) // GROUP
         prompts = [sample_pb2.Prompt(text="What?", label="42", metadata_json='{"difficulty": 2}')] * groups
-        await self.client.submit(f"request-{completions}", prompts)
+        await self.client.submit(f"request-{completions}"[:128], prompts)
         leased = await self.client.lease(
             sample_pb2.STAGE_GENERATE,
             "rollout-0.t",
@@ -101,14 +101,29 @@ def _generated(group: pb.LeasedGroup, sample: pb.LeasedSample, completion: str, 
     )
 
 
+BUFFER_FILTERS = ("reward_functions:newest_first", "reward_functions:cannot_choose")
+
+
 @pytest.fixture
-async def rig() -> AsyncIterator[Rig]:
+async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    """The parameter, if there is one, is the run's filter; then rewards alternate."""
+    judge = getattr(request, "param", "none")
+    judge, buffer_filter = ("none", judge) if judge in BUFFER_FILTERS else (judge, "")
     address = f"127.0.0.1:{free_port()}"
     config = Config.model_validate(
         {
-            "batch": {"rollout_batch_size": 2, "n_samples_per_prompt": GROUP},
+            "batch": {
+                "rollout_batch_size": 2,
+                "n_samples_per_prompt": GROUP,
+                "dynamic_sampling_filter": judge,
+                "max_refill_rounds": 1,
+            },
             "buffer": {"address": address, "max_attempts": 2, "lease_ttl_s": 1.0},
-            "reward": {"scorer": BY_ORDER, "score_timeout_s": 0.5},
+            "reward": {
+                "scorer": BY_ORDER if judge == "none" else "reward_functions:alternates",
+                "score_timeout_s": 0.5,
+                "buffer_filter": buffer_filter,
+            },
             "plugins": {"paths": [str(KIT)]},
         }
     )
@@ -174,3 +189,96 @@ async def test_the_registry_knows_the_replica(rig: Rig) -> None:
         while not (replicas := await rig.client.list_replicas(pb.ROLE_REWARD)):
             await asyncio.sleep(0.02)
     assert (replicas[0].replica_id, replicas[0].state) == ("reward-0.t", pb.REPLICA_STATE_SERVING)
+
+
+FILTER = pytest.mark.parametrize("rig", ["reward_functions:keeps_by_label"], indirect=True)
+FILTERED = sample_pb2.DROP_REASON_FILTERED
+
+
+@FILTER
+async def test_a_filter_keeps_and_drops_whole_groups_by_both_forms_of_result(rig: Rig) -> None:
+    await rig.generate(*["bool"] * GROUP, *["same"] * GROUP, *["spread"] * GROUP)
+    await rig.until({READY: 8, sample_pb2.SAMPLE_STATE_DROPPED: 4})
+    ledger = await rig.client.get_ledger()
+    assert {count.drop_reason for count in ledger.counts if count.drop_reason} == {FILTERED}
+    assert (ledger.counters["filter.kept"], ledger.counters["filter.drop_unnamed"]) == (2, 1)
+
+
+@FILTER
+async def test_a_filter_that_fails_keeps_its_group_and_is_counted(rig: Rig) -> None:
+    words = ["raise", "none", "hang", "die"]
+    await rig.generate(*(word for word in words for _ in range(GROUP)))
+    await rig.until({READY: 16})
+    assert (await rig.client.get_ledger()).counters["filter.failed"] == len(words)
+    async with asyncio.timeout(10):
+        while True:
+            [replica] = await rig.client.list_replicas(pb.ROLE_REWARD)
+            if replica.stats["filter_failures"] == len(words):
+                return
+            await asyncio.sleep(0.05)
+
+
+@FILTER
+async def test_what_a_filter_would_rather_not_have_is_kept_when_nothing_else_comes(rig: Rig) -> None:
+    await rig.generate(*["rather not"] * 2 * GROUP)
+    await rig.until({sample_pb2.SAMPLE_STATE_DROPPED: 8})
+    await rig.generate(*["rather not"] * GROUP)
+    await rig.until({sample_pb2.SAMPLE_STATE_DROPPED: 8, READY: 4})
+    assert (await rig.client.get_ledger()).counters["filter.drop_rather"] == 2
+
+
+@pytest.mark.parametrize("rig", ["reward_functions.keeps_later"], indirect=True)
+async def test_an_async_filter_sees_parts_of_the_reward(rig: Rig) -> None:
+    await rig.generate(*["ok"] * GROUP)
+    await rig.until({READY: 4})
+    assert (await rig.client.get_ledger()).counters["filter.kept"] == 1
+
+
+async def interrupt(rig: Rig, groups: int) -> None:
+    """Groups whose generation is begun and given back."""
+    await rig.client.submit("interrupted", [sample_pb2.Prompt(text="What?")] * groups)
+    work = await rig.client.lease(
+        sample_pb2.STAGE_GENERATE, "rollout-0.t", max_samples=groups * GROUP, wait_s=5, weight_version=rig.version
+    )
+    span = sample_pb2.WeightVersionSpan(version=rig.version.to_proto(), start=0, end=1)
+    delta = sample_pb2.TokenDelta(
+        token_ids=wire.encode_tokens([5]), rollout_logprobs=wire.encode_logprobs([-1]), spans=[span]
+    )
+    held = [(each.sample_id, each.lease_id) for group in work.groups for each in group.samples]
+    rows = [pb.ExtendedSample(sample_id=sample_id, lease_id=lease, delta=delta) for sample_id, lease in held]
+    await rig.client.extend("rollout-0.t", rows)
+    back = [
+        pb.ReleasedSample(sample_id=sample_id, lease_id=lease, reason=pb.RELEASE_REASON_DRAIN)
+        for sample_id, lease in held
+    ]
+    await rig.client.release(sample_pb2.STAGE_GENERATE, "rollout-0.t", back)
+
+
+async def first_leased(rig: Rig) -> int:
+    work = await rig.client.lease(
+        sample_pb2.STAGE_GENERATE, "rollout-1.t", max_samples=1, wait_s=5, weight_version=rig.version
+    )
+    sample = work.groups[0].samples[0]
+    back = pb.ReleasedSample(sample_id=sample.sample_id, lease_id=sample.lease_id, reason=pb.RELEASE_REASON_DRAIN)
+    await rig.client.release(sample_pb2.STAGE_GENERATE, "rollout-1.t", [back])
+    return work.groups[0].order
+
+
+@pytest.mark.parametrize("rig", ["reward_functions:newest_first"], indirect=True)
+async def test_a_buffer_filter_says_which_partial_groups_go_first(rig: Rig) -> None:
+    await interrupt(rig, 4)
+    async with asyncio.timeout(20):
+        while await first_leased(rig) != 3:
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("rig", ["reward_functions:cannot_choose"], indirect=True)
+async def test_a_buffer_filter_that_raises_leaves_the_oldest_first_and_is_counted(rig: Rig) -> None:
+    await interrupt(rig, 2)
+    async with asyncio.timeout(20):
+        while True:
+            replicas = await rig.client.list_replicas(pb.ROLE_REWARD)
+            if replicas and replicas[0].stats["buffer_filter_failures"] > 0:
+                break
+            await asyncio.sleep(0.05)
+    assert await first_leased(rig) == 0

@@ -75,6 +75,52 @@ def sees(args: Any, sample: Any, **kwargs: Any) -> dict[str, float]:
     }
 
 
+def keeps_by_label(args: Any, group: list[Any]) -> Any:
+    """A filter that does what the first sample's completion says."""
+    rewards = [sample.get_reward_value(args) for sample in group]
+    word = group[0].response
+    if word == "spread":
+        return SimpleNamespace(keep=bool(np.std(rewards) > 0), reason="no_spread", keep_when_insufficient=False)
+    if word == "rather not":
+        return SimpleNamespace(keep=False, reason="rather", keep_when_insufficient=True)
+    if word == "hang":
+        while True:
+            pass
+    if word == "raise":
+        raise ValueError("cannot judge")
+    if word == "none":
+        return None
+    if word == "die":
+        os._exit(7)
+    return np.mean(rewards) > 0.5
+
+
+async def keeps_later(args: Any, group: list[Any]) -> bool:
+    await asyncio.sleep(0)
+    return len(group) == args.n_samples_per_prompt and group[0].reward["acc"] == 1.0
+
+
+def alternates(args: Any, sample: Any, **kwargs: Any) -> dict[str, float]:
+    """0 and 1 in turn, unless the completion is "same"."""
+    return {"score": 1.0 if sample.response == "same" else float(sample.index % 2), "acc": 1.0}
+
+
+def newest_first(args: Any, rollout_id: Any, buffer: list[list[Any]], num_samples: int) -> list[list[Any]]:
+    """A buffer filter; like slime's, it takes what it returns out of the buffer."""
+    assert rollout_id is None
+    assert buffer[0][0].status == "aborted"
+    assert buffer[0][0].metadata["start_rollout_id"] == 0
+    assert buffer[0][0].tokens == [5]
+    chosen = sorted(buffer, key=lambda group: -group[0].group_index)[:num_samples]
+    for group in chosen:
+        buffer.remove(group)
+    return chosen
+
+
+def cannot_choose(args: Any, rollout_id: Any, buffer: list[list[Any]], num_samples: int) -> list[list[Any]]:
+    raise ValueError("cannot choose")
+
+
 def takes_nothing() -> float:
     """Does not fit slime's signature."""
     return time.time()

@@ -59,6 +59,8 @@ class Simulation:
     batch_groups: int
     limit: int
     on_stale: str
+    rewards: tuple[float, ...] = (0.0, 1.0)
+    verdicts: tuple[int, ...] = (pb.GROUP_VERDICT_KEEP,)
     forks: dict[int, int] = field(default_factory=dict)
     running: list[Running] = field(default_factory=list)
     tokens: dict[SampleRef, set[Version]] = field(default_factory=dict)
@@ -104,12 +106,20 @@ class Simulation:
 
     async def score(self) -> None:
         lease = await self.driver.store.lease_score("s", self.rng.randint(1, 8), payload=False)
-        scores = [Scored(ref, lease_id, self.rng.choice([0.0, 1.0]), b"") for ref, lease_id in refs(lease)]
+        scores = [
+            Scored(SampleRef(group.order, each.index), each.lease_id, self.rng.choice(self.rewards), b"", verdict)
+            for group in lease.groups
+            for verdict in [self.rng.choice(self.verdicts) if group.judge else 0]
+            for each in group.samples
+        ]
         await self.driver.store.complete_score(scores)
 
     async def train(self) -> None:
         lease = await self.driver.store.lease_train(self.driver.epoch, self.step + 1, payload=False)
         if not lease.groups:
+            if self.published < self.step:  # a push that was late
+                await self.driver.publish(self.step)
+                self.published = self.step
             return
         self.step += 1
         self.check_batch(lease)
@@ -162,7 +172,7 @@ async def test_bounds_hold_and_the_run_ends(store: Store, on_stale: str, max_sta
     driver = Driver(store)
     await driver.start()
     limit = (max_staleness + 1) * 3
-    await Simulation(driver, random.Random(seed), max_staleness, 3, limit, on_stale, {}).run()
+    await Simulation(driver, random.Random(seed), max_staleness, 3, limit, on_stale).run()
 
 
 async def test_the_bound_alone_holds_over_many_seeds() -> None:
@@ -171,4 +181,28 @@ async def test_the_bound_alone_holds_over_many_seeds() -> None:
         await memory.open(params(max_staleness=2, batch_groups=2, drop_zero_variance=True))
         driver = Driver(memory)
         await driver.start()
-        await Simulation(driver, random.Random(seed), 2, 2, 6, "wait", {}).run()
+        await Simulation(driver, random.Random(seed), 2, 2, 6, "wait").run()
+
+
+REJECTED = (pb.GROUP_VERDICT_KEEP_IF_INSUFFICIENT, pb.GROUP_VERDICT_DROP)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "verdicts", "settings"),
+    [
+        ((0.0, 1.0), (), {"drop_zero_variance": True}),
+        ((0.0, 1.0), (pb.GROUP_VERDICT_KEEP, *REJECTED), {"judged": True}),
+        ((1.0,), REJECTED, {"judged": True, "refill_groups": 6}),
+        ((1.0,), (), {"drop_zero_variance": True, "zero_variance_fallback": True, "refill_groups": 6}),
+    ],
+    ids=["nonzero_std", "filter", "all_rejected", "all_without_variance"],
+)
+@pytest.mark.parametrize("max_staleness", [0, 2])
+async def test_over_sampling_with_a_filter_moves(
+    store: Store, max_staleness: int, rewards: tuple[float, ...], verdicts: tuple[int, ...], settings: dict[str, object]
+) -> None:
+    await store.open(params(max_staleness=max_staleness, batch_groups=2, surplus_groups=2, **settings))
+    driver = Driver(store)
+    await driver.start()
+    limit = (max_staleness + 1) * 2 + 2
+    await Simulation(driver, random.Random(5), max_staleness, 2, limit, "wait", rewards, verdicts).run()

@@ -17,7 +17,18 @@ from polyhead.v1 import sample_pb2
 from services.buffer import partials
 from services.buffer.ids import SampleRef
 from services.buffer.memory_store import MemoryStore
-from services.buffer.records import Extension, Generated, IssuedPrompt, Lease, Released, Scored, WatermarkRecord
+from services.buffer.records import (
+    Extension,
+    Generated,
+    ImportedGroup,
+    ImportedSample,
+    IssuedPrompt,
+    Lease,
+    Page,
+    Released,
+    Scored,
+    WatermarkRecord,
+)
 from services.buffer.redis_store import RedisStore
 from services.buffer.store import UNBOUNDED, Store
 from services.common.errors import PolyheadError
@@ -30,13 +41,15 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 WEIGHTED = (
     ["round"] * 10
     + ["generate", "extend", "complete_generate", "score", "complete_score", "release", "work", "train"] * 2
-    + ["submit", "lease_train", "publish", "restart_trainer", "store_falls_behind", "checkpoint", "expire", "fetch"]
+    + ["submit", "prefer", "lease_train", "publish", "restart_trainer", "store_falls_behind", "checkpoint"]
+    + ["expire", "fetch", "list_samples", "requeue", "requeue", "import_groups"]
 )
 REWARDS = st.sampled_from([0.0, 1.0, 0.1])
 # A request that is often the one before, and bounds that prompts, partials and payloads of a few bytes reach.
 ASKS = st.fixed_dictionaries(
     {"request_id": st.sampled_from(["", "a", "b"]), "max_bytes": st.sampled_from([UNBOUNDED, UNBOUNDED, 1, 6, 12])}
 )
+VERDICTS = st.sampled_from([0, 0, 0, *pb.GroupVerdict.values()])
 DROPS = st.sampled_from([sample_pb2.DROP_REASON_FILTERED, sample_pb2.DROP_REASON_STALE])
 REASONS = st.sampled_from(
     [pb.RELEASE_REASON_DRAIN, pb.RELEASE_REASON_SAMPLE_ERROR, pb.RELEASE_REASON_FATAL, pb.RELEASE_REASON_DROP]
@@ -79,9 +92,20 @@ class TwoStores(RuleBasedStateMachine):
         on_stale=st.sampled_from(["wait", "mask", "drop"]),
         zero_variance=st.booleans(),
         least=st.integers(1, 2),
-        surplus=st.integers(0, 1),
+        surplus=st.integers(0, 2),
+        judged=st.booleans(),
+        refill=st.sampled_from([0, 1, 2, 99]),
     )
-    def open(self, staleness: int, on_stale: str, zero_variance: bool, least: int, surplus: int) -> None:
+    def open(
+        self,
+        staleness: int,
+        on_stale: str,
+        zero_variance: bool,
+        least: int,
+        surplus: int,
+        judged: bool,
+        refill: int,
+    ) -> None:
         params = replace(
             PARAMS,
             max_staleness=staleness,
@@ -89,6 +113,9 @@ class TwoStores(RuleBasedStateMachine):
             drop_zero_variance=zero_variance,
             min_group_size=least,
             surplus_groups=surplus,
+            judged=judged,
+            zero_variance_fallback=judged,
+            refill_groups=refill,
         )
         self.both(lambda store: store.open(params))
         self.new_trainer(0)
@@ -104,6 +131,7 @@ class TwoStores(RuleBasedStateMachine):
         ledger = self.both(lambda store: store.ledger(admit=True))
         if not isinstance(ledger, tuple):
             assert ledger.accepted == sum(each.samples for each in ledger.counts)
+        self.both(lambda store: store.referenced_blobs(["a", "b", "c"]))
 
     # Verbs
 
@@ -140,12 +168,20 @@ class TwoStores(RuleBasedStateMachine):
         low = max(0, self.published - draw(st.sampled_from([0, 0, 0, 1, 2])))
         versions = ((self.epoch, low, low + draw(st.integers(0, 2))),)
         tokens = draw(st.integers(0, 5))
-        rows = [Generated(ref, lease, 3, tokens, 1, versions, b"s%d" % lease) for ref, lease in self.some(draw, 1)]
+        blobs = draw(st.sampled_from([(), ("a",), ("a", "b")]))
+        rows = [
+            Generated(ref, lease, 3, tokens, 1, versions, b"s%d" % lease, blobs) for ref, lease in self.some(draw, 1)
+        ]
         self.both(lambda store: store.complete_generate(rows))
 
     def complete_score(self, draw: Draw) -> None:
-        rows = [Scored(ref, lease, draw(REWARDS), b"v") for ref, lease in self.some(draw, 2)]
+        rows = [Scored(ref, lease, draw(REWARDS), b"v", draw(VERDICTS), "r") for ref, lease in self.some(draw, 2)]
         self.both(lambda store: store.complete_score(rows))
+
+    def prefer(self, draw: Draw) -> None:
+        waiting = self.both(lambda store: store.partials(3))
+        chosen = draw(st.lists(st.sampled_from([99, *(group.order for group in waiting)]), max_size=4))
+        self.both(lambda store: store.prefer(chosen))
 
     def release(self, draw: Draw) -> None:
         stage, reason = draw(st.sampled_from([1, 2])), draw(REASONS)
@@ -161,8 +197,10 @@ class TwoStores(RuleBasedStateMachine):
             rows = [Generated(ref, lease, 4, 1, 1, at, b"s") for ref, lease in self.leases[1]]
             self.both(lambda store, rows=rows: store.complete_generate(rows))
             self.leases[2] += refs(self.both(lambda store: store.lease_score("s", 9, payload=False)))
-            scores = [Scored(ref, lease, float(ref.index), b"v") for ref, lease in self.leases[2]]
-            self.both(lambda store, scores=scores: store.complete_score(scores))
+            for verdict in (0, pb.GROUP_VERDICT_KEEP):
+                scores = [Scored(ref, lease, float(ref.index), b"v", verdict) for ref, lease in self.leases[2]]
+                self.both(lambda store, scores=scores: store.complete_score(scores))
+                self.leases[2] += refs(self.both(lambda store: store.lease_score("s", 9, payload=False)))
 
     def train(self, draw: Draw) -> None:
         step = self.step + draw(st.sampled_from([1, 1, 1, 1, 1, 0, 2]))
@@ -235,8 +273,33 @@ class TwoStores(RuleBasedStateMachine):
         self.loop.run_until_complete(_expire_all(self.redis))
 
     def fetch(self, draw: Draw) -> None:
-        wanted = [ref for ref, _ in self.leases[1][-12:]]
-        self.both(lambda store: store.fetch(wanted))
+        wanted, prompts = [ref for ref, _ in self.leases[1][-12:]], draw(st.booleans())
+        self.both(lambda store: store.fetch(wanted, prompts=prompts))
+
+    def list_samples(self, draw: Draw) -> None:
+        state, limit = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 11])), draw(st.sampled_from([1, 3, 100]))
+        start = draw(st.sampled_from([0, 0, 5]))
+        while True:
+            page = self.both(lambda store, start=start: _undated(store, state, start, limit))
+            if not page.following:
+                return
+            start = page.following
+
+    def requeue(self, draw: Draw) -> None:
+        dead = [each.ref for each in self.both(lambda store: _undated(store, 11, 0, 100)).samples]
+        known = [*dead[-6:], *(ref for ref, _ in self.leases[1][-4:]), SampleRef(0, 9), SampleRef(10**6, 0)]
+        wanted = draw(st.lists(st.sampled_from(known), min_size=1, max_size=4))
+        self.both(lambda store: store.requeue(wanted))
+
+    def import_groups(self, draw: Draw) -> None:
+        epoch = max(1, self.epoch - draw(st.sampled_from([0, 0, 0, 1, -1])))
+        low = max(0, self.published - draw(st.sampled_from([0, 0, 0, 1, 3])))
+        versions = ((epoch, low, low + draw(st.integers(0, 1))),)
+        rewards = draw(st.lists(st.one_of(st.none(), REWARDS), min_size=2, max_size=2))
+        samples = [ImportedSample(4, 2, 1, versions, b"i", reward, b"w", ("b", "c")) for reward in rewards]
+        groups = [ImportedGroup(b"imported", samples)] * draw(st.sampled_from([1, 1, 2]))
+        name = draw(st.sampled_from("abcdefgh"))
+        self.both(lambda store: store.import_groups(name, groups))
 
 
 async def _outcome(call: Call, store: Store) -> Any:
@@ -245,6 +308,16 @@ async def _outcome(call: Call, store: Store) -> Any:
         return await call(store)
     except PolyheadError as error:
         return type(error).__name__, str(error)
+
+
+async def _undated(store: Store, state: int, start: int, limit: int) -> Page:
+    """A page without the times of death: the two stores have clocks of their own."""
+    page = await store.list_samples(state, start, limit)
+    samples = [
+        replace(each, letter=replace(each.letter, died_ms=0)) if each.letter is not None else each
+        for each in page.samples
+    ]
+    return replace(page, samples=samples)
 
 
 async def _expire_all(store: RedisStore) -> None:

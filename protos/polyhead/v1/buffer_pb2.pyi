@@ -20,6 +20,14 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_CONFLICT: _ClassVar[Outcome]
     OUTCOME_GONE: _ClassVar[Outcome]
 
+class GroupVerdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GROUP_VERDICT_UNSPECIFIED: _ClassVar[GroupVerdict]
+    GROUP_VERDICT_KEEP: _ClassVar[GroupVerdict]
+    GROUP_VERDICT_DROP: _ClassVar[GroupVerdict]
+    GROUP_VERDICT_KEEP_IF_INSUFFICIENT: _ClassVar[GroupVerdict]
+    GROUP_VERDICT_FILTER_FAILED: _ClassVar[GroupVerdict]
+
 class ReleaseReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     RELEASE_REASON_UNSPECIFIED: _ClassVar[ReleaseReason]
@@ -52,12 +60,26 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_QUARANTINED: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
     REPLICA_STATE_DEAD: _ClassVar[ReplicaState]
+
+class RequeueOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REQUEUE_OUTCOME_UNSPECIFIED: _ClassVar[RequeueOutcome]
+    REQUEUE_OUTCOME_REQUEUED: _ClassVar[RequeueOutcome]
+    REQUEUE_OUTCOME_REISSUED: _ClassVar[RequeueOutcome]
+    REQUEUE_OUTCOME_DUPLICATE: _ClassVar[RequeueOutcome]
+    REQUEUE_OUTCOME_GROUP_WENT_ON: _ClassVar[RequeueOutcome]
+    REQUEUE_OUTCOME_GONE: _ClassVar[RequeueOutcome]
 OUTCOME_UNSPECIFIED: Outcome
 OUTCOME_OK: Outcome
 OUTCOME_DUPLICATE: Outcome
 OUTCOME_LEASE_LOST: Outcome
 OUTCOME_CONFLICT: Outcome
 OUTCOME_GONE: Outcome
+GROUP_VERDICT_UNSPECIFIED: GroupVerdict
+GROUP_VERDICT_KEEP: GroupVerdict
+GROUP_VERDICT_DROP: GroupVerdict
+GROUP_VERDICT_KEEP_IF_INSUFFICIENT: GroupVerdict
+GROUP_VERDICT_FILTER_FAILED: GroupVerdict
 RELEASE_REASON_UNSPECIFIED: ReleaseReason
 RELEASE_REASON_DRAIN: ReleaseReason
 RELEASE_REASON_UNAVAILABLE: ReleaseReason
@@ -79,6 +101,12 @@ REPLICA_STATE_SUSPECT: ReplicaState
 REPLICA_STATE_QUARANTINED: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
 REPLICA_STATE_DEAD: ReplicaState
+REQUEUE_OUTCOME_UNSPECIFIED: RequeueOutcome
+REQUEUE_OUTCOME_REQUEUED: RequeueOutcome
+REQUEUE_OUTCOME_REISSUED: RequeueOutcome
+REQUEUE_OUTCOME_DUPLICATE: RequeueOutcome
+REQUEUE_OUTCOME_GROUP_WENT_ON: RequeueOutcome
+REQUEUE_OUTCOME_GONE: RequeueOutcome
 
 class SubmitRequest(_message.Message):
     __slots__ = ("request_id", "prompts")
@@ -129,7 +157,7 @@ class LeaseResponse(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[LeasedGroup, _Mapping]]] = ..., waiting_for: _Optional[_Union[WaitingFor, _Mapping]] = ..., lease_ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., batch_lease_id: _Optional[int] = ...) -> None: ...
 
 class LeasedGroup(_message.Message):
-    __slots__ = ("group_id", "group_size", "order", "prompt_ordinal", "prompt", "samples", "staleness")
+    __slots__ = ("group_id", "group_size", "order", "prompt_ordinal", "prompt", "samples", "staleness", "judge")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     GROUP_SIZE_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +165,7 @@ class LeasedGroup(_message.Message):
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
+    JUDGE_FIELD_NUMBER: _ClassVar[int]
     group_id: str
     group_size: int
     order: int
@@ -144,7 +173,8 @@ class LeasedGroup(_message.Message):
     prompt: _sample_pb2.Prompt
     samples: _containers.RepeatedCompositeFieldContainer[LeasedSample]
     staleness: int
-    def __init__(self, group_id: _Optional[str] = ..., group_size: _Optional[int] = ..., order: _Optional[int] = ..., prompt_ordinal: _Optional[int] = ..., prompt: _Optional[_Union[_sample_pb2.Prompt, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[LeasedSample, _Mapping]]] = ..., staleness: _Optional[int] = ...) -> None: ...
+    judge: bool
+    def __init__(self, group_id: _Optional[str] = ..., group_size: _Optional[int] = ..., order: _Optional[int] = ..., prompt_ordinal: _Optional[int] = ..., prompt: _Optional[_Union[_sample_pb2.Prompt, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[LeasedSample, _Mapping]]] = ..., staleness: _Optional[int] = ..., judge: _Optional[bool] = ...) -> None: ...
 
 class LeasedSample(_message.Message):
     __slots__ = ("sample_id", "index", "lease_id", "attempt", "record", "partial", "sample", "score")
@@ -177,10 +207,12 @@ class WaitingFor(_message.Message):
     def __init__(self, stage: _Optional[_Union[_sample_pb2.Stage, str]] = ..., reason: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("sample_ids",)
+    __slots__ = ("sample_ids", "include_prompt")
     SAMPLE_IDS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     sample_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sample_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    include_prompt: bool
+    def __init__(self, sample_ids: _Optional[_Iterable[str]] = ..., include_prompt: _Optional[bool] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("samples",)
@@ -189,18 +221,20 @@ class FetchResponse(_message.Message):
     def __init__(self, samples: _Optional[_Iterable[_Union[FetchedSample, _Mapping]]] = ...) -> None: ...
 
 class FetchedSample(_message.Message):
-    __slots__ = ("sample_id", "state", "sample", "partial", "score")
+    __slots__ = ("sample_id", "state", "sample", "partial", "score", "prompt")
     SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
     sample_id: str
     state: _sample_pb2.SampleState
     sample: bytes
     partial: _containers.RepeatedCompositeFieldContainer[_sample_pb2.TokenDelta]
     score: _sample_pb2.Score
-    def __init__(self, sample_id: _Optional[str] = ..., state: _Optional[_Union[_sample_pb2.SampleState, str]] = ..., sample: _Optional[bytes] = ..., partial: _Optional[_Iterable[_Union[_sample_pb2.TokenDelta, _Mapping]]] = ..., score: _Optional[_Union[_sample_pb2.Score, _Mapping]] = ...) -> None: ...
+    prompt: _sample_pb2.Prompt
+    def __init__(self, sample_id: _Optional[str] = ..., state: _Optional[_Union[_sample_pb2.SampleState, str]] = ..., sample: _Optional[bytes] = ..., partial: _Optional[_Iterable[_Union[_sample_pb2.TokenDelta, _Mapping]]] = ..., score: _Optional[_Union[_sample_pb2.Score, _Mapping]] = ..., prompt: _Optional[_Union[_sample_pb2.Prompt, _Mapping]] = ...) -> None: ...
 
 class ExtendRequest(_message.Message):
     __slots__ = ("replica_id", "samples")
@@ -247,16 +281,20 @@ class CompleteRequest(_message.Message):
     def __init__(self, stage: _Optional[_Union[_sample_pb2.Stage, str]] = ..., replica_id: _Optional[str] = ..., samples: _Optional[_Iterable[_Union[CompletedSample, _Mapping]]] = ...) -> None: ...
 
 class CompletedSample(_message.Message):
-    __slots__ = ("sample_id", "lease_id", "sample", "score")
+    __slots__ = ("sample_id", "lease_id", "sample", "score", "verdict", "verdict_reason")
     SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_REASON_FIELD_NUMBER: _ClassVar[int]
     sample_id: str
     lease_id: int
     sample: bytes
     score: _sample_pb2.Score
-    def __init__(self, sample_id: _Optional[str] = ..., lease_id: _Optional[int] = ..., sample: _Optional[bytes] = ..., score: _Optional[_Union[_sample_pb2.Score, _Mapping]] = ...) -> None: ...
+    verdict: GroupVerdict
+    verdict_reason: str
+    def __init__(self, sample_id: _Optional[str] = ..., lease_id: _Optional[int] = ..., sample: _Optional[bytes] = ..., score: _Optional[_Union[_sample_pb2.Score, _Mapping]] = ..., verdict: _Optional[_Union[GroupVerdict, str]] = ..., verdict_reason: _Optional[str] = ...) -> None: ...
 
 class CompleteResponse(_message.Message):
     __slots__ = ("results",)
@@ -295,6 +333,28 @@ class ReleaseResponse(_message.Message):
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[SampleResult]
     def __init__(self, results: _Optional[_Iterable[_Union[SampleResult, _Mapping]]] = ...) -> None: ...
+
+class ListPartialsRequest(_message.Message):
+    __slots__ = ("max_groups",)
+    MAX_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    max_groups: int
+    def __init__(self, max_groups: _Optional[int] = ...) -> None: ...
+
+class ListPartialsResponse(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[LeasedGroup]
+    def __init__(self, groups: _Optional[_Iterable[_Union[LeasedGroup, _Mapping]]] = ...) -> None: ...
+
+class PreferGroupsRequest(_message.Message):
+    __slots__ = ("group_ids",)
+    GROUP_IDS_FIELD_NUMBER: _ClassVar[int]
+    group_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, group_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PreferGroupsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class CommitStepRequest(_message.Message):
     __slots__ = ("epoch", "step", "batch_lease_id", "outcome")
@@ -535,3 +595,101 @@ class GetLedgerResponse(_message.Message):
     counters: _containers.ScalarMap[str, int]
     length_bias: _containers.ScalarMap[str, float]
     def __init__(self, accepted: _Optional[int] = ..., counts: _Optional[_Iterable[_Union[LedgerCount, _Mapping]]] = ..., imbalance: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., published: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., prompt_cursor: _Optional[int] = ..., live_groups: _Optional[int] = ..., live_groups_limit: _Optional[int] = ..., waiting_for: _Optional[_Iterable[_Union[WaitingFor, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., length_bias: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class ListSamplesRequest(_message.Message):
+    __slots__ = ("state", "limit", "page_token")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    state: _sample_pb2.SampleState
+    limit: int
+    page_token: str
+    def __init__(self, state: _Optional[_Union[_sample_pb2.SampleState, str]] = ..., limit: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListSamplesResponse(_message.Message):
+    __slots__ = ("samples", "next_page_token")
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    samples: _containers.RepeatedCompositeFieldContainer[ListedSample]
+    next_page_token: str
+    def __init__(self, samples: _Optional[_Iterable[_Union[ListedSample, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class ListedSample(_message.Message):
+    __slots__ = ("sample_id", "group_id", "index", "attempt", "record", "dead")
+    SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    DEAD_FIELD_NUMBER: _ClassVar[int]
+    sample_id: str
+    group_id: str
+    index: int
+    attempt: int
+    record: _sample_pb2.SampleIndex
+    dead: DeadLetter
+    def __init__(self, sample_id: _Optional[str] = ..., group_id: _Optional[str] = ..., index: _Optional[int] = ..., attempt: _Optional[int] = ..., record: _Optional[_Union[_sample_pb2.SampleIndex, _Mapping]] = ..., dead: _Optional[_Union[DeadLetter, _Mapping]] = ...) -> None: ...
+
+class DeadLetter(_message.Message):
+    __slots__ = ("error", "died_unix_ms", "requeue")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    DIED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    REQUEUE_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    died_unix_ms: int
+    requeue: RequeueOutcome
+    def __init__(self, error: _Optional[str] = ..., died_unix_ms: _Optional[int] = ..., requeue: _Optional[_Union[RequeueOutcome, str]] = ...) -> None: ...
+
+class RequeueRequest(_message.Message):
+    __slots__ = ("sample_ids",)
+    SAMPLE_IDS_FIELD_NUMBER: _ClassVar[int]
+    sample_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sample_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RequeueResponse(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[RequeueResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[RequeueResult, _Mapping]]] = ...) -> None: ...
+
+class RequeueResult(_message.Message):
+    __slots__ = ("sample_id", "outcome", "group_id")
+    SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    sample_id: str
+    outcome: RequeueOutcome
+    group_id: str
+    def __init__(self, sample_id: _Optional[str] = ..., outcome: _Optional[_Union[RequeueOutcome, str]] = ..., group_id: _Optional[str] = ...) -> None: ...
+
+class SampleGroup(_message.Message):
+    __slots__ = ("group_id", "prompt", "samples")
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    group_id: str
+    prompt: _sample_pb2.Prompt
+    samples: _containers.RepeatedCompositeFieldContainer[GroupSample]
+    def __init__(self, group_id: _Optional[str] = ..., prompt: _Optional[_Union[_sample_pb2.Prompt, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[GroupSample, _Mapping]]] = ...) -> None: ...
+
+class GroupSample(_message.Message):
+    __slots__ = ("sample", "score")
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    sample: _sample_pb2.Sample
+    score: _sample_pb2.Score
+    def __init__(self, sample: _Optional[_Union[_sample_pb2.Sample, _Mapping]] = ..., score: _Optional[_Union[_sample_pb2.Score, _Mapping]] = ...) -> None: ...
+
+class ImportRequest(_message.Message):
+    __slots__ = ("request_id", "groups")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    groups: _containers.RepeatedCompositeFieldContainer[SampleGroup]
+    def __init__(self, request_id: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[SampleGroup, _Mapping]]] = ...) -> None: ...
+
+class ImportResponse(_message.Message):
+    __slots__ = ("group_ids",)
+    GROUP_IDS_FIELD_NUMBER: _ClassVar[int]
+    group_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, group_ids: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -64,6 +64,16 @@ class BufferServiceStub:
                 request_serializer=polyhead_dot_v1_dot_buffer__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=polyhead_dot_v1_dot_buffer__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.ListPartials = channel.unary_unary(
+                '/polyhead.v1.BufferService/ListPartials',
+                request_serializer=polyhead_dot_v1_dot_buffer__pb2.ListPartialsRequest.SerializeToString,
+                response_deserializer=polyhead_dot_v1_dot_buffer__pb2.ListPartialsResponse.FromString,
+                _registered_method=True)
+        self.PreferGroups = channel.unary_unary(
+                '/polyhead.v1.BufferService/PreferGroups',
+                request_serializer=polyhead_dot_v1_dot_buffer__pb2.PreferGroupsRequest.SerializeToString,
+                response_deserializer=polyhead_dot_v1_dot_buffer__pb2.PreferGroupsResponse.FromString,
+                _registered_method=True)
         self.CommitStep = channel.unary_unary(
                 '/polyhead.v1.BufferService/CommitStep',
                 request_serializer=polyhead_dot_v1_dot_buffer__pb2.CommitStepRequest.SerializeToString,
@@ -109,6 +119,21 @@ class BufferServiceStub:
                 request_serializer=polyhead_dot_v1_dot_buffer__pb2.GetLedgerRequest.SerializeToString,
                 response_deserializer=polyhead_dot_v1_dot_buffer__pb2.GetLedgerResponse.FromString,
                 _registered_method=True)
+        self.ListSamples = channel.unary_unary(
+                '/polyhead.v1.BufferService/ListSamples',
+                request_serializer=polyhead_dot_v1_dot_buffer__pb2.ListSamplesRequest.SerializeToString,
+                response_deserializer=polyhead_dot_v1_dot_buffer__pb2.ListSamplesResponse.FromString,
+                _registered_method=True)
+        self.Requeue = channel.unary_unary(
+                '/polyhead.v1.BufferService/Requeue',
+                request_serializer=polyhead_dot_v1_dot_buffer__pb2.RequeueRequest.SerializeToString,
+                response_deserializer=polyhead_dot_v1_dot_buffer__pb2.RequeueResponse.FromString,
+                _registered_method=True)
+        self.Import = channel.unary_unary(
+                '/polyhead.v1.BufferService/Import',
+                request_serializer=polyhead_dot_v1_dot_buffer__pb2.ImportRequest.SerializeToString,
+                response_deserializer=polyhead_dot_v1_dot_buffer__pb2.ImportResponse.FromString,
+                _registered_method=True)
 
 
 class BufferServiceServicer:
@@ -151,6 +176,20 @@ class BufferServiceServicer:
 
     def Release(self, request, context):
         """Gives work back, with the reason.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPartials(self, request, context):
+        """Index records of the waiting groups that have tokens already, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PreferGroups(self, request, context):
+        """Says which waiting groups are leased first. Replaces what an earlier call said.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -218,6 +257,27 @@ class BufferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSamples(self, request, context):
+        """For operators: the index records of the samples in one state, by pages. Payloads come by Fetch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Requeue(self, request, context):
+        """For operators: gives dead samples another chance. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Import(self, request, context):
+        """For operators: accepts groups that were generated elsewhere. Idempotent by request_id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BufferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -250,6 +310,16 @@ def add_BufferServiceServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=polyhead_dot_v1_dot_buffer__pb2.ReleaseRequest.FromString,
                     response_serializer=polyhead_dot_v1_dot_buffer__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'ListPartials': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPartials,
+                    request_deserializer=polyhead_dot_v1_dot_buffer__pb2.ListPartialsRequest.FromString,
+                    response_serializer=polyhead_dot_v1_dot_buffer__pb2.ListPartialsResponse.SerializeToString,
+            ),
+            'PreferGroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreferGroups,
+                    request_deserializer=polyhead_dot_v1_dot_buffer__pb2.PreferGroupsRequest.FromString,
+                    response_serializer=polyhead_dot_v1_dot_buffer__pb2.PreferGroupsResponse.SerializeToString,
             ),
             'CommitStep': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitStep,
@@ -295,6 +365,21 @@ def add_BufferServiceServicer_to_server(servicer, server):
                     servicer.GetLedger,
                     request_deserializer=polyhead_dot_v1_dot_buffer__pb2.GetLedgerRequest.FromString,
                     response_serializer=polyhead_dot_v1_dot_buffer__pb2.GetLedgerResponse.SerializeToString,
+            ),
+            'ListSamples': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSamples,
+                    request_deserializer=polyhead_dot_v1_dot_buffer__pb2.ListSamplesRequest.FromString,
+                    response_serializer=polyhead_dot_v1_dot_buffer__pb2.ListSamplesResponse.SerializeToString,
+            ),
+            'Requeue': grpc.unary_unary_rpc_method_handler(
+                    servicer.Requeue,
+                    request_deserializer=polyhead_dot_v1_dot_buffer__pb2.RequeueRequest.FromString,
+                    response_serializer=polyhead_dot_v1_dot_buffer__pb2.RequeueResponse.SerializeToString,
+            ),
+            'Import': grpc.unary_unary_rpc_method_handler(
+                    servicer.Import,
+                    request_deserializer=polyhead_dot_v1_dot_buffer__pb2.ImportRequest.FromString,
+                    response_serializer=polyhead_dot_v1_dot_buffer__pb2.ImportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -459,6 +544,60 @@ class BufferService:
             '/polyhead.v1.BufferService/Release',
             polyhead_dot_v1_dot_buffer__pb2.ReleaseRequest.SerializeToString,
             polyhead_dot_v1_dot_buffer__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPartials(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polyhead.v1.BufferService/ListPartials',
+            polyhead_dot_v1_dot_buffer__pb2.ListPartialsRequest.SerializeToString,
+            polyhead_dot_v1_dot_buffer__pb2.ListPartialsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreferGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polyhead.v1.BufferService/PreferGroups',
+            polyhead_dot_v1_dot_buffer__pb2.PreferGroupsRequest.SerializeToString,
+            polyhead_dot_v1_dot_buffer__pb2.PreferGroupsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -702,6 +841,87 @@ class BufferService:
             '/polyhead.v1.BufferService/GetLedger',
             polyhead_dot_v1_dot_buffer__pb2.GetLedgerRequest.SerializeToString,
             polyhead_dot_v1_dot_buffer__pb2.GetLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polyhead.v1.BufferService/ListSamples',
+            polyhead_dot_v1_dot_buffer__pb2.ListSamplesRequest.SerializeToString,
+            polyhead_dot_v1_dot_buffer__pb2.ListSamplesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Requeue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polyhead.v1.BufferService/Requeue',
+            polyhead_dot_v1_dot_buffer__pb2.RequeueRequest.SerializeToString,
+            polyhead_dot_v1_dot_buffer__pb2.RequeueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Import(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polyhead.v1.BufferService/Import',
+            polyhead_dot_v1_dot_buffer__pb2.ImportRequest.SerializeToString,
+            polyhead_dot_v1_dot_buffer__pb2.ImportResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -181,8 +181,23 @@ class Score(_message.Message):
     seconds: float
     def __init__(self, reward: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ..., scorer: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
 
+class BlobRef(_message.Message):
+    __slots__ = ("sha256", "size")
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    size: int
+    def __init__(self, sha256: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
 class Sample(_message.Message):
-    __slots__ = ("sample_id", "group_id", "index", "prompt", "sampling", "segments", "completion", "finish_reason", "behaviour_exact", "engine")
+    __slots__ = ("sample_id", "group_id", "index", "prompt", "sampling", "segments", "completion", "finish_reason", "behaviour_exact", "engine", "refs")
+    class RefsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: BlobRef
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[BlobRef, _Mapping]] = ...) -> None: ...
     SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +208,7 @@ class Sample(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     BEHAVIOUR_EXACT_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    REFS_FIELD_NUMBER: _ClassVar[int]
     sample_id: str
     group_id: str
     index: int
@@ -203,7 +219,8 @@ class Sample(_message.Message):
     finish_reason: FinishReason
     behaviour_exact: bool
     engine: str
-    def __init__(self, sample_id: _Optional[str] = ..., group_id: _Optional[str] = ..., index: _Optional[int] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., completion: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., behaviour_exact: _Optional[bool] = ..., engine: _Optional[str] = ...) -> None: ...
+    refs: _containers.MessageMap[str, BlobRef]
+    def __init__(self, sample_id: _Optional[str] = ..., group_id: _Optional[str] = ..., index: _Optional[int] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., completion: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., behaviour_exact: _Optional[bool] = ..., engine: _Optional[str] = ..., refs: _Optional[_Mapping[str, BlobRef]] = ...) -> None: ...
 
 class TokenDelta(_message.Message):
     __slots__ = ("from_token", "token_ids", "rollout_logprobs", "spans", "first_token_unix_us")

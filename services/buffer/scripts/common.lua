@@ -5,11 +5,14 @@
 --   meta          the run (msgpack)                  g:<order>          a group and its samples (msgpack)
 --   p:<order>     prompt, payloads, scores (hash)    d:<order>:<index>  partial sample (append-only string)
 --   batch:<step>  groups a step was leased with      b:<state>          bitmap of samples in a closed state
+--   preferred     groups to be leased before others
 --   fresh         groups never leased                pending, scorable  live groups that have such samples
 --   live, ready   live groups by effective step      bound              groups to be replayed, by step
 --   lease:<stage> leased samples by deadline (ms)    closed             closed ordinals by step
 --   replicas      registered replicas by id          grants             last lease by stage and replica
 --   submits       orders by request id               submit_ids         those ids, oldest first
+--   blobs         references by digest               writes             how many calls have changed something
+--   dead          dead samples by order of death     letters            how they died (msgpack)
 -- Groups are members as 12 digits, so that equal scores sort by order.
 local P = KEYS[1]
 local call = redis.call
@@ -22,18 +25,22 @@ local GENERATE, SCORE, TRAIN = 1, 2, 3
 -- Outcome
 local OK, DUPLICATE, LEASE_LOST, CONFLICT, GONE = 1, 2, 3, 4, 5
 -- DropReason
-local STALE, ZERO_VARIANCE, GROUP_DEAD, INVALID = 1, 2, 4, 7
+local STALE, ZERO_VARIANCE, FILTERED, GROUP_DEAD, SURPLUS, INVALID = 1, 2, 3, 4, 5, 7
 
 -- Places in a sample's record. OWNER is the replica that leased it; VERSIONS is {epoch, lowest, highest, ...}; LOST
--- counts leases in a row that expired without a heartbeat.
+-- counts leases in a row that expired without a heartbeat; REQUEUED is 1 for a sample that was dead before.
 local STATE, LEASE, OWNER, ATTEMPT, SAVED, APPENDED_FROM = 1, 2, 3, 4, 5, 6
 local TOKENS, COMPLETION, FINISH, VERSIONS, REWARD = 7, 8, 9, 10, 11
-local GENERATE_LEASE, SCORE_LEASE, RELEASED_LEASE, ERROR, LOST = 12, 13, 14, 15, 16
+local GENERATE_LEASE, SCORE_LEASE, RELEASED_LEASE, REQUEUED, LOST = 12, 13, 14, 15, 16
+-- Digests of the blobs its payload refers to; nil for none.
+local BLOBS = 17
 -- APPENDED_FROM of a lease that was never extended, and of one under which no token was saved.
 local NEVER_EXTENDED, NOTHING_APPENDED = -2, -1
 
 -- A closed group is remembered this long, to tell repeated calls from unknown samples.
 local CLOSED_TTL_MS = 3600000
+-- Dead letters beyond the newest ones are only counted (policy.KEPT_DEAD).
+local KEPT_DEAD = 1000
 -- Groups issued again sort before all others.
 local REISSUED = -1099511627776
 
@@ -112,11 +119,20 @@ end
 
 local function limit() return (M.max_staleness + 1) * M.batch_groups + M.surplus_groups end
 
+-- Whether more groups are admitted than can be trained in time, and the surplus is to be told by name.
+local function over_sampled() return M.surplus_groups > 0 and M.on_stale == 'wait' end
+
 local function occupied()
   local total = call('ZCARD', P .. 'live') + call('ZCARD', P .. 'bound')
   for _, trained in pairs(M.trained) do total = total + trained end
   return total
 end
+
+-- Whether a group admitted now would be too old for the next step from the start.
+local function behind() return M.pub_epoch > 0 and M.pub_step + M.max_staleness < M.step end
+
+-- Groups that may be admitted.
+local function room_left() return behind() and 0 or math.max(0, limit() - occupied()) end
 
 local function serial(g, i) return string.format('%d', g.order * M.group_size + i - 1) end
 
@@ -136,6 +152,18 @@ local function tally(name, g, i, entered)
   meta_changed = true
 end
 
+local function facts(s)
+  local oldest_epoch, oldest_step = s[VERSIONS][1] or 0, s[VERSIONS][2] or 0
+  return { s[TOKENS], length(s), s[FINISH], oldest_epoch, oldest_step, s[REWARD] }
+end
+
+local function release_blobs(s)
+  for _, digest in ipairs(s[BLOBS] or {}) do
+    if call('HINCRBY', P .. 'blobs', digest, -1) <= 0 then call('HDEL', P .. 'blobs', digest) end
+  end
+  s[BLOBS] = nil
+end
+
 local function end_lease(g, i)
   local state = g.samples[i][STATE]
   if state == GENERATING then call('ZREM', P .. 'lease:1', serial(g, i)) end
@@ -144,8 +172,8 @@ end
 
 local function new_group(ordinal, prompt, reissued)
   local g = { order = M.next_order, ordinal = ordinal, birth_epoch = 0, birth_step = 0, bound = 0, closed = '',
-              pending = false, scorable = false, samples = {} }
-  for i = 1, M.group_size do g.samples[i] = { PENDING, 0, '', 0, 0, -1, 0, 0, 0, {}, 0, 0, 0, 0, '', 0 } end
+              pending = false, scorable = false, judged = false, samples = {} }
+  for i = 1, M.group_size do g.samples[i] = { PENDING, 0, '', 0, 0, -1, 0, 0, 0, {}, 0, 0, 0, 0, 0, 0 } end
   M.next_order = M.next_order + 1
   M.accepted = M.accepted + M.group_size
   meta_changed = true
@@ -174,30 +202,37 @@ local function close_ordinal(g)
   if g.ordinal >= 0 then call('ZADD', P .. 'closed', M.step, string.format('%d', g.ordinal)) end
 end
 
--- Closes a whole group. A STALE one is issued again, ahead of all others.
+-- Closes a whole group. A STALE or SURPLUS one is issued again, ahead of all others; of one that is `kept` the prompt
+-- stays.
 local function drop(g, reason)
   local name = 'dropped:' .. reason
   for i, s in ipairs(g.samples) do
     if s[STATE] ~= DEAD then
       end_lease(g, i)
       if s[SAVED] > 0 then call('UNLINK', partial_key(g, i)) end
+      release_blobs(s)
       tally(name, g, i, true)
       s[STATE] = DROPPED
     end
   end
   unlist(g)
-  if reason == STALE then
+  if reason == STALE or reason == SURPLUS then
     new_group(g.ordinal, call('HGET', P .. 'p:' .. g.order, 'prompt'), true)
   else
     close_ordinal(g)
   end
-  call('UNLINK', P .. 'p:' .. g.order)
+  if g.kept then
+    for i = 0, #g.samples - 1 do call('HDEL', P .. 'p:' .. g.order, 's' .. i, 'v' .. i) end
+  else
+    call('UNLINK', P .. 'p:' .. g.order)
+  end
+  if reason == ZERO_VARIANCE or reason == FILTERED then M.filtered = M.filtered + 1 end
   g.closed = name
   closed_groups = closed_groups + 1
   touch(g)
 end
 
--- If all samples are scored: READY together, or dropped by the filter.
+-- If all samples are scored: READY together, dropped by the filter, or left to be judged.
 local function finish(g)
   local low, high
   for _, s in ipairs(g.samples) do
@@ -208,7 +243,11 @@ local function finish(g)
       return
     end
   end
-  if M.drop_zero_variance and low == high then return drop(g, ZERO_VARIANCE) end
+  if M.judged and not g.judged then return end
+  if M.drop_zero_variance and low == high then
+    if not M.zero_variance_fallback or M.filtered < M.refill_groups then return drop(g, ZERO_VARIANCE) end
+    bump('filter.kept_when_insufficient', 1)
+  end
   for _, s in ipairs(g.samples) do
     if s[STATE] == SCORED then s[STATE] = READY end
   end
@@ -217,26 +256,55 @@ local function finish(g)
   touch(g)
 end
 
+local function refer_to_blobs(s, digests)
+  if #digests == 0 then return end
+  s[BLOBS] = digests
+  for _, digest in ipairs(digests) do call('HINCRBY', P .. 'blobs', digest, 1) end
+end
+
+-- Lets go of what a requeue of the group would need.
+local function forget_prompt(g)
+  call('UNLINK', P .. 'p:' .. g.order)
+  g.kept = false
+  touch(g)
+end
+
+local function write_letter(g, i, message)
+  local s, name = g.samples[i], serial(g, i)
+  call('ZADD', P .. 'dead', next_lease(), name)
+  call('HSET', P .. 'letters', name, cmsgpack.pack({ message, now, s[ATTEMPT], facts(s) }))
+  if call('ZCARD', P .. 'dead') <= KEPT_DEAD then return end
+  local oldest = call('ZPOPMIN', P .. 'dead')[1]
+  call('HDEL', P .. 'letters', oldest)
+  local its_group = group(math.floor(tonumber(oldest) / M.group_size))
+  if its_group and its_group.kept then forget_prompt(its_group) end
+end
+
 -- Makes a dead letter of a sample; its group goes on without it or is dropped.
 local function kill(g, i, message)
   local s = g.samples[i]
   end_lease(g, i)
   if s[SAVED] > 0 then call('UNLINK', partial_key(g, i)) end
   call('HDEL', P .. 'p:' .. g.order, 's' .. (i - 1), 'v' .. (i - 1))
+  release_blobs(s)
   tally('dead', g, i, true)
-  s[STATE], s[ERROR] = DEAD, message
+  s[STATE], s[REQUEUED] = DEAD, 0
+  write_letter(g, i, message)
   local alive = 0
   for _, each in ipairs(g.samples) do
     if each[STATE] ~= DEAD then alive = alive + 1 end
   end
   touch(g)
-  if alive < M.min_group_size then drop(g, GROUP_DEAD) else finish(g) end
+  if alive >= M.min_group_size then return finish(g) end
+  g.kept = true
+  drop(g, GROUP_DEAD)
 end
 
 local function give_back(g, i)
   local s = g.samples[i]
   end_lease(g, i)
-  s[STATE] = s[STATE] == GENERATING and PENDING or GENERATED
+  local scored = s[SCORE_LEASE] > 0 and SCORED or GENERATED
+  s[STATE] = s[STATE] == GENERATING and PENDING or scored
   touch(g)
 end
 
@@ -257,6 +325,15 @@ local function relist(g, index, wanted)
   g[index] = wanted
 end
 
+-- Whether all samples of a live group are scored and the filter is to be asked.
+local function judgeable(g)
+  if g.closed ~= '' or g.birth_epoch == 0 then return false end
+  for _, s in ipairs(g.samples) do
+    if s[STATE] ~= SCORED and s[STATE] ~= DEAD then return false end
+  end
+  return true
+end
+
 -- Brings the indexes of mailboxes up to date with the groups that were touched.
 local function reindex()
   for _, g in pairs(touched) do
@@ -268,15 +345,26 @@ local function reindex()
       end
     end
     relist(g, 'pending', pending)
-    relist(g, 'scorable', scorable)
+    relist(g, 'scorable', scorable or judgeable(g))
   end
 end
 
--- Writes what was changed and answers. `blobs` are byte strings that follow the body.
+-- How many calls have changed something, before this one and with it: less before than a caller has seen means that the
+-- server came back without what it had acknowledged.
+local function positions()
+  if meta_changed or next(touched) then
+    local after = call('INCR', P .. 'writes')
+    return after - 1, after
+  end
+  local unchanged = tonumber(call('GET', P .. 'writes') or 0)
+  return unchanged, unchanged
+end
+
+-- Writes what was changed and answers: the body, byte strings `blobs`, the positions.
 local function answer(body, blobs)
   reindex()
   for order, g in pairs(touched) do
-    if g.closed == '' or g.closed == 'consumed' then
+    if g.closed == '' or g.closed == 'consumed' or g.kept then
       call('SET', P .. 'g:' .. order, cmsgpack.pack(g))
     else
       call('SET', P .. 'g:' .. order, cmsgpack.pack(g), 'PX', CLOSED_TTL_MS)
@@ -285,6 +373,7 @@ local function answer(body, blobs)
   if meta_changed then call('SET', P .. 'meta', cmsgpack.pack(M)) end
   local out = { cmsgpack.pack(body) }
   for k, blob in ipairs(blobs or {}) do out[k + 1] = blob end
+  out[#out + 1], out[#out + 2] = positions()
   return out
 end
 

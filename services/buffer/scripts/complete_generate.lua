@@ -1,6 +1,6 @@
--- ARGV[1]: rows {order, index, lease, num_tokens, completion_tokens, finish_reason, versions}; ARGV[k + 1]: payloads.
+-- ARGV[1]: rows {order, index, lease, num_tokens, completion_tokens, finish_reason, versions, digests of blobs}; ARGV[k + 1]: payloads.
 return each_sample(function(row, k)
-  local order, index, lease, num_tokens, completion_tokens, finish_reason, versions = unpack(row)
+  local order, index, lease, num_tokens, completion_tokens, finish_reason, versions, digests = unpack(row)
   local g, i, s = sample_at(order, index)
   if s and s[GENERATE_LEASE] == lease then return DUPLICATE end
   local saved = s and s[SAVED] or 0
@@ -16,6 +16,7 @@ return each_sample(function(row, k)
   call('HSET', P .. 'p:' .. order, 's' .. index, ARGV[k + 1])
   s[STATE], s[GENERATE_LEASE], s[ATTEMPT], s[LOST], s[SAVED] = GENERATED, lease, 0, 0, 0
   s[TOKENS], s[COMPLETION], s[FINISH], s[VERSIONS] = num_tokens, completion_tokens, finish_reason, versions
+  refer_to_blobs(s, digests)
   -- Tokens older than the group's birth bring its deadline forward.
   local oldest = tokens_effective(s)
   if oldest and oldest < effective(g.birth_epoch, g.birth_step) then

@@ -1,6 +1,8 @@
--- ARGV[1]: {{order, index}, ...}. Blobs: per sample partial, payload, score.
+-- ARGV[1]: {prompts, {{order, index}, ...}}. Blobs: per sample partial, payload, score, and when `prompts` are wanted that
+-- of a sample without payload.
+local prompts, refs = unpack(cmsgpack.unpack(ARGV[1]))
 local states, blobs = {}, {}
-for k, ref in ipairs(cmsgpack.unpack(ARGV[1])) do
+for k, ref in ipairs(refs) do
   local order, i = ref[1], ref[2] + 1
   local g = group(order)
   local s = g and g.samples[i]
@@ -9,5 +11,6 @@ for k, ref in ipairs(cmsgpack.unpack(ARGV[1])) do
   blobs[#blobs + 1] = s and s[SAVED] > 0 and call('GET', partial_key(g, i)) or ''
   blobs[#blobs + 1] = stored[1] or ''
   blobs[#blobs + 1] = stored[2] or ''
+  blobs[#blobs + 1] = s and prompts and not stored[1] and call('HGET', P .. 'p:' .. order, 'prompt') or ''
 end
 return answer(states, blobs)

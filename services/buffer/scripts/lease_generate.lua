@@ -10,12 +10,16 @@ end
 local refused = refuses(epoch, step)
 if refused then return answer({ {}, refused, closed_groups, M.cursor, {} }) end
 
+for _, m in ipairs(call('ZRANGE', P .. 'preferred', 0, -1)) do
+  if out.left == 0 or out.full then break end
+  if call('ZSCORE', P .. 'pending', m) then take(out, group(tonumber(m)), PENDING) end
+end
 for _, m in ipairs(listed('pending', left)) do
   if out.left == 0 or out.full then break end
   take(out, group(tonumber(m)), PENDING)
 end
 
-local room = math.max(0, limit() - occupied())
+local room = room_left()
 if not admit or out.full then room = 0 end
 local fresh = out.left > 0 and room > 0 and listed('fresh', math.min(room, out.left)) or {}
 for _, m in ipairs(fresh) do

@@ -1,5 +1,5 @@
 -- ARGV[1]: {replica_id, max_samples, payload, request_id, max_bytes}. Blobs: per group its prompt, then per sample '',
--- payload.
+-- payload; in a group to be judged per sample payload, score.
 local owner, left, payload, request_id, most = unpack(cmsgpack.unpack(ARGV[1]))
 take_back_expired(SCORE)
 reindex()
@@ -7,7 +7,8 @@ local out = new_handout(SCORE, owner, left, most, payload)
 if not put_again(out, request_id) then
   for _, m in ipairs(listed('scorable', left)) do
     if out.left == 0 or out.full then break end
-    take(out, group(tonumber(m)), GENERATED)
+    local g = group(tonumber(m))
+    if judgeable(g) then take_whole(out, g) else take(out, g, GENERATED) end
   end
   remember(out, request_id, false)
 end

@@ -53,7 +53,7 @@ end
 if M.on_stale ~= 'mask' then
   -- The deadline of a group is its effective step + 1 + max_staleness.
   for _, m in ipairs(call('ZRANGEBYSCORE', P .. 'live', '-inf', step - 2 - M.max_staleness)) do
-    drop(group(tonumber(m)), STALE)
+    drop(group(tonumber(m)), over_sampled() and SURPLUS or STALE)
   end
 end
 local chosen, waiting = plan_batch()
@@ -67,7 +67,7 @@ for _, order in ipairs(chosen) do
   call('ZREM', P .. 'ready', member(order))
   touch(g)
 end
-M.batch_epoch, M.batch_step, M.batch_lease = epoch, step, next_lease()
+M.batch_epoch, M.batch_step, M.batch_lease, M.filtered = epoch, step, next_lease(), 0
 call('SET', P .. 'batch:' .. step,
   cmsgpack.pack({ epoch = epoch, lease = M.batch_lease, orders = chosen, committed = false }))
 return leased_batch(chosen)

@@ -26,45 +26,76 @@ local function take_back_expired(stage)
   end
 end
 
-local function facts(s)
-  local oldest_epoch, oldest_step = s[VERSIONS][1] or 0, s[VERSIONS][2] or 0
-  return { s[TOKENS], length(s), s[FINISH], oldest_epoch, oldest_step, s[REWARD] }
-end
-
 -- An answer in the making: at most `left` samples and, after the first one, `most` bytes.
 local function new_handout(stage, owner, left, most, payload)
   return { stage = stage, owner = owner, left = left, most = most, payload = payload, bytes = 0, full = false,
            groups = {}, blobs = {}, granted = {} }
 end
 
+-- What is stored of the group's samples at these places: the prompt, then by place its sample, if the answer wants it.
+local function stored_of(out, g, places)
+  local fields = { 'prompt' }
+  for k, i in ipairs(out.payload and places or {}) do fields[k + 1] = 's' .. (i - 1) end
+  return call('HMGET', P .. 'p:' .. g.order, unpack(fields))
+end
+
+-- Leases a sample, if it is not leased yet, and grants it.
+local function grant(out, g, i)
+  local s = g.samples[i]
+  if s[STATE] ~= LEASED[out.stage] then
+    s[STATE], s[LEASE], s[OWNER], s[APPENDED_FROM] = LEASED[out.stage], next_lease(), out.owner, NEVER_EXTENDED
+    touch(g)
+  end
+  call('ZADD', P .. 'lease:' .. out.stage, now + M.lease_ttl_ms, serial(g, i))
+  out.granted[#out.granted + 1] = { g.order, i, s[LEASE] }
+  return { i - 1, s[LEASE], s[ATTEMPT], facts(s) }
+end
+
+-- Adds a group to the answer. `blobs` come to `size` bytes.
+local function add(out, g, samples, blobs, size, judge)
+  out.bytes, out.left = out.bytes + size, math.max(0, out.left - #samples)
+  out.groups[#out.groups + 1] = { g.order, g.ordinal, 0, samples, judge }
+  for _, blob in ipairs(blobs) do out.blobs[#out.blobs + 1] = blob end
+  return #samples
+end
+
 -- Puts samples of the group, by their places, into the answer as far as it has room, leasing those that are not leased
 -- yet. Returns how many.
 local function put(out, g, places)
-  local fields = { 'prompt' }
-  for k, i in ipairs(out.payload and places or {}) do fields[k + 1] = 's' .. (i - 1) end
-  local stored = call('HMGET', P .. 'p:' .. g.order, unpack(fields))
+  local stored = stored_of(out, g, places)
   local samples, blobs, size = {}, { stored[1] or '' }, #(stored[1] or '')
   for k, i in ipairs(places) do
     local s = g.samples[i]
     local partial, sample = s[SAVED] > 0 and call('GET', partial_key(g, i)) or '', stored[k + 1] or ''
-    size = size + #partial + #sample
-    out.full = out.full or (#out.granted > 0 and out.bytes + size > out.most)
+    out.full = out.full or (#out.granted > 0 and out.bytes + size + #partial + #sample > out.most)
     if out.full then break end
-    if s[STATE] ~= LEASED[out.stage] then
-      s[STATE], s[LEASE], s[OWNER], s[APPENDED_FROM] = LEASED[out.stage], next_lease(), out.owner, NEVER_EXTENDED
-      touch(g)
-    end
-    call('ZADD', P .. 'lease:' .. out.stage, now + M.lease_ttl_ms, serial(g, i))
-    samples[#samples + 1] = { i - 1, s[LEASE], s[ATTEMPT], facts(s) }
+    size = size + #partial + #sample
+    samples[#samples + 1] = grant(out, g, i)
     blobs[#blobs + 1] = partial
     blobs[#blobs + 1] = sample
-    out.granted[#out.granted + 1] = { g.order, i, s[LEASE] }
   end
-  if #samples == 0 then return 0 end
-  out.bytes, out.left = out.bytes + size, out.left - #samples
-  out.groups[#out.groups + 1] = { g.order, g.ordinal, 0, samples }
-  for _, blob in ipairs(blobs) do out.blobs[#out.blobs + 1] = blob end
-  return #samples
+  return #samples > 0 and add(out, g, samples, blobs, size, false) or 0
+end
+
+-- Puts all samples of a scored group into the answer, to be judged: the first one whatever its size.
+local function take_whole(out, g)
+  local places = {}
+  for i, s in ipairs(g.samples) do
+    if s[STATE] ~= DEAD then places[#places + 1] = i end
+  end
+  local stored = stored_of(out, g, places)
+  local samples, blobs, size = {}, { stored[1] or '' }, #(stored[1] or '')
+  for k, i in ipairs(places) do
+    blobs[2 * k] = stored[k + 1] or ''
+    blobs[2 * k + 1] = call('HGET', P .. 'p:' .. g.order, 'v' .. (i - 1)) or ''
+    size = size + #blobs[2 * k] + #blobs[2 * k + 1]
+  end
+  if #out.granted > 0 and (#places > out.left or out.bytes + size > out.most) then return 0 end
+  for k, i in ipairs(places) do
+    samples[k] = grant(out, g, i)
+    if size > out.most then blobs[2 * k] = '' end
+  end
+  return add(out, g, samples, blobs, size, true)
 end
 
 -- Leases samples of the group that are in `source`. Returns how many.
@@ -94,8 +125,18 @@ local function put_again(out, request_id)
       table.insert(places[order], i)
     end
   end
-  for _, order in ipairs(orders) do put(out, group(order), places[order]) end
-  return #orders > 0
+  for _, order in ipairs(orders) do
+    local g, alive = group(order), 0
+    for _, s in ipairs(g.samples) do
+      if s[STATE] ~= DEAD then alive = alive + 1 end
+    end
+    if g.samples[places[order][1]][SCORE_LEASE] == 0 then
+      put(out, g, places[order])
+    elseif #places[order] == alive then
+      take_whole(out, g)
+    end
+  end
+  return #out.groups > 0
 end
 
 -- Remembers what the answer grants, beside what an earlier turn of the same request did.
@@ -124,6 +165,7 @@ end
 local function why_no_generate(epoch, step, admit)
   local refused = refuses(epoch, step)
   if refused then return refused end
+  if behind() then return { 'push', M.step } end
   local live = occupied()
   if live >= limit() then return { 'bound', live, limit() } end
   return admit and { 'prompts' } or { 'memory' }

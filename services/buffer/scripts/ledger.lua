@@ -4,7 +4,9 @@ local counts = {}
 local pending, generated = false, false
 for _, index in ipairs({ 'fresh', 'live', 'bound' }) do
   for _, m in ipairs(call('ZRANGE', P .. index, 0, -1)) do
-    for _, s in ipairs(group(tonumber(m)).samples) do
+    local g = group(tonumber(m))
+    generated = generated or judgeable(g)
+    for _, s in ipairs(g.samples) do
       local state = s[STATE]
       if state ~= DEAD then
         local row = counts[tostring(state)] or { 0, 0, 0 }
@@ -24,7 +26,7 @@ end
 
 local waiting = {}
 local live = occupied()
-local can_start = M.pub_epoch > 0 and admit and live < limit() and call('ZCARD', P .. 'fresh') > 0
+local can_start = M.pub_epoch > 0 and admit and room_left() > 0 and call('ZCARD', P .. 'fresh') > 0
 if M.pub_epoch == 0 or not (pending or can_start) then
   waiting[tostring(GENERATE)] = why_no_generate(nil, nil, admit)
 end

@@ -6,6 +6,7 @@ if not before then
         pub_epoch = 0, pub_step = 0, floor_epoch = 0, floor_step = 0, batch_epoch = 0, batch_step = 0, batch_lease = 0,
         forks = {}, answers = {}, trained = {}, counters = {}, sums = {} }
 end
+M.filtered = M.filtered or 0
 local same = true
 if before and before.next_order > 0 then
   for _, name in ipairs({ 'group_size', 'dataset_digest', 'seed' }) do same = same and M[name] == params[name] end

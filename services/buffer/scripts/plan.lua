@@ -4,28 +4,44 @@
 local function scorable_samples()
   local count = call('ZCARD', P .. 'lease:2')
   for _, m in ipairs(call('ZRANGE', P .. 'scorable', 0, -1)) do
-    for _, s in ipairs(group(tonumber(m)).samples) do
-      if s[STATE] == GENERATED then count = count + 1 end
+    local g = group(tonumber(m))
+    for _, s in ipairs(g.samples) do
+      if s[STATE] == GENERATED or (s[STATE] == SCORED and judgeable(g)) then count = count + 1 end
     end
   end
   return count
 end
 
--- The group to wait for before `chosen` may be trained, nil for none (policy.blocking_group).
-local function blocking_group(step, chosen, last_chosen)
-  local taken, rows = {}, {}
-  for _, order in ipairs(chosen) do taken[order] = true end
+-- {deadline, order, bound} of the live groups that are not in `left_out`, by deadline and order.
+local function by_deadline(left_out)
+  local rows = {}
   local live = call('ZRANGE', P .. 'live', 0, -1, 'WITHSCORES')
   for at = 1, #live, 2 do
     local order = tonumber(live[at])
-    if not taken[order] then rows[#rows + 1] = { live[at + 1] + 1 + M.max_staleness, order, false } end
+    if not left_out[order] then rows[#rows + 1] = { live[at + 1] + 1 + M.max_staleness, order, false } end
   end
   local bound = call('ZRANGE', P .. 'bound', 0, -1, 'WITHSCORES')
   for at = 1, #bound, 2 do
     local order = tonumber(bound[at])
-    if not taken[order] then rows[#rows + 1] = { tonumber(bound[at + 1]), order, true } end
+    if not left_out[order] then rows[#rows + 1] = { tonumber(bound[at + 1]), order, true } end
   end
   table.sort(rows, function(a, b) return a[1] < b[1] or (a[1] == b[1] and a[2] < b[2]) end)
+  return rows
+end
+
+-- The groups that cannot be trained in time while those before them are (policy.surplus), as a set of orders.
+local function surplus(step)
+  local left_over, placed = {}, 0
+  for _, row in ipairs(over_sampled() and by_deadline({}) or {}) do
+    if placed < (row[1] - step + 1) * M.batch_groups then placed = placed + 1 else left_over[row[2]] = true end
+  end
+  return left_over
+end
+
+-- The group to wait for before `chosen` may be trained, nil for none (policy.blocking_group).
+local function blocking_group(step, chosen, last_chosen, left_out)
+  for _, order in ipairs(chosen) do left_out[order] = true end
+  local rows = by_deadline(left_out)
   local first
   for count, row in ipairs(rows) do
     if row[1] >= last_chosen then return nil end
@@ -38,7 +54,7 @@ end
 -- The orders of the next step's groups in position order, or nil and the reason.
 local function plan_batch()
   local step = M.step + 1
-  local chosen, recorded, last_due = {}, {}, 0
+  local chosen, recorded, last_due, left_over = {}, {}, 0, surplus(step)
   local raw = call('GET', P .. 'batch:' .. step)
   if raw then recorded = cmsgpack.unpack(raw).orders end
   for _, order in ipairs(recorded) do
@@ -50,17 +66,24 @@ local function plan_batch()
   end
   if #chosen == 0 or #chosen < #recorded then
     local room = M.batch_groups - #chosen
-    local ready = room > 0 and call('ZRANGE', P .. 'ready', 0, room - 1, 'WITHSCORES') or {}
+    local last = over_sampled() and -1 or room - 1
+    local ready = room > 0 and call('ZRANGE', P .. 'ready', 0, last, 'WITHSCORES') or {}
     for at = 1, #ready, 2 do
-      chosen[#chosen + 1] = tonumber(ready[at])
-      last_due = math.max(last_due, ready[at + 1] + 1 + M.max_staleness)
+      local order = tonumber(ready[at])
+      if #chosen < M.batch_groups and not left_over[order] then
+        chosen[#chosen + 1] = order
+        last_due = math.max(last_due, ready[at + 1] + 1 + M.max_staleness)
+      end
     end
     if #chosen < M.batch_groups then
+      if M.filtered > 0 and M.filtered >= M.refill_groups then
+        return nil, { 'filtered', #chosen, M.batch_groups, M.filtered }
+      end
       return nil, { 'groups', #chosen, M.batch_groups, call('ZCARD', P .. 'lease:1'), scorable_samples() }
     end
   end
   if M.on_stale == 'wait' then
-    local blocking = blocking_group(step, chosen, last_due)
+    local blocking = blocking_group(step, chosen, last_due, left_over)
     if blocking then return nil, { 'deadline', blocking } end
   end
   return chosen

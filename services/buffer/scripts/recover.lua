@@ -94,6 +94,7 @@ local function adopt()
             end_lease(g, i)
             if s[SAVED] > 0 then call('UNLINK', partial_key(g, i)) end
             tally('retired', g, i, true)
+            release_blobs(s)
           end
         end
         unlist(g)

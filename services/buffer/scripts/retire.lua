@@ -10,6 +10,7 @@ local function retire_steps(last)
           if s[STATE] == CONSUMED then
             tally('consumed', g, i, false)
             tally('retired', g, i, true)
+            release_blobs(s)
             retired = retired + 1
           end
         end

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+BUILT_IN_FILTERS = ("none", "nonzero_std", "nonzero_std_with_fallback")
 FlagValue = bool | int | float | str | list[int | float | str]
 
 
@@ -88,8 +89,25 @@ class BatchConfig(Section):
     """Groups that may be in the works per step; the surplus over rollout_batch_size covers filtered groups."""
     min_group_size: Positive | None = None
     """A group with dead samples is trained if this many remain. Default: all are needed."""
-    dynamic_sampling_filter: Literal["none", "nonzero_std"] = "none"
-    """nonzero_std drops groups whose rewards are all equal: they carry no gradient under GRPO."""
+    dynamic_sampling_filter: str = "none"
+    """nonzero_std drops groups whose rewards are all equal: they carry no gradient under GRPO;
+    nonzero_std_with_fallback keeps them when max_refill_rounds is reached. A dotted path, pkg.mod:fn, names a function
+    with slime's signature, which the reward service calls (slime: --dynamic-sampling-filter-path)."""
+    max_refill_rounds: Positive = 4
+    """When a filter has dropped so many batches' worth of groups since the last step, groups it would rather not have
+    are kept (slime: keep_when_insufficient), or the wait for others is given as the filter's."""
+
+    @property
+    def user_filter(self) -> str:
+        """The dotted path of a user's filter, empty for what is built in."""
+        return "" if self.dynamic_sampling_filter in BUILT_IN_FILTERS else self.dynamic_sampling_filter
+
+    @field_validator("dynamic_sampling_filter")
+    @classmethod
+    def _filter_is_known_or_a_path(cls, value: str) -> str:
+        if value not in BUILT_IN_FILTERS and not any(mark in value.strip(".:") for mark in ".:"):
+            raise ValueError(f"unknown filter {value!r}: known are {', '.join(BUILT_IN_FILTERS)} and pkg.mod:fn")
+        return value
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> BatchConfig:
@@ -133,6 +151,11 @@ class StalenessConfig(Section):
     """Steps between the oldest token of a sample and the version it trains (I6). 0 is synchronous RL."""
     on_stale: Literal["wait", "mask", "drop"] = "wait"
     """What happens to a sample that would pass the bound."""
+    partial_rollout: Literal[True] = True
+    """Unfinished samples keep their tokens and are continued; there is no other way here (slime: --partial-rollout)."""
+    mask_offpolicy: bool = False
+    """Of a sample that several versions made, train only the tokens of the last
+    (slime: --mask-offpolicy-in-partial-rollout)."""
     publish_interval: Positive = 1
     """Push weights every so many steps."""
 
@@ -152,7 +175,8 @@ class StoreConfig(Section):
     password: SecretStr | None = None
     """Only from the environment: POLYHEAD_STORE__PASSWORD."""
     appendfsync: Literal["always", "everysec"] = "always"
-    """For the embedded store. "everysec" can lose the last acknowledged second on a crash."""
+    """For the embedded store. "everysec" can lose up to two seconds of acknowledged work when the store or its machine
+    crashes; what was lost is reported as lost_after_restart."""
     max_memory_mb: Positive = 2048
     """The store's budget: admission of new prompts stops at 80% of it."""
 
@@ -308,6 +332,9 @@ class RewardConfig(Section):
     address: str = "127.0.0.1:0"
     scorer: str = "math"
     """"math", "exact", or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
+    buffer_filter: str = ""
+    """The dotted path of a function with slime's signature that says which unfinished groups are continued first.
+    Default: the oldest (slime: --buffer-filter-path)."""
     processes: Positive = 1
     """Size of the process pool."""
     score_timeout_s: Seconds = 10.0

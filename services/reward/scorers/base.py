@@ -24,6 +24,8 @@ class Item(NamedTuple):
     completion_tokens: int
     group_index: int
     sample_index: int
+    start_rollout_id: int = -1
+    """The step whose weights made its first token, of a sample that later weights finished; else -1."""
 
 
 class Verdict(NamedTuple):

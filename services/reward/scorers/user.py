@@ -21,6 +21,7 @@ from services.reward.scorers.base import Item, Verdict, to_verdict
 class Status(StrEnum):
     """How a completion ended, in slime's words."""
 
+    PENDING = "pending"
     COMPLETED = "completed"
     TRUNCATED = "truncated"
     ABORTED = "aborted"
@@ -41,6 +42,11 @@ class Sample:
     label: str | None
     status: Status
     metadata: dict[str, Any] = field(default_factory=dict)
+    reward: float | None = None
+    """None until it is scored."""
+
+    def get_reward_value(self, args: Any) -> float | None:
+        return self.reward
 
 
 class UserScorer:
@@ -59,7 +65,7 @@ class UserScorer:
         self._runner = asyncio.Runner()
 
     def __call__(self, item: Item) -> Verdict:
-        value = self._function(self._args, _to_sample(item))
+        value = self._function(self._args, to_sample(item))
         if inspect.isawaitable(value):
             value = self._wait(value)
         return to_verdict(value)
@@ -85,7 +91,11 @@ def _check_signature(function: Callable[..., Any], path: str) -> None:
         raise ConfigError(f"{path} cannot be called as fn(args, sample): {error}", field="reward.scorer") from None
 
 
-def _to_sample(item: Item) -> Sample:
+def to_sample(item: Item) -> Sample:
+    """The item as users' functions see it."""
+    metadata = orjson.loads(item.metadata_json) if item.metadata_json else {}
+    if item.start_rollout_id >= 0:
+        metadata.setdefault("start_rollout_id", item.start_rollout_id)
     return Sample(
         group_index=item.group_index,
         index=item.sample_index,
@@ -94,7 +104,7 @@ def _to_sample(item: Item) -> Sample:
         response_length=item.completion_tokens,
         label=item.label or None,
         status=Status(item.status),
-        metadata=orjson.loads(item.metadata_json) if item.metadata_json else {},
+        metadata=metadata,
     )
 
 

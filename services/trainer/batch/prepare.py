@@ -12,7 +12,7 @@ from services.trainer.algorithms.reduction import sample_weights
 from services.trainer.batch.packing import PackedBatch, PackItem, pack
 from services.trainer.batch.plan import first_fit_decreasing
 from services.trainer.batch.samples import TrainSample, TrainSegment
-from services.trainer.batch.staleness import Clock, fresh_tokens, trained_mask
+from services.trainer.batch.staleness import Clock, fresh_tokens, last_version, trained_mask
 
 
 def prepare_step(
@@ -21,15 +21,17 @@ def prepare_step(
     clock: Clock,
     *,
     mask_above: int | None,
+    mask_offpolicy: bool = False,
     reduction: Literal["per_sample", "per_token"],
     max_tokens: int,
 ) -> list[PackedBatch]:
     """Masks, weighs and packs. Empty when no token of `samples` is to be trained.
 
     `advantages` is one number per sample, float64[samples]. Tokens more than `mask_above` steps behind are not
-    trained; None trains all. The weights in the result add up over the whole list, not within one micro-batch.
+    trained; None trains all. With `mask_offpolicy` only the tokens of a
+    sample's last version are. The weights in the result add up over the whole list, not within one micro-batch.
     """
-    masks = [[trained_mask(segment, clock, mask_above) for segment in sample.segments] for sample in samples]
+    masks = [_masks(sample, clock, mask_above, mask_offpolicy=mask_offpolicy) for sample in samples]
     weights = sample_weights([sum(int(mask.sum()) for mask in of_sample) for of_sample in masks], reduction)
     items = [
         _item(segment, mask, clock, advantages[row], weights[row], sample.temperature, row)
@@ -39,6 +41,13 @@ def prepare_step(
     ]
     bins = first_fit_decreasing([len(item) for item in items], max_tokens)
     return [pack([items[index] for index in members]) for members in bins]
+
+
+def _masks(
+    sample: TrainSample, clock: Clock, mask_above: int | None, *, mask_offpolicy: bool
+) -> list[NDArray[np.uint8]]:
+    only = last_version(sample) if mask_offpolicy else None
+    return [trained_mask(segment, clock, mask_above, only) for segment in sample.segments]
 
 
 def _item(

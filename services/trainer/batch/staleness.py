@@ -31,18 +31,25 @@ class Clock:
         return steps_between(older, newer, known)
 
 
-def trained_mask(segment: TrainSegment, clock: Clock, max_staleness: int | None) -> NDArray[np.uint8]:
+def trained_mask(
+    segment: TrainSegment, clock: Clock, max_staleness: int | None, only: Version | None = None
+) -> NDArray[np.uint8]:
     """The loss mask times the policy mask, uint8[completion].
 
-    With a `max_staleness` (on_stale = "mask") tokens that are further behind are not trained.
+    With a `max_staleness` (on_stale = "mask") tokens that are further behind are not trained; with `only`, none but
+    those of that version.
     """
-    if max_staleness is None:
-        return segment.loss_mask
     mask = segment.loss_mask.copy()
     for span in segment.spans:
-        if clock.staleness(span.version) > max_staleness:
+        too_old = max_staleness is not None and clock.staleness(span.version) > max_staleness
+        if too_old or (only is not None and span.version != only):
             mask[span.start : span.end] = 0
     return mask
+
+
+def last_version(sample: TrainSample) -> Version | None:
+    """The version that finished the sample: tokens of any other were there when its generation was taken up again."""
+    return max((span.version for segment in sample.segments for span in segment.spans), default=None)
 
 
 def fresh_tokens(segment: TrainSegment, clock: Clock) -> NDArray[np.bool_]:

@@ -41,7 +41,6 @@ def test_quickstart_flags_set_our_keys():
         ("--rollout-batch-sise 4", "did you mean --rollout-batch-size?"),
         ("--num-rollout", "--num-rollout: a value is missing"),
         ("--num-rollout --lr 1", "--num-rollout: a value is missing"),
-        ("--dynamic-sampling-filter-path my.filter", "not built in"),
         ("stray", "stray: unknown flag"),
     ],
 )
@@ -124,3 +123,23 @@ def test_every_flag_names_a_key_that_exists():
         for part in key.split("."):
             assert part in type(node).model_fields, (flag, key)
             node = getattr(node, part)
+
+
+def test_filters_of_the_users_own_keep_their_path():
+    def configured(path):
+        arguments = ["--dynamic-sampling-filter-path", path]
+        return load(None, slime_flags.to_overrides(arguments)).batch
+
+    assert configured("my.filters.keep").user_filter == "my.filters.keep"
+    fallback = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std_with_fallback"
+    assert configured(fallback).dynamic_sampling_filter == "nonzero_std_with_fallback"
+    with pytest.raises(ConfigError, match="unknown filter 'nonzero': known are none, nonzero_std"):
+        configured("nonzero")
+
+
+def test_partial_rollout_is_how_it_is_and_its_mask_is_a_setting():
+    staleness = load(None, slime_flags.to_overrides(["--partial-rollout"])).staleness
+    assert (staleness.partial_rollout, staleness.mask_offpolicy) == (True, False)
+    assert load(None, slime_flags.to_overrides(["--mask-offpolicy-in-partial-rollout"])).staleness.mask_offpolicy
+    with pytest.raises(ConfigError, match="partial_rollout"):
+        load(None, {"staleness.partial_rollout": False})

@@ -260,3 +260,13 @@ def test_a_cancelled_job_reports_nothing() -> None:
     job.cancelled = True
     job.report(Result(None, 0.0, FailureKind.RAISED, "late"))
     assert (seen, job.reported) == ([], False)
+
+
+async def test_a_filter_that_does_not_import_or_fit_is_named() -> None:
+    for path, words in [
+        ("reward_functions:missing", "no function"),
+        ("reward_functions:takes_nothing", "fn\\(args, group"),
+    ]:
+        with pytest.raises(ConfigError, match=f"batch.dynamic_sampling_filter.*{words}"):
+            async with running_pool("exact", judge=path):
+                pass

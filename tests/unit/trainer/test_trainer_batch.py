@@ -12,7 +12,7 @@ from services.trainer.batch.packing import PackItem, pack
 from services.trainer.batch.plan import first_fit_decreasing, split_by_groups
 from services.trainer.batch.prepare import prepare_step
 from services.trainer.batch.samples import decode_groups
-from services.trainer.batch.staleness import Clock, fresh_tokens, sample_staleness, trained_mask
+from services.trainer.batch.staleness import Clock, fresh_tokens, last_version, sample_staleness, trained_mask
 from tests.kit.trainer_batch import make_batch, make_group, make_sample
 
 
@@ -155,12 +155,26 @@ def test_blocks_hold_little_padding():
     assert used >= 0.7 * sum(block.size for block in batch.blocks)
 
 
-def prepare(samples, *, mask_above=None, reduction="per_sample", max_tokens=4096):
+def test_masking_what_is_off_policy_leaves_the_tokens_of_the_last_version():
+    versions = [Version(1, 7), Version(2, 4), Version(2, 5)]
+    sample = decode_one(completion_length=6, versions=versions, loss_mask=[1, 1, 1, 1, 0, 1])
+    segment, clock = sample.segments[0], Clock(Version(2, 6), {1: 0, 2: 4})
+    assert last_version(sample) == Version(2, 5)
+    assert trained_mask(segment, clock, None, Version(2, 5)).tolist() == [0, 0, 0, 0, 0, 1]
+    assert trained_mask(segment, clock, 0, Version(2, 5)).tolist() == [0] * 6
+    (batch,) = prepare([sample], mask_offpolicy=True)
+    assert batch.targets.tolist() == [segment.token_ids[-1]]
+    (whole,) = prepare([decode_one(completion_length=4, versions=[Version(1, 2)])], mask_offpolicy=True)
+    assert len(whole.targets) == 4
+
+
+def prepare(samples, *, mask_above=None, mask_offpolicy=False, reduction="per_sample", max_tokens=4096):
     return prepare_step(
         samples,
         np.arange(len(samples), dtype=np.float64),
         Clock(Version(1, 5), {1: 0}),
         mask_above=mask_above,
+        mask_offpolicy=mask_offpolicy,
         reduction=reduction,
         max_tokens=max_tokens,
     )
