@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PREFIX = "POLYHEAD_"
 _SECRET_SUFFIXES = ("PASSWORD", "KEY")
 _REDACTED = "***"
+_FIRST_PORT = 20_000
+_PORT_TRIES = 64
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -66,10 +70,23 @@ def die_with_parent(parent_pid: int, death_signal: signal.Signals = signal.SIGKI
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port nobody listens on now. Another process may still take it first."""
+    """A TCP port nobody listens on now, and none of those that the kernel gives to whoever asks for any."""
+    for _ in range(_PORT_TRIES):
+        port = _FIRST_PORT + secrets.randbelow(_first_ephemeral_port() - _FIRST_PORT)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        low = 0
+    return low if low > _FIRST_PORT + _PORT_TRIES else 32_768
 
 
 def last_lines(log_path: Path, count: int = 20, secrets: Sequence[str] = ()) -> str:

@@ -137,8 +137,7 @@ class Run:
             at = datetime.fromisoformat(said["timestamp"]).timestamp()
             if said["event"] == "request_started":
                 starts[said["rid"]] = Request(said["rid"], at, said["prompt"], said["weight_version"])
-            elif said["event"] == "request_ended":
-                ended = starts[said["rid"]]
+            elif (ended := starts.get(said["rid"])) is not None:  # else it was ended before it got a slot
                 ended.ended_at, ended.tokens, ended.reason = at, said["tokens"], said["reason"]
         return sorted(starts.values(), key=lambda request: request.started_at)
 
