@@ -105,11 +105,6 @@ class SampleRecord:
         """Whether an engine was asked to generate it under this lease, and no token has come of it."""
         return self._requests > 0 and len(self.token_ids) == self._restored
 
-    @property
-    def resumed(self) -> bool:
-        """Whether the request that runs now continues tokens that the engine was given with the prompt."""
-        return self._base > 0
-
     def begin(self, served: Version) -> str:
         """A request for the rest of the completion goes out while `served` is served: its rid."""
         self._requests += 1

@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-
 import pytest
 
 from polyhead.v1 import buffer_pb2 as pb
 from services.buffer.ids import SampleRef
-from services.buffer.memory_store import MemoryStore
 from services.buffer.policy import KEPT_REASONS, describe
 from services.buffer.records import Lease, Report, Scored
-from services.buffer.redis_store import RedisStore
 from services.buffer.store import Store
-from tests.kit import valkey
+from tests.contract.conftest import Start
 from tests.kit.buffer_driver import Driver, orders, outcomes, params, refs, released
 
-Start = Callable[..., Awaitable[Driver]]
 KEEP, DROP = pb.GROUP_VERDICT_KEEP, pb.GROUP_VERDICT_DROP
 KEEP_IF_INSUFFICIENT, FAILED = pb.GROUP_VERDICT_KEEP_IF_INSUFFICIENT, pb.GROUP_VERDICT_FILTER_FAILED
-_runs = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[valkey.Valkey]:
-    with valkey.running() as started:
-        yield started
-
-
-@pytest.fixture(params=["memory", "redis"])
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
-    if request.param == "memory":
-        yield MemoryStore()
-        return
-    opened = RedisStore(request.getfixturevalue("server").url, run_name=f"filter-{next(_runs)}")
-    yield opened
-    await opened.close()
 
 
 @pytest.fixture
-def start(store: Store) -> Start:
+def start(start: Start) -> Start:
+    """The shared one, with a filter that has to judge each group unless told otherwise."""
+
     async def started(**changes: object) -> Driver:
-        await store.open(params(**{"judged": True, **changes}))
-        driver = Driver(store)
-        await driver.start()
-        return driver
+        return await start(**{"judged": True, **changes})
 
     return started
 

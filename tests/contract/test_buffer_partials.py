@@ -2,49 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-
-import pytest
-
 from polyhead.v1 import buffer_pb2 as pb
 from services.buffer import partials
-from services.buffer.memory_store import MemoryStore
 from services.buffer.records import Extension, Lease
-from services.buffer.redis_store import RedisStore
 from services.buffer.store import Store
-from tests.kit import valkey
-from tests.kit.buffer_driver import Driver, orders, params, refs, released
-
-Start = Callable[..., Awaitable[Driver]]
-_runs = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[valkey.Valkey]:
-    with valkey.running() as started:
-        yield started
-
-
-@pytest.fixture(params=["memory", "redis"])
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
-    if request.param == "memory":
-        yield MemoryStore()
-        return
-    opened = RedisStore(request.getfixturevalue("server").url, run_name=f"partials-{next(_runs)}")
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
-def start(store: Store) -> Start:
-    async def started(**changes: object) -> Driver:
-        await store.open(params(**changes))
-        driver = Driver(store)
-        await driver.start()
-        return driver
-
-    return started
+from tests.contract.conftest import Start
+from tests.kit.buffer_driver import Driver, orders, refs, released
 
 
 async def given_back(driver: Driver, tokens: int = 3) -> Lease:

@@ -46,14 +46,14 @@ class EngineProcess:
         Raises, with the end of its log, EngineUnavailableError when it ends first and NeverReadyError when it takes
         longer; ConfigError when it does not take its flags, or is too old.
         """
-        child = self._child
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while not await self.client.health(_HEALTH_TIMEOUT_S):
+        child, now = self._child, asyncio.get_running_loop().time
+        deadline = now() + timeout_s
+        while not await self.client.health(max(_POLL_S, min(_HEALTH_TIMEOUT_S, deadline - now()))):
             if not child.running:
                 if (reason := child.usage_error()) is not None:
                     raise ConfigError(reason, field="rollout.engine.args")
                 raise EngineUnavailableError(child.last_words(f"ended with status {child.status}"), field="engine")
-            if asyncio.get_running_loop().time() > deadline:
+            if now() > deadline:
                 raise NeverReadyError(child.last_words(f"not ready after {timeout_s:g} s"), field="engine")
             await asyncio.sleep(_POLL_S)
         info = await self.client.server_info()
