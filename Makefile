@@ -5,6 +5,11 @@ PYTHON ?= python3
 # Installed first, so that nothing else pulls another build in. Another one: make demo TORCH='torch==2.12.*'
 TORCH ?= torch==2.13.0
 SEED ?= 0
+# Of the long suites: strikes at each victim, random histories and their length.
+STRIKES ?= 100
+HISTORIES ?= 5000
+COMMANDS ?= 100
+WORKERS ?= 2
 CONFIG ?= deploy/config/demo.toml
 
 VENV := .venv
@@ -26,7 +31,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang check fmt lint type proto proto-check up down status scale bench chaos clean
+	test-sglang check fmt lint type proto proto-check up down status scale bench chaos property clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -108,10 +113,10 @@ test-fast: $(VENV)/dev.installed ## unit and contract tests
 	$(call lane,$@,$(PYTEST) tests/unit tests/contract)
 
 test-property: $(VENV)/dev.installed ## random histories against a model
-	$(call lane,$@,$(PYTEST) tests/property)
+	$(call lane,$@,$(PYTEST) -n 2 tests/property)
 
 test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
-	$(call lane,$@,$(PYTEST) tests/e2e)
+	$(call lane,$@,$(PYTEST) tests/e2e tests/chaos)
 
 test-sglang: $(VENV)/dev.installed ## the engine suite and the demo over real SGLang
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
@@ -146,8 +151,12 @@ proto-check: $(VENV)/dev.installed ## the contracts are well-formed and their ge
 bench: $(VENV)/dev.installed ## micro-benchmarks, as JSON
 	@for file in tests/bench/bench_*.py; do name=$${file#tests/bench/bench_}; $(BIN)/polyhead bench $${name%.py} || exit 1; done
 
-chaos: $(VENV)/dev.installed ## kill every role in turn during whole runs
-	@$(PYTEST) tests/e2e -k kill
+chaos: $(VENV)/dev.installed ## kill and freeze every role, STRIKES times each, within 45 minutes (SEED=0)
+	@$(BIN)/python -m tests.kit.faults.campaign --strikes $(STRIKES) --seed $(SEED)
+
+property: $(VENV)/dev.installed ## many random histories of the store (HISTORIES=5000 COMMANDS=100 WORKERS=2)
+	@$(BIN)/python -m tests.property.test_buffer_stores_agree --histories $(HISTORIES) --commands $(COMMANDS) \
+		--workers $(WORKERS)
 
 clean: ## remove the environment, caches and runs
 	@rm -rf $(VENV) .engines .cache runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,14 +29,15 @@ ROOT = Path(__file__).parents[2]
 class Run:
     """One `polyhead` command on a run directory."""
 
-    def __init__(self, run_dir: Path, *arguments: str) -> None:
+    def __init__(self, run_dir: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        """`environment` is added to this process's; directories in its PYTHONPATH go first."""
         self.dir = run_dir
         self.output = run_dir.with_name(f"{run_dir.name}.out")
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "services.cli.main", *arguments],
                 cwd=ROOT,
-                env=_environment(),
+                env=_environment(environment or {}),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -201,7 +202,7 @@ def polyhead(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "services.cli.main", *arguments],
         cwd=ROOT,
-        env=_environment(),
+        env=_environment({}),
         capture_output=True,
         text=True,
         timeout=60,
@@ -209,5 +210,6 @@ def polyhead(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"}
+def _environment(added: Mapping[str, str]) -> dict[str, str]:
+    paths = [added.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "protos")]
+    return {**os.environ, **added, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}

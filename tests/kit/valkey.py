@@ -20,12 +20,20 @@ START_LIMIT_S = 10.0
 class Valkey:
     """One server. Its data outlives `kill` and `start`, until `remove`."""
 
-    def __init__(self, *, appendfsync: Literal["always", "everysec"] = "everysec", max_memory_mb: int = 256) -> None:
+    def __init__(
+        self,
+        *,
+        appendfsync: Literal["always", "everysec"] = "everysec",
+        max_memory_mb: int = 256,
+        directory: Path | None = None,
+    ) -> None:
+        """`directory` holds the append-only file of an earlier server, and stays."""
         # Unix socket paths are short: pytest's own temporary directories can be too deep.
         self.directory = Path(tempfile.mkdtemp(prefix="vk-"))
         self.socket_path = self.directory / "s"
         self.url = embedded_store.url(self.socket_path)
-        self._command = embedded_store.command(self.directory, self.socket_path, appendfsync, max_memory_mb)
+        data = directory or self.directory
+        self._command = embedded_store.command(data, self.socket_path, appendfsync, max_memory_mb)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

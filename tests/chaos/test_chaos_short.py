@@ -1,0 +1,44 @@
+"""One run in which every victim is struck twice, mostly at named points; an outside ledger has the last word."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.kit.faults.campaign import VICTIMS, Round, Tally
+from tests.kit.faults.judge import Verdict
+from tests.kit.systems import small_inputs
+
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def struck(tmp_path_factory: pytest.TempPathFactory) -> tuple[Round, Verdict]:
+    root: Path = tmp_path_factory.mktemp("chaos")
+    small_inputs(root / "inputs")
+    (root / "round").mkdir()
+    round_ = Round(root / "round", SEED, Tally())
+    round_.strike(VICTIMS * 2, time.monotonic() + 200, threading.Event())
+    return round_, round_.settle()
+
+
+@pytest.mark.timeout(400)
+def test_nothing_is_lost_or_doubled(struck: tuple[Round, Verdict]) -> None:
+    _, verdict = struck
+    assert verdict.clean, f"seed {SEED}: {verdict}"
+
+
+def test_training_advanced_and_the_outside_ledger_saw_it(struck: tuple[Round, Verdict]) -> None:
+    _, verdict = struck
+    assert verdict.steps >= 10
+    assert verdict.acknowledged["committed"] >= verdict.steps
+    assert verdict.acknowledged["generated"] >= 16 * verdict.steps * 0.9
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_every_victim_was_struck(struck: tuple[Round, Verdict], victim: str) -> None:
+    round_, _ = struck
+    assert round_.tally.strikes(victim) >= 2

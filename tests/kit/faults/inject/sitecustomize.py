@@ -1,0 +1,9 @@
+"""Runs in every process of a run whose PYTHONPATH begins with this directory."""
+
+import os
+import sys
+
+if os.environ.get("FAULT_POINTS"):
+    from tests.kit.faults import points
+
+    points.install(sys.orig_argv)

@@ -1,0 +1,83 @@
+"""What a client of the buffer was acknowledged, one line each, in a file of its own that survives its SIGKILL."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
+
+
+class Witness:
+    """Of one process. The page cache keeps what it has written."""
+
+    def __init__(self, directory: Path, role: str) -> None:
+        path = directory / f"{role}-{os.getpid()}.jsonl"
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._fetched: dict[str, str] = {}
+
+    def acknowledged(self, verb: str, request: Any, *rest: Any) -> None:
+        """`rest` ends with the answer."""
+        if (note := getattr(self, f"_{verb.lower()}", None)) is not None:
+            for line in note(request, rest[-1]):
+                os.write(self._file, orjson.dumps(line) + b"\n")
+
+    def _extend(self, request: pb.ExtendRequest, answer: pb.ExtendResponse) -> list[dict[str, Any]]:
+        return [
+            {
+                "kind": "saved",
+                "id": each.sample_id,
+                "lease": each.lease_id,
+                "from": each.delta.from_token,
+                "tokens": each.delta.token_ids.hex(),
+            }
+            for each, result in zip(request.samples, answer.results, strict=True)
+            if each.HasField("delta") and result.outcome == pb.OUTCOME_OK
+        ]
+
+    def _complete(self, request: pb.CompleteRequest, answer: pb.CompleteResponse) -> list[dict[str, Any]]:
+        lines = []
+        for each, result in zip(request.samples, answer.results, strict=True):
+            if result.outcome not in (pb.OUTCOME_OK, pb.OUTCOME_DUPLICATE):
+                continue
+            line = {"id": each.sample_id, "lease": each.lease_id, "outcome": pb.Outcome.Name(result.outcome)}
+            if request.stage == sample_pb2.STAGE_SCORE:
+                lines.append({**line, "kind": "scored", "reward": each.score.reward})
+                continue
+            segment = sample_pb2.Sample.FromString(each.sample).segments[0]
+            tokens = segment.token_ids[4 * segment.prompt_length :].hex()
+            lines.append({**line, "kind": "generated", "tokens": tokens, "digest": _digest(each.sample)})
+        return lines
+
+    def _lease(self, request: pb.LeaseRequest, answer: pb.LeaseResponse) -> list[dict[str, Any]]:
+        if request.stage != sample_pb2.STAGE_TRAIN or not answer.groups:
+            return []
+        self._fetched = {each.sample_id: _digest(each.sample) for group in answer.groups for each in group.samples}
+        batch = {"epoch": request.epoch, "step": request.step, "samples": self._fetched}
+        return [{"kind": "leased", **batch}]
+
+    def _commitstep(self, request: pb.CommitStepRequest, answer: pb.CommitStepResponse) -> list[dict[str, Any]]:
+        return [{"kind": "committed", "epoch": request.epoch, "step": request.step, "ids": sorted(self._fetched)}]
+
+    def _confirmcheckpoint(
+        self, request: pb.ConfirmCheckpointRequest, answer: pb.ConfirmCheckpointResponse
+    ) -> list[dict[str, Any]]:
+        return [{"kind": "confirmed", "epoch": request.epoch, "step": request.oldest_kept_step}]
+
+
+def _digest(payload: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(payload)
+
+
+def read(directory: Path) -> list[dict[str, Any]]:
+    """All complete lines of all witnesses; those of one process in the order they were written."""
+    lines = []
+    for path in sorted(directory.glob("*.jsonl")):
+        text = path.read_bytes()
+        lines += [orjson.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+    return lines
