@@ -123,8 +123,10 @@ def _import_group(state: MemoryState, imported: ImportedGroup) -> GroupRow:
 def _check_import(state: MemoryState, groups: Sequence[ImportedGroup]) -> None:
     if state.published is None:
         raise PreconditionError("no version published yet", field="groups")
+    if state.behind():
+        raise PreconditionError("the published version is too old for the next step: publish first", field="groups")
     live, limit = state.occupied(), live_limit(state.params)
-    if len(groups) > state.room():
+    if live + len(groups) > limit:
         raise PreconditionError(
             f"staleness bound: {live} of {limit} groups live, {len(groups)} more came", field="groups"
         )

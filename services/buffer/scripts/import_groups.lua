@@ -16,6 +16,7 @@ end
 
 local function check()
   if M.pub_epoch == 0 then return refused('no version published yet') end
+  if behind() then return refused('the published version is too old for the next step: publish first') end
   local live = occupied()
   if live + #imported > limit() then
     return refused('staleness bound: ' .. live .. ' of ' .. limit() .. ' groups live, ' .. #imported .. ' more came')
