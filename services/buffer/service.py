@@ -28,8 +28,6 @@ from services.common.versions import Version
 
 log = structlog.get_logger()
 
-# A waiting lease looks again this often: leases expire unannounced, and other buffer processes wake nobody here.
-RECHECK_S = 0.25
 MAX_WAIT_S = 60.0
 _STAGES = (sample_pb2.STAGE_GENERATE, sample_pb2.STAGE_SCORE, sample_pb2.STAGE_TRAIN)
 
@@ -70,13 +68,14 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         request.max_samples = min(request.max_samples, self._config.limits.samples_per_rpc)
         clock = asyncio.get_running_loop().time
         until = clock() + min(request.wait.ToNanoseconds() / 1e9, MAX_WAIT_S)
+        version = request.weight_version
+        kind = (version.epoch, version.step) if request.stage == sample_pb2.STAGE_GENERATE else None
         while True:
-            with self._wakeups.queue(request.stage) as ticket:
+            with self._wakeups.queue(request.stage, kind) as ticket:
                 lease = await self._lease_unless_cancelled(request)
                 left_s = until - clock()
-                if lease.groups or left_s <= 0:
+                if lease.groups or left_s <= 0 or not await ticket.wait(left_s):
                     return self._lease_response(request, lease)
-                await ticket.wait(min(left_s, RECHECK_S))
 
     async def _lease_unless_cancelled(self, request: pb.LeaseRequest) -> records.Lease:
         """Leases; what a caller who hung up meanwhile was given goes back at once instead of when its time is over."""

@@ -221,7 +221,7 @@ async def test_partial_samples_come_back(client: BufferClient) -> None:
 
 
 async def test_a_waiting_scorer_is_woken_by_an_arrival(client: BufferClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.buffer.service.RECHECK_S", 30.0)
+    monkeypatch.setattr("services.buffer.wakeups.RECHECK_S", 30.0)
     await start_trainer(client)
     leased = await generate(client)
     waiting = asyncio.create_task(client.lease(SCORE, "s", max_samples=16, wait_s=20))
@@ -232,7 +232,7 @@ async def test_a_waiting_scorer_is_woken_by_an_arrival(client: BufferClient, mon
 
 
 async def test_each_role_is_woken_by_what_it_waits_for(client: BufferClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.buffer.service.RECHECK_S", 30.0)
+    monkeypatch.setattr("services.buffer.wakeups.RECHECK_S", 30.0)
     waiting_rollout = asyncio.create_task(generate(client, wait_s=20))
     await asyncio.sleep(0.1)
     await start_trainer(client)
@@ -254,7 +254,7 @@ async def test_each_role_is_woken_by_what_it_waits_for(client: BufferClient, mon
 async def test_one_arrival_is_passed_on_until_all_is_taken(
     client: BufferClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.buffer.service.RECHECK_S", 30.0)
+    monkeypatch.setattr("services.buffer.wakeups.RECHECK_S", 30.0)
     await start_trainer(client)
     leased = await generate(client)
     waiting = [asyncio.create_task(client.lease(SCORE, f"s{n}", max_samples=2, wait_s=20)) for n in range(4)]

@@ -160,6 +160,43 @@ async def test_a_call_that_was_not_needed_is_passed_on() -> None:
     await asyncio.wait_for(waiter, 5)
 
 
+async def test_each_kind_of_leaser_has_a_line_of_its_own() -> None:
+    """Those who may not have what arrived do not keep it from those who may."""
+    wakeups, woken = Wakeups(), []
+
+    async def wait(name: str) -> None:
+        with wakeups.queue(1, kind=name[0]) as ticket:
+            if await ticket.wait(10):
+                woken.append(name)
+
+    tasks = [asyncio.create_task(wait(name)) for name in ("a1", "a2", "b1")]
+    await asyncio.sleep(0)
+    wakeups.wake(1)
+    await asyncio.sleep(0.01)
+    assert woken == ["a1", "b1"]
+    for task in tasks:
+        task.cancel()
+
+
+async def test_however_many_wait_only_the_first_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.buffer.wakeups.RECHECK_S", 0.01)
+    wakeups = Wakeups()
+    looks = 0
+
+    async def wait() -> None:
+        nonlocal looks
+        while True:
+            with wakeups.queue(1) as ticket:
+                looks += 1
+                await ticket.wait(10)
+
+    tasks = [asyncio.create_task(wait()) for _ in range(1000)]
+    await asyncio.sleep(0.3)
+    for task in tasks:
+        task.cancel()
+    assert 1000 < looks <= 1000 + 30
+
+
 async def _wait(wakeups: Wakeups) -> None:
     with wakeups.queue(1) as ticket:
         await ticket.wait(10)
