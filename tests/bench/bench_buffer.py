@@ -1,8 +1,9 @@
-"""What the buffer costs per training step: 64 small samples through the real service, over gRPC, on an embedded Valkey.
+"""What the buffer costs and how fast it is, over gRPC on a Valkey with its file on disk. `polyhead bench buffer`.
 
-``PYTHONPATH=.:protos python tests/bench/bench_buffer.py [--steps N] [--chunk N] [--appendfsync always|everysec]``
-prints one JSON object. The buffer runs in a process of its own; its CPU time and Valkey's are read from the kernel.
-`chunk` is the number of samples per Lease and Complete of rollout and reward.
+* `samples_per_s`, `ratio_to_scripts`: 8k-token samples from prompt to commit, beside the same scripts without gRPC
+  (`buffer_flow.py`); `lease_p99_ms` beside `fsync_p99_ms` of this disk.
+* `waiting_leases_*`, `answered_per_arrival`: ten thousand leases that wait (`buffer_waiting.py`).
+* `small_samples`: CPU and wall time of a step of 64 short samples by verb; CPU times are the kernel's.
 """
 
 from __future__ import annotations
@@ -11,24 +12,35 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import grpc
+import numpy as np
 import psutil
+import stamina.instrumentation
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
+from services.buffer.redis_store import RedisStore
 from services.common import wire
 from services.common.buffer_client import BufferClient
 from services.common.process import free_port
 from services.common.versions import Version
-from tests.kit.valkey import Valkey
+from tests.bench.buffer_flow import COMPLETION, PROMPT, Side, ThroughGrpc, ThroughScripts, Timings, fsync_ms
+from tests.bench.buffer_waiting import measure_waiting
+from tests.kit.valkey import Valkey, running
 
 GROUPS, GROUP_SIZE, PROMPT_TOKENS, COMPLETION_TOKENS = 8, 8, 12, 12
+# Of long samples: how many share a call, and steps before measuring.
+BATCH, WARM_UP = 16, 3
 
 CONFIG = """
 [run]
@@ -153,15 +165,41 @@ def _cpu(pid: int) -> float:
     return times.user + times.system
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--appendfsync", choices=["always", "everysec"], default="always")
-    arguments = parser.parse_args()
-    server = Valkey(appendfsync=arguments.appendfsync)
-    server.start()
-    with tempfile.TemporaryDirectory() as directory:
+async def compare(address: str, url: str, pid: int, rounds: int) -> dict[str, object]:
+    """8k-token samples through gRPC and through the scripts alone, in turn."""
+    store = RedisStore(url, run_name="scripts")
+    async with BufferClient(address) as client:
+        sides: list[Side] = [ThroughGrpc(client, BATCH), ThroughScripts(store, BATCH)]
+        for side in sides:
+            await side.begin()
+        for number in range(1, WARM_UP + 1):
+            for side in sides:
+                await side.step(number)
+        for side in sides:
+            side.timings = Timings()
+        cpu = _cpu(pid)
+        for number in range(WARM_UP + 1, WARM_UP + 1 + rounds):
+            for side in sides:
+                await side.step(number)
+        cpu = _cpu(pid) - cpu
+        ledger = await client.get_ledger()
+    await store.close()
+    grpc_side, scripts = (side.timings for side in sides)
+    return {
+        "samples_per_s": round(grpc_side.samples / grpc_side.seconds),
+        "scripts_samples_per_s": round(scripts.samples / scripts.seconds),
+        "ratio_to_scripts": round(scripts.seconds / grpc_side.seconds, 3),
+        "lease_p99_ms": round(1e3 * float(np.percentile(grpc_side.leases_s, 99)), 2),
+        "buffer_cpu_ms_per_sample": round(1e3 * cpu / grpc_side.samples, 3),
+        "payload_bytes": sides[0].payload_bytes,
+        "imbalance": ledger.imbalance,
+    }
+
+
+@contextmanager
+def started(appendfsync: Literal["always", "everysec"], **store: Any) -> Iterator[tuple[str, Valkey, int]]:
+    """A new store and a buffer before it: its address, the server, the buffer's pid."""
+    with running(appendfsync=appendfsync, **store) as server, tempfile.TemporaryDirectory() as directory:
         data = Path(directory) / "data.jsonl"
         data.write_text("".join(json.dumps({"input": f"{n} + 1 ="}) + "\n" for n in range(100)))
         address = f"127.0.0.1:{free_port()}"
@@ -171,13 +209,42 @@ def main() -> None:
         buffer = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ".:protos"}, stderr=subprocess.DEVNULL)
         try:
             grpc.channel_ready_future(grpc.insecure_channel(address)).result(timeout=20)
-            pids = {"buffer": buffer.pid, "store": server.pid}
-            figures = asyncio.run(measure(address, arguments.steps, arguments.chunk, pids))
-            print(json.dumps({"appendfsync": arguments.appendfsync, **figures}, indent=1))
+            yield address, server, buffer.pid
         finally:
             buffer.terminate()
             buffer.wait()
-            server.remove()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="polyhead bench buffer", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--steps", type=int, default=100, help="of 64 small samples")
+    parser.add_argument("--rounds", type=int, default=30, help="of 64 long samples, each side")
+    parser.add_argument("--chunk", type=int, default=64, help="small samples per call")
+    parser.add_argument("--appendfsync", choices=["always", "everysec"], default="always")
+    arguments = parser.parse_args()
+    stamina.instrumentation.set_on_retry_hooks([])
+    figures: dict[str, object] = {}
+    with started(arguments.appendfsync, max_memory_mb=2048) as (address, server, pid):
+        fsync = fsync_ms(server.directory)
+        figures |= asyncio.run(compare(address, server.url, pid, arguments.rounds))
+        figures |= {"fsync_p50_ms": fsync["p50"], "fsync_p99_ms": fsync["p99"]}
+    with started(arguments.appendfsync) as (address, _, pid):
+        figures |= asyncio.run(measure_waiting(address, pid))
+    with started(arguments.appendfsync) as (address, server, pid):
+        pids = {"buffer": pid, "store": server.pid}
+        figures["small_samples"] = asyncio.run(measure(address, arguments.steps, arguments.chunk, pids))
+    figures["conditions"] = {
+        "store": f"Valkey, AOF {arguments.appendfsync}",
+        "long_samples": f"{PROMPT} + {COMPLETION} tokens, {BATCH} to a call",
+        "processes": "one client, one buffer, one store",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    content = json.dumps(figures, indent=1) + "\n"
+    if arguments.json:
+        arguments.json.write_text(content)
+    print(content, end="")
 
 
 if __name__ == "__main__":
