@@ -113,7 +113,7 @@ test-fast: $(VENV)/dev.installed ## unit and contract tests
 	$(call lane,$@,$(PYTEST) tests/unit tests/contract)
 
 test-property: $(VENV)/dev.installed ## random histories against a model
-	$(call lane,$@,$(PYTEST) -n 2 tests/property)
+	$(call lane,$@,$(PYTEST) -n 2 --dist worksteal tests/property)
 
 test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
 	$(call lane,$@,$(PYTEST) tests/e2e tests/chaos)
@@ -154,9 +154,10 @@ bench: $(VENV)/dev.installed ## micro-benchmarks, as JSON
 chaos: $(VENV)/dev.installed ## kill and freeze every role, STRIKES times each, within 45 minutes (SEED=0)
 	@$(BIN)/python -m tests.kit.faults.campaign --strikes $(STRIKES) --seed $(SEED)
 
+# A seed of its own each time, unless one is given.
 property: $(VENV)/dev.installed ## many random histories of the store (HISTORIES=5000 COMMANDS=100 WORKERS=2)
-	@$(BIN)/python -m tests.property.test_buffer_stores_agree --histories $(HISTORIES) --commands $(COMMANDS) \
-		--workers $(WORKERS)
+	@$(BIN)/python -m tests.property.long --histories $(HISTORIES) --commands $(COMMANDS) --workers $(WORKERS) \
+		--json runs/property/summary.json $(if $(filter-out file,$(origin SEED)),--seed $(SEED))
 
 clean: ## remove the environment, caches and runs
 	@rm -rf $(VENV) .engines .cache runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

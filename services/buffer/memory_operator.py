@@ -115,6 +115,7 @@ def _import_group(state: MemoryState, imported: ImportedGroup) -> GroupRow:
         row.payload, row.score = stamped(each.payload, group.order, index), each.score
         row.blobs = each.blobs
         row.state, row.reward = (GENERATED, 0.0) if each.reward is None else (SCORED, each.reward)
+        row.score_lease = 0 if each.reward is None else state.next_lease()
     state.bump("samples_imported", len(group.samples))
     state.finish(group)
     return group
@@ -124,7 +125,7 @@ def _check_import(state: MemoryState, groups: Sequence[ImportedGroup]) -> None:
     if state.published is None:
         raise PreconditionError("no version published yet", field="groups")
     if state.behind():
-        raise PreconditionError("the published version is too old for the next step: publish first", field="groups")
+        raise PreconditionError(f"weights of step {state.step} are not published", field="groups")
     live, limit = state.occupied(), live_limit(state.params)
     if live + len(groups) > limit:
         raise PreconditionError(

@@ -148,7 +148,7 @@ class MemoryState:
     letters: dict[SampleRef, DeadRow] = field(default_factory=dict)
     forks: dict[int, int] = field(default_factory=dict)
     trained: dict[int, int] = field(default_factory=dict)
-    """Groups consumed by each step above the published one."""
+    """Groups in the batch of each step above the published one."""
     answers: dict[int, int] = field(default_factory=dict)
     """Groups that the Recover of an epoch returned."""
     accepted: int = 0
@@ -207,7 +207,7 @@ class MemoryState:
         return replace(facts, oldest=group.birth)
 
     def unpublished(self) -> int:
-        """Groups consumed by steps that are not published yet."""
+        """Groups in the batches of steps that are not published yet."""
         return sum(self.trained.values())
 
     def occupied(self) -> int:

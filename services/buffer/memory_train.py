@@ -102,8 +102,8 @@ def commit_step(state: MemoryState, epoch: int, step: int, lease_id: int, *, tra
             row.state = CONSUMED
             state.tally(row, CONSUMED)
         state.close_ordinal(group)
-    if trained:
-        state.trained[step] = len(batch.orders)
+    # A step that was skipped is gone for the groups that wait, too.
+    state.trained[step] = len(batch.orders)
     return True
 
 

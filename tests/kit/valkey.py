@@ -32,8 +32,8 @@ class Valkey:
         self.directory = Path(tempfile.mkdtemp(prefix="vk-"))
         self.socket_path = self.directory / "s"
         self.url = embedded_store.url(self.socket_path)
-        data = directory or self.directory
-        self._command = embedded_store.command(data, self.socket_path, appendfsync, max_memory_mb)
+        self._data = directory or self.directory
+        self._command = embedded_store.command(self._data, self.socket_path, appendfsync, max_memory_mb)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -59,6 +59,12 @@ class Valkey:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def empty(self) -> None:
+        """Starts it again without its data."""
+        self.kill()
+        shutil.rmtree(self._data / "appendonlydir", ignore_errors=True)
+        self.start()
 
     def remove(self) -> None:
         self.kill()

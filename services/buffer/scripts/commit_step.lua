@@ -32,7 +32,8 @@ for _, order in ipairs(batch.orders) do
     touch(g)
   end
 end
-if trained then M.trained[tostring(step)] = #batch.orders end
+-- A step that was skipped is gone for the groups that wait, too.
+M.trained[tostring(step)] = #batch.orders
 batch.committed = true
 call('SET', P .. 'batch:' .. step, cmsgpack.pack(batch))
 return answer({ true })

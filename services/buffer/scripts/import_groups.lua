@@ -16,7 +16,7 @@ end
 
 local function check()
   if M.pub_epoch == 0 then return refused('no version published yet') end
-  if behind() then return refused('the published version is too old for the next step: publish first') end
+  if behind() then return refused('weights of step ' .. M.step .. ' are not published') end
   local live = occupied()
   if live + #imported > limit() then
     return refused('staleness bound: ' .. live .. ' of ' .. limit() .. ' groups live, ' .. #imported .. ' more came')
@@ -52,7 +52,7 @@ for k, samples in ipairs(imported) do
     local scored
     s[TOKENS], s[COMPLETION], s[FINISH], s[VERSIONS], scored, s[REWARD] = unpack(row, 1, 6)
     refer_to_blobs(s, row[7])
-    s[STATE] = scored and SCORED or GENERATED
+    s[STATE], s[SCORE_LEASE] = scored and SCORED or GENERATED, scored and next_lease() or 0
     -- Fields 1 and 2 of the message: it came without them.
     local ids = string.char(10, #id) .. id .. string.char(18, #name) .. name
     call('HSET', P .. 'p:' .. order, 's' .. (i - 1), ARGV[at] .. ids)
