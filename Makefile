@@ -110,7 +110,7 @@ test-static: $(VENV)/dev.installed ## format, lint, types, import rules, contrac
 	$(call lane,$@,$(MAKE) --no-print-directory check)
 
 test-fast: $(VENV)/dev.installed ## unit and contract tests
-	$(call lane,$@,$(PYTEST) tests/unit tests/contract)
+	$(call lane,$@,$(PYTEST) -n 2 --dist loadfile tests/unit tests/contract)
 
 test-property: $(VENV)/dev.installed ## random histories against a model
 	$(call lane,$@,$(PYTEST) -n 2 --dist worksteal tests/property)

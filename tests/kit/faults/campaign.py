@@ -211,7 +211,9 @@ class Summary:
 class Campaign:
     """Rounds until each victim had `strikes` strikes or the time is up."""
 
-    def __init__(self, strikes: int, systems: int, minutes: float, seed: int, directory: Path) -> None:
+    def __init__(self, strikes: int, systems: int, minutes: float, seed: int, directory: Path, report: Path) -> None:
+        """Rounds live in `directory`; the summary so far is in `report` after each."""
+        self._report = report
         self._strikes = strikes
         self._systems = systems
         self._seed = seed
@@ -279,6 +281,7 @@ class Campaign:
         if violation or not verdict.clean:
             said.violations.append(violation or f"seed {seed}: {verdict}")
             print(said.violations[-1], file=sys.stderr, flush=True)
+        self._report.write_text(json.dumps(asdict(said), indent=1) + "\n")
         print(f"seed {seed}: {str(verdict).splitlines()[0]}", flush=True)
 
 
@@ -299,19 +302,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--strikes", type=int, default=100, help="of each victim")
     parser.add_argument("--systems", type=int, default=2, help="runs at a time")
-    parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--minutes", type=float, default=42.0, help="of striking")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("runs/chaos/summary.json"))
     arguments = parser.parse_args()
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="rounds-", dir=arguments.json.parent)).resolve()
     small_inputs(directory / "inputs")
-    campaign = Campaign(arguments.strikes, arguments.systems, arguments.minutes, arguments.seed, directory)
+    systems, minutes, seed = arguments.systems, arguments.minutes, arguments.seed
+    campaign = Campaign(arguments.strikes, systems, minutes, seed, directory, arguments.json)
     signal.signal(signal.SIGINT, lambda *_: campaign.stop.set())
     # A buffer that is away is no news here.
     stamina.instrumentation.set_on_retry_hooks([])
     summary = campaign.run()
-    arguments.json.write_text(json.dumps(asdict(summary), indent=1) + "\n")
     shutil.rmtree(directory / "inputs")
     with suppress(OSError):
         directory.rmdir()  # what is left in it are the runs of rounds with violations
