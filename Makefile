@@ -5,8 +5,11 @@ PYTHON ?= python3
 # Installed first, so that nothing else pulls another build in. Another one: make demo TORCH='torch==2.12.*'
 TORCH ?= torch==2.13.0
 SEED ?= 0
-# Of the long suites: strikes at each victim, random histories and their length.
+# Of make chaos: strikes of each victim, runs at a time, and when the last strike falls.
 STRIKES ?= 100
+SYSTEMS ?= 2
+MINUTES ?= 42
+# Of make property: random histories, commands in each, and processes.
 HISTORIES ?= 5000
 COMMANDS ?= 100
 WORKERS ?= 2
@@ -151,8 +154,9 @@ proto-check: $(VENV)/dev.installed ## the contracts are well-formed and their ge
 bench: $(VENV)/dev.installed ## micro-benchmarks, as JSON
 	@for file in tests/bench/bench_*.py; do name=$${file#tests/bench/bench_}; $(BIN)/polyhead bench $${name%.py} || exit 1; done
 
-chaos: $(VENV)/dev.installed ## kill and freeze every role, STRIKES times each, within 45 minutes (SEED=0)
-	@$(BIN)/python -m tests.kit.faults.campaign --strikes $(STRIKES) --seed $(SEED)
+chaos: $(VENV)/dev.installed ## kill and freeze every role in whole runs, 45 min (STRIKES=100 SYSTEMS=2 MINUTES=42 SEED=0)
+	@PYTHONPATH=.:protos $(BIN)/python -m tests.kit.faults.campaign --strikes $(STRIKES) --systems $(SYSTEMS) \
+		--minutes $(MINUTES) --seed $(SEED) --json runs/chaos/summary.json
 
 # A seed of its own each time, unless one is given.
 property: $(VENV)/dev.installed ## many random histories of the store (HISTORIES=5000 COMMANDS=100 WORKERS=2)

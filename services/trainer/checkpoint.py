@@ -21,6 +21,7 @@ from google.protobuf import json_format
 from safetensors.torch import load_file, save_file
 
 from polyhead.v1 import buffer_pb2 as pb
+from services.common.errors import FencedError
 from services.common.versions import Version
 from services.trainer.files import digest, remove_temporary, write_directory
 
@@ -85,10 +86,17 @@ class CheckpointStore:
     def save(self, state: CheckpointState, tensors: Tensors) -> int:
         """Writes, verifies, and removes the oldest beyond `keep_last`. Returns the oldest step that is kept.
 
-        Raises OSError when the disk refuses, or gives back something else than was written.
+        Raises OSError when the disk refuses, or gives back something else than was written; FencedError when there are
+        checkpoints of a later epoch already: a trainer that was superseded replaces none of them.
         """
+
+        def fill(path: Path) -> None:
+            _write(path, state, tensors)
+            if (newest := self.newest_epoch()) > state.version.epoch:
+                raise FencedError(f"{state.version.epoch} was superseded by {newest}", field="epoch")
+
         directory = self._directory(state.step)
-        write_directory(directory, lambda path: _write(path, state, tensors))
+        write_directory(directory, fill)
         if (problem := _problem(directory)) is not None:
             raise OSError(f"{directory} does not verify after writing: {problem}")
         return self._prune(state.step, self._keep_last)
@@ -97,11 +105,13 @@ class CheckpointStore:
         """Removes all checkpoints before that of `step`."""
         self._prune(step, 1)
 
-    def load_newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is complete and verifies; damaged ones are skipped with a warning."""
+    def load_newest(self, forks: Mapping[int, int] | None = None) -> Checkpoint | None:
+        """The newest checkpoint that is complete, verifies, and is of the surviving history; others are skipped with a
+        warning. `forks` has the step that each epoch began at.
+        """
         for step in reversed(self.steps()):
             directory = self._directory(step)
-            problem = _problem(directory)
+            problem = _problem(directory) or _abandoned(directory, forks or {})
             if problem is None:
                 return _read(directory)
             log.warning("checkpoint_skipped", step=step, reason=problem)
@@ -140,6 +150,17 @@ def _problem(directory: Path) -> str | None:
         _state(document)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _abandoned(directory: Path, forks: Mapping[int, int]) -> str | None:
+    """Why a checkpoint that is whole is of no use: a later epoch began below its step, so that its trainer had been
+    superseded when it wrote it; None for one of the surviving history.
+    """
+    version = Version(**orjson.loads((directory / STATE).read_bytes())["version"])
+    for epoch, step in forks.items():
+        if epoch > version.epoch and step < version.step:
+            return f"{version} was abandoned: epoch {epoch} began at step {step}"
     return None
 
 

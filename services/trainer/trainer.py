@@ -41,7 +41,7 @@ def train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, h
         return False
     # Only now: an earlier trainer may have gone on saving until it was fenced.
     checkpoints.clean()
-    checkpoint = checkpoints.load_newest()
+    checkpoint = checkpoints.load_newest(load_forks(config.run.dir))
     if checkpoint is not None:
         _resume(backend, checkpoint, config)
     version = checkpoint.state.version if checkpoint is not None else Version(acquired.epoch, 0)

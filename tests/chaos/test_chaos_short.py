@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.faults.campaign import VICTIMS, Round, Tally
+from tests.kit.faults import rivals
 from tests.kit.faults.judge import Verdict
+from tests.kit.faults.rounds import VICTIMS, Round
 from tests.kit.systems import small_inputs
 
 SEED = 7
@@ -20,7 +21,7 @@ def struck(tmp_path_factory: pytest.TempPathFactory) -> tuple[Round, Verdict]:
     root: Path = tmp_path_factory.mktemp("chaos")
     small_inputs(root / "inputs")
     (root / "round").mkdir()
-    round_ = Round(root / "round", SEED, Tally())
+    round_ = Round(root / "round", SEED)
     round_.strike(VICTIMS * 2, time.monotonic() + 200, threading.Event())
     return round_, round_.settle()
 
@@ -42,3 +43,14 @@ def test_training_advanced_and_the_outside_ledger_saw_it(struck: tuple[Round, Ve
 def test_every_victim_was_struck(struck: tuple[Round, Verdict], victim: str) -> None:
     round_, _ = struck
     assert round_.tally.strikes(victim) >= 2
+
+
+@pytest.mark.timeout(400)
+def test_of_two_trainers_the_older_is_fenced(tmp_path: Path) -> None:
+    """Row 25 of the crash matrix: it froze with a step trained and not committed, while the second took over."""
+    small_inputs(tmp_path / "inputs")
+    (tmp_path / "round").mkdir()
+    outcome = rivals.two_trainers(tmp_path / "round", SEED, "trainer.CommitStep.before")
+    assert outcome.status == rivals.FENCED
+    assert outcome.late_commits == 0
+    assert outcome.verdict.clean, str(outcome.verdict)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from polyhead.v1 import buffer_pb2 as pb
 from services.common.buffer_client import BufferClient
 from services.common.config import load
 from services.common.errors import PolyheadError
+from services.common.process import die_with_parent
 
 T = TypeVar("T")
 
@@ -33,13 +35,17 @@ class Run:
         """`environment` is added to this process's; directories in its PYTHONPATH go first."""
         self.dir = run_dir
         self.output = run_dir.with_name(f"{run_dir.name}.out")
+        self.environment = _environment(environment or {})
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "services.cli.main", *arguments],
                 cwd=ROOT,
-                env=_environment(environment or {}),
+                env=self.environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # A terminal's Ctrl-C is the test's to pass on; a test that is killed leaves no run behind.
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
         self.seen: set[psutil.Process] = set()
 

@@ -14,15 +14,20 @@ from typing import Any
 import msgpack
 from redis.asyncio import Redis
 
+from polyhead.v1 import sample_pb2
+from services.buffer import partials
 from services.buffer.ids import sample_id
 from tests.kit import valkey
 from tests.kit.faults import witness
 from tests.kit.runs import Run, surviving
 
-GENERATED, SCORED, READY = 3, 5, 6
+PENDING, GENERATING, GENERATED, SCORING, SCORED = range(1, 6)
 OPEN_STATES = range(1, 8)
-# A sample in one of these has a completion.
-FINISHED = {*range(GENERATED, 8), "consumed", "retired", "dropped", "dead"}
+CLOSED = {"consumed", "retired", "dropped", "dead"}
+# Where a sample may be of which this was acknowledged.
+STATES_AFTER = {"generated": CLOSED.union(range(GENERATED, 8)), "scored": CLOSED.union(range(SCORED, 8))}
+# Places in a sample's record in the store: `common.lua` has them, counted from 1.
+_STATE, _SAVED, _SCORE_LEASE = 0, 4, 12
 
 
 @dataclass
@@ -32,6 +37,8 @@ class Kept:
     states: dict[str, list[int | str]]
     """More than one state is a violation."""
     accepted: int
+    partials: dict[str, bytes] = field(default_factory=dict)
+    """Saved completion tokens of samples that are not complete, int32 little-endian."""
 
 
 @dataclass
@@ -43,6 +50,8 @@ class Verdict:
     steps: int = 0
     acknowledged: Counter[str] = field(default_factory=Counter)
     """Lines of the outside ledger by kind."""
+    closed: Counter[str] = field(default_factory=Counter)
+    """Samples by closed state: a fault may make some dead, and the reader is to see how many."""
 
     @property
     def clean(self) -> bool:
@@ -62,13 +71,17 @@ def judge_run(run: Run, directory: Path) -> Verdict:
 def judge(lines: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], kept: Kept) -> Verdict:
     """`lines` are the outside ledger's, `metrics` the trainer's, one for each time a step was trained."""
     verdict = Verdict(acknowledged=Counter(line["kind"] for line in lines))
-    history = surviving(list(metrics))
+    # A trainer that was frozen while another took over may record its last step late.
+    history = surviving(sorted(metrics, key=lambda line: line["epoch"]))
     verdict.steps = max(history, default=0)
+    verdict.closed = Counter(state for states in kept.states.values() for state in states if isinstance(state, str))
     verdict.imbalance = kept.accepted - sum(len(states) == 1 for states in kept.states.values())
     _check_history(history, verdict)
     _check_states(lines, history, kept, verdict)
-    _check_completions(lines, verdict)
+    _check_completions(lines, kept, verdict)
+    _check_scores(lines, verdict)
     _check_batches(lines, history, verdict)
+    _check_pushes(lines, verdict)
     return verdict
 
 
@@ -93,10 +106,10 @@ def _check_states(
         if len(states) > 1:
             verdict.doubled.append(f"{name} is {states}")
     for line in lines:
-        if line["kind"] not in ("generated", "scored"):
+        if (wanted := STATES_AFTER.get(line["kind"])) is None:
             continue
         states = kept.states.get(line["id"], [])
-        if not FINISHED.intersection(states):
+        if not wanted.intersection(states):
             verdict.lost.append(f"{line['id']} was acknowledged as {line['kind']} and is {states}")
     trained = {group for step in history.values() for group in step["group_ids"]}
     for name, states in kept.states.items():
@@ -106,7 +119,7 @@ def _check_states(
             verdict.lost.append(f"{name} is {states}, the trainer's history says otherwise")
 
 
-def _check_completions(lines: Iterable[Mapping[str, Any]], verdict: Verdict) -> None:
+def _check_completions(lines: Iterable[Mapping[str, Any]], kept: Kept, verdict: Verdict) -> None:
     """One completion for a sample, and every token that had been acknowledged is in its place in it."""
     completions: dict[str, bytes] = {}
     digests: dict[str, str] = {}
@@ -120,10 +133,29 @@ def _check_completions(lines: Iterable[Mapping[str, Any]], verdict: Verdict) -> 
             verdict.doubled.append(f"{line['id']} was completed with two contents")
     verdict.doubled += [f"{name} was completed {count} times" for name, count in fresh.items() if count > 1]
     for line in lines:
-        if line["kind"] == "saved" and line["id"] in completions:
-            tokens, start = bytes.fromhex(line["tokens"]), 4 * line["from"]
-            if completions[line["id"]][start : start + len(tokens)] != tokens:
-                verdict.lost.append(f"{line['id']}: tokens {line['from']}.. were acknowledged and generated again")
+        if line["kind"] != "saved":
+            continue
+        name, tokens, start = line["id"], bytes.fromhex(line["tokens"]), 4 * line["from"]
+        whole = completions.get(name)
+        if whole is None and {PENDING, GENERATING}.intersection(kept.states.get(name, [])):
+            whole = kept.partials.get(name, b"")
+        if whole is not None and whole[start : start + len(tokens)] != tokens:
+            verdict.lost.append(f"{name}: tokens {line['from']}.. were acknowledged and are not there")
+
+
+def _check_scores(lines: Iterable[Mapping[str, Any]], verdict: Verdict) -> None:
+    """One score for a sample, and it is the one that was trained."""
+    rewards: dict[str, float] = {}
+    fresh: Counter[str] = Counter()
+    for line in lines:
+        if line["kind"] == "scored":
+            rewards[line["id"]] = line["reward"]
+            fresh[line["id"]] += line["outcome"] == "OUTCOME_OK"
+    verdict.doubled += [f"{name} was scored {count} times" for name, count in fresh.items() if count > 1]
+    for line in lines:
+        for name, (_, reward) in line["samples"].items() if line["kind"] == "leased" else ():
+            if rewards.get(name, reward) != reward:
+                verdict.doubled.append(f"{name} was scored {rewards[name]} and leased with {reward}")
 
 
 def _check_batches(
@@ -134,7 +166,7 @@ def _check_batches(
     for line in lines:
         if line["kind"] != "leased":
             continue
-        for name, digest in line["samples"].items():
+        for name, (digest, _) in line["samples"].items():
             if generated.get(name, digest) != digest:
                 verdict.doubled.append(f"{name} was leased for step {line['step']} with another content")
     newest: dict[int, Mapping[str, Any]] = {}
@@ -145,6 +177,19 @@ def _check_batches(
         groups = {name.partition("-")[0] for name in line["ids"]}
         if step in history and groups != set(history[step]["group_ids"]):
             verdict.doubled.append(f"step {step}: committed {sorted(groups)}, recorded {history[step]['group_ids']}")
+
+
+def _check_pushes(lines: Iterable[Mapping[str, Any]], verdict: Verdict) -> None:
+    """No replica takes over a version of an epoch that was superseded when it had one of a later epoch."""
+    newest: dict[str, int] = {}
+    for line in lines:
+        if line["kind"] != "pushed":
+            continue
+        if line["epoch"] < newest.get(line["by"], 0):
+            verdict.doubled.append(
+                f"{line['by']} took over e{line['epoch']}.s{line['step']} after a later epoch's version"
+            )
+        newest[line["by"]] = line["epoch"]
 
 
 async def _read_store(directory: Path) -> Kept:
@@ -161,17 +206,28 @@ async def _read_keys(redis: Redis) -> Kept:
     prefix = meta_key[: -len(b"meta")]
     run = msgpack.unpackb(await redis.get(meta_key), strict_map_key=False)
     states: dict[str, list[int | str]] = defaultdict(list)
+    saved: dict[str, bytes] = {}
     for index in ("fresh", "live", "bound"):
         for member in await redis.zrange(prefix + index.encode(), 0, -1):
             group = msgpack.unpackb(await redis.get(prefix + b"g:%d" % int(member)), strict_map_key=False, raw=True)
             for place, sample in enumerate(group[b"samples"]):
-                if sample[0] in OPEN_STATES:
-                    states[sample_id(int(member), place)].append(sample[0])
+                if sample[_STATE] not in OPEN_STATES:
+                    continue
+                name = sample_id(int(member), place)
+                judged = sample[_STATE] == SCORING and sample[_SCORE_LEASE] > 0
+                states[name].append(SCORED if judged else sample[_STATE])
+                if sample[_SAVED] > 0:
+                    saved[name] = _tokens(await redis.get(prefix + b"d:%d:%d" % (int(member), place)) or b"")
     async for key in redis.scan_iter(match=prefix.replace(b"[", b"\\[") + b"b:*"):
         name = key.rpartition(b":b:")[2].decode().partition(":")[0]
         for serial in _bits(await redis.get(key)):
             states[sample_id(*divmod(serial, run["group_size"]))].append(name)
-    return Kept(dict(states), run["accepted"])
+    return Kept(dict(states), run["accepted"], saved)
+
+
+def _tokens(partial: bytes) -> bytes:
+    """The completion tokens of a partial sample."""
+    return b"".join(sample_pb2.TokenDelta.FromString(delta).token_ids for delta in partials.split(partial))
 
 
 def _bits(bitmap: bytes) -> list[int]:

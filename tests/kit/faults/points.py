@@ -48,6 +48,7 @@ _FUNCTIONS = {
         "gradient_clip": "services.trainer.backends.torch.optimizer:Optimizer.clip",
         "optimizer_step": "services.trainer.backends.torch.optimizer:Optimizer.step",
         "push_bucket": "services.common.weight_group:WeightGroup.broadcast",
+        "checkpoint_tensors": "services.trainer.checkpoint:save_file",
         "checkpoint_files": "services.trainer.checkpoint:_write",
         "checkpoint_fsync": "services.trainer.files:_fsync",
         "checkpoint_rename": "services.trainer.checkpoint:write_directory",
@@ -88,6 +89,9 @@ class Points:
         temporary.write_text(action)
         temporary.rename(self.directory / "armed" / point)
 
+    def is_armed(self, point: str) -> bool:
+        return (self.directory / "armed" / point).exists()
+
     def disarm(self, point: str) -> bool:
         """Whether it had not been reached."""
         try:
@@ -97,8 +101,8 @@ class Points:
         return True
 
     def hits(self, point: str) -> list[int]:
-        """The processes that reached it, in no order."""
-        return [int(path.suffix[1:]) for path in (self.directory / "hit").glob(f"{point}.*")]
+        """The processes that reached it, in order."""
+        return [int(path.suffix[1:]) for path in sorted((self.directory / "hit").glob(f"{point}.*"))]
 
 
 def install(command: Sequence[str]) -> None:
@@ -107,18 +111,20 @@ def install(command: Sequence[str]) -> None:
     if (role := ROLES.get(module)) is None:
         return
     directory = Path(os.environ["FAULT_POINTS"])
-    _install_calls(role, directory)
-    for name, place in _FUNCTIONS.get(role, {}).items():
-        _wrap(place, f"{role}.{name}", directory)
-
-
-def _install_calls(role: str, directory: Path) -> None:
+    seen: dict[str, Callable[..., None]] = {}
     if role == "buffer":
         _wrap("services.buffer.redis_scripts:ScriptRunner.run", role, directory, stems=_SCRIPTS)
     elif role in _CALLS:
         witness = Witness(directory / "witness", role)
         place = "services.common.buffer_client:BufferClient._call"
         _wrap(place, role, directory, stems=_CALLS[role], seen=witness.acknowledged)
+        seen["push_commit"] = witness.pushed
+    for name, place in _FUNCTIONS.get(role, {}).items():
+        _wrap(place, f"{role}.{name}", directory, seen=seen.get(name, _nothing))
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _wrap(
@@ -126,7 +132,7 @@ def _wrap(
     point: str,
     directory: Path,
     stems: Sequence[str] = (),
-    seen: Callable[..., None] = lambda *_: None,
+    seen: Callable[..., None] = _nothing,
 ) -> None:
     """With `stems`, the first argument is the rest of the point's name, if it is one of them. `seen` gets the arguments
     and the answer of a call that was answered, before its "after" is reached.

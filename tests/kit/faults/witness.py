@@ -1,4 +1,7 @@
-"""What a client of the buffer was acknowledged, one line each, in a file of its own that survives its SIGKILL."""
+"""What a client of the buffer was acknowledged, and what a replica took over, one line each.
+
+Each process has a file of its own, which survives its SIGKILL.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ import orjson
 import xxhash
 
 from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import rollout_pb2 as rpb
 from polyhead.v1 import sample_pb2
+
+# A repeated call that had been carried out is as good as the first.
+_DONE = (pb.OUTCOME_OK, pb.OUTCOME_DUPLICATE)
 
 
 class Witness:
@@ -19,13 +26,20 @@ class Witness:
     def __init__(self, directory: Path, role: str) -> None:
         path = directory / f"{role}-{os.getpid()}.jsonl"
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._fetched: dict[str, str] = {}
+        self._fetched: dict[str, list[Any]] = {}
 
     def acknowledged(self, verb: str, request: Any, *rest: Any) -> None:
         """`rest` ends with the answer."""
         if (note := getattr(self, f"_{verb.lower()}", None)) is not None:
             for line in note(request, rest[-1]):
-                os.write(self._file, orjson.dumps(line) + b"\n")
+                self._write(line)
+
+    def pushed(self, request: rpb.CommitUpdateRequest, _: object) -> None:
+        """A replica has taken over a version."""
+        self._write({"kind": "pushed", "epoch": request.epoch, "step": request.version.step})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        os.write(self._file, orjson.dumps(line) + b"\n")
 
     def _extend(self, request: pb.ExtendRequest, answer: pb.ExtendResponse) -> list[dict[str, Any]]:
         return [
@@ -37,13 +51,13 @@ class Witness:
                 "tokens": each.delta.token_ids.hex(),
             }
             for each, result in zip(request.samples, answer.results, strict=True)
-            if each.HasField("delta") and result.outcome == pb.OUTCOME_OK
+            if each.HasField("delta") and result.outcome in _DONE
         ]
 
     def _complete(self, request: pb.CompleteRequest, answer: pb.CompleteResponse) -> list[dict[str, Any]]:
         lines = []
         for each, result in zip(request.samples, answer.results, strict=True):
-            if result.outcome not in (pb.OUTCOME_OK, pb.OUTCOME_DUPLICATE):
+            if result.outcome not in _DONE or each.verdict:  # a verdict is on a group, and settled by any sample
                 continue
             line = {"id": each.sample_id, "lease": each.lease_id, "outcome": pb.Outcome.Name(result.outcome)}
             if request.stage == sample_pb2.STAGE_SCORE:
@@ -57,7 +71,8 @@ class Witness:
     def _lease(self, request: pb.LeaseRequest, answer: pb.LeaseResponse) -> list[dict[str, Any]]:
         if request.stage != sample_pb2.STAGE_TRAIN or not answer.groups:
             return []
-        self._fetched = {each.sample_id: _digest(each.sample) for group in answer.groups for each in group.samples}
+        samples = [each for group in answer.groups for each in group.samples]
+        self._fetched = {each.sample_id: [_digest(each.sample), each.record.reward] for each in samples}
         batch = {"epoch": request.epoch, "step": request.step, "samples": self._fetched}
         return [{"kind": "leased", **batch}]
 
@@ -75,9 +90,10 @@ def _digest(payload: bytes) -> str:
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """All complete lines of all witnesses; those of one process in the order they were written."""
+    """All complete lines of all witnesses, each saying by whom; those of one process in the order they were written."""
     lines = []
     for path in sorted(directory.glob("*.jsonl")):
         text = path.read_bytes()
-        lines += [orjson.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+        written = (orjson.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines())
+        lines += [{**line, "by": path.stem} for line in written]
     return lines

@@ -1,6 +1,7 @@
 """Checkpoints and exports: exact, atomic, and never a damaged one."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from polyhead.v1 import buffer_pb2 as pb
 from services.common.config import Config
-from services.common.errors import ConfigError
+from services.common.errors import ConfigError, FencedError
 from services.common.versions import Version
 from services.trainer import files
 from services.trainer.backends.torch.backend import TorchBackend
@@ -254,3 +255,22 @@ def test_the_newest_epoch_is_known_from_damaged_checkpoints_too(tmp_path):
     (tmp_path / "checkpoints" / "step_00000001" / "model.safetensors").unlink()
     (tmp_path / "checkpoints" / "step_00000002" / "state.json").write_text("{")
     assert store.newest_epoch() == 2
+
+
+def test_a_superseded_trainer_replaces_no_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=2)
+    store.save(state_at(5), small_tensors(2))
+    with pytest.raises(FencedError, match="1 was superseded by 2"):
+        store.save(replace(state_at(5), version=Version(1, 5)), small_tensors(1))
+    assert store.load_newest().tensors["model"]["w"][0] == 2
+
+
+def test_what_a_superseded_trainer_wrote_first_is_not_resumed_from(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=3)
+    for step in (5, 10, 15):
+        store.save(replace(state_at(step), version=Version(1, step)), small_tensors(step))
+    assert store.load_newest({1: 0}).state.step == 15
+    assert store.load_newest({1: 0, 2: 15}).state.step == 15
+    assert store.load_newest({1: 0, 2: 10}).state.step == 10
+    store.save(state_at(15), small_tensors(2))
+    assert store.load_newest({1: 0, 2: 10}).state.version == Version(2, 15)

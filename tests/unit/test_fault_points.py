@@ -1,0 +1,64 @@
+"""The fault kit itself: points are where they say, and what is armed is carried out once."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.kit.faults import matrix, points
+from tests.kit.faults.rounds import VICTIMS, Shares
+
+CHILD = """
+import os, sys
+from pathlib import Path
+from tests.kit.faults import points
+points._wrap("os.path:basename", "role.name", Path(sys.argv[1]))
+print(os.path.basename("a/b"), flush=True)
+print(os.path.basename("a/c"), flush=True)
+"""
+
+
+def child(at: points.Points) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CHILD, str(at.directory)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("role", sorted(points._FUNCTIONS))
+def test_every_point_is_a_function_of_its_service(role: str) -> None:
+    for place in points._FUNCTIONS[role].values():
+        module, _, path = place.partition(":")
+        assert callable(functools.reduce(getattr, path.split("."), importlib.import_module(module)))
+
+
+def test_the_crash_matrix_names_points_that_exist() -> None:
+    every = {name for victim in VICTIMS for name in matrix.points_of(victim)} | {"rivals"}
+    assert {point for stages in matrix.ROWS.values() for at in stages.values() for point in at} <= every
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_armed_point_ends_the_process_there_and_the_next_one_goes_on(tmp_path: Path, when: str) -> None:
+    at = points.Points(tmp_path)
+    at.arm(f"role.name.{when}")
+    struck = child(at)
+    assert (struck.returncode, struck.stdout) == (-9, ""), struck.stderr
+    assert not at.is_armed(f"role.name.{when}")
+    assert len(at.hits(f"role.name.{when}")) == 1
+    assert child(at).stdout == "b\nc\n"
+
+
+def test_rounds_side_by_side_share_the_points_evenly() -> None:
+    shares, taken = Shares(), Counter[str]()
+    names = matrix.points_of("engine")
+    for number in range(3 * len(names)):
+        taken[shares.take("engine", random.Random(number), Counter())] += 1
+    assert set(taken.values()) == {3}
+    assert shares.missing("engine", 4) == len(names)
+    shares.give_back(names[0])
+    assert shares.missing("engine", 3) == 1
