@@ -31,7 +31,7 @@ class Ticket:
 
 
 class Wakeups:
-    """First come, first served, in a line for each stage and each `kind` of leaser.
+    """A line for each stage and each `kind` of leaser. The first is called; who looks in vain goes to the end.
 
     What one of a kind may not have, none of them may, and others may: so each kind has a line, and an arrival calls the
     first of each. Calls are only hints. While anybody waits, the first of each line is called from time to time anyway,

@@ -215,6 +215,21 @@ def started(appendfsync: Literal["always", "everysec"], **store: Any) -> Iterato
             buffer.wait()
 
 
+async def measure_all(arguments: argparse.Namespace) -> dict[str, object]:
+    """In one event loop: gRPC does not outlive the one it was first used in."""
+    figures: dict[str, object] = {}
+    with started(arguments.appendfsync, max_memory_mb=2048) as (address, server, pid):
+        fsync = fsync_ms(server.directory)
+        figures |= await compare(address, server.url, pid, arguments.rounds)
+        figures |= {"fsync_p50_ms": fsync["p50"], "fsync_p99_ms": fsync["p99"]}
+    with started(arguments.appendfsync) as (address, _, pid):
+        figures |= await measure_waiting(address, pid)
+    with started(arguments.appendfsync) as (address, server, pid):
+        pids = {"buffer": pid, "store": server.pid}
+        figures["small_samples"] = await measure(address, arguments.steps, arguments.chunk, pids)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="polyhead bench buffer", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -224,16 +239,7 @@ def main() -> None:
     parser.add_argument("--appendfsync", choices=["always", "everysec"], default="always")
     arguments = parser.parse_args()
     stamina.instrumentation.set_on_retry_hooks([])
-    figures: dict[str, object] = {}
-    with started(arguments.appendfsync, max_memory_mb=2048) as (address, server, pid):
-        fsync = fsync_ms(server.directory)
-        figures |= asyncio.run(compare(address, server.url, pid, arguments.rounds))
-        figures |= {"fsync_p50_ms": fsync["p50"], "fsync_p99_ms": fsync["p99"]}
-    with started(arguments.appendfsync) as (address, _, pid):
-        figures |= asyncio.run(measure_waiting(address, pid))
-    with started(arguments.appendfsync) as (address, server, pid):
-        pids = {"buffer": pid, "store": server.pid}
-        figures["small_samples"] = asyncio.run(measure(address, arguments.steps, arguments.chunk, pids))
+    figures = asyncio.run(measure_all(arguments))
     figures["conditions"] = {
         "store": f"Valkey, AOF {arguments.appendfsync}",
         "long_samples": f"{PROMPT} + {COMPLETION} tokens, {BATCH} to a call",
