@@ -797,6 +797,17 @@ async def test_an_empty_store_goes_on_at_the_watermark(store: Store) -> None:
     assert await store.watermark(epoch, 6) == WatermarkRecord(6, 14, (), "d0", 7)
 
 
+async def test_figures_far_beyond_any_run_cost_no_time(start: Start, store: Store) -> None:
+    driver = await start()
+    await driver.step(1)
+    epoch, _ = await store.acquire_epoch(1_000_000)
+    await store.recover(epoch, 1 << 32, WatermarkRecord(1 << 32, 1 << 48, (), "d0", 7))
+    after = Driver(store, epoch)
+    await after.publish(1 << 32)
+    assert [group.ordinal for group in (await after.generate_lease(2)).groups] == [1 << 48]
+    assert (await after.counts())["RETIRED"] == 8  # what was trained, and what the watermark says was
+
+
 async def test_an_older_store_retires_what_the_watermark_closed(start: Start, store: Store) -> None:
     driver = await start()
     await driver.fill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -53,7 +54,7 @@ def with_bytes(over: int) -> None:
 
 def with_metadata(over: int) -> None:
     message = sample()
-    message.prompt.metadata_json = "é" * ((METADATA + over + 1) // 2)
+    message.prompt.metadata_json = json.dumps({"": "é" * ((METADATA - 8) // 2) + "x" * over}, ensure_ascii=False)
     complete(message)
 
 
@@ -71,7 +72,7 @@ def with_delta(over: int) -> None:
 
 
 def with_prompt_metadata(over: int) -> None:
-    prompt = sample_pb2.Prompt(text="p", metadata_json="x" * (METADATA + over))
+    prompt = sample_pb2.Prompt(text="p", metadata_json=json.dumps({"": "x" * (METADATA - 8 + over)}))
     validation.prompts(pb.SubmitRequest(request_id="a", prompts=[prompt]), LIMITS)
 
 
