@@ -27,11 +27,11 @@ import psutil
 import redis
 
 from polyhead.v1 import buffer_pb2, sample_pb2
-from services.common.errors import ERROR_FIELD_KEY, ERROR_NAME_KEY
 from services.common.process import die_with_parent, free_port
 from services.common.rpc import MIB
 from tests.kit import valkey
 from tests.kit.fuzz import torn
+from tests.kit.fuzz.calls import check_refusal
 from tests.kit.fuzz.mutations import Mutator
 from tests.kit.fuzz.scene import Scene
 
@@ -63,12 +63,6 @@ _GROWTH_MB = 128
 _PEAK_MB = 10 * 64
 """Beside that, while a message of 64 MiB is received and parsed: some copies of it, but nothing made of its parts."""
 _LAST_STEPS = 3
-_REFUSALS = {
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.DATA_LOSS,
-}
 
 
 class Fuzz:
@@ -152,12 +146,8 @@ class Fuzz:
         self.seen[f"{method if code != grpc.StatusCode.UNIMPLEMENTED else 'unknown'} {code.name}"] += 1
         too_large = code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in error.details()
         waited = code == grpc.StatusCode.DEADLINE_EXCEEDED and method == "Lease"
-        if code == grpc.StatusCode.UNIMPLEMENTED or too_large or waited:
-            return code
-        trailing = dict(error.trailing_metadata() or ())
-        assert code in _REFUSALS, said
-        assert trailing.get(ERROR_NAME_KEY), said
-        assert trailing.get(ERROR_FIELD_KEY), said
+        if code != grpc.StatusCode.UNIMPLEMENTED and not too_large and not waited:
+            check_refusal(error, said)
         return code
 
     def _changes(self) -> int:

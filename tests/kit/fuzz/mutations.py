@@ -41,7 +41,7 @@ _TEXTS = (
     ),
 )
 _ARRAYS = (b"", b"\0", b"\xff" * 4, struct.pack("<2f", float("nan"), float("inf")), struct.pack("<2i", -1, 1 << 30))
-_MANY = 1025
+_MANY, _SMALL = 1025, 2000
 
 
 class Mutator:
@@ -128,7 +128,9 @@ class Mutator:
         elif how < 0.4 and items:
             del items[rng.randrange(len(items))]
         elif how < 0.7 and items:
-            items.extend([rng.choice(items)] * rng.choice((1, 3, _MANY)))
+            item = rng.choice(items)
+            small = not isinstance(item, Message) or item.ByteSize() < _SMALL
+            items.extend([item] * rng.choice((1, 3, _MANY if small else 5)))
         elif field.cpp_type == Field.CPPTYPE_MESSAGE:
             items.add()
         else:
