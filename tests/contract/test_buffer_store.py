@@ -841,9 +841,10 @@ async def test_another_data_set_refuses_to_resume(store: Store, digest: str, see
 async def test_replicas_are_listed_until_their_time_runs_out(store: Store) -> None:
     await store.open(params())
     assert await store.register_replica("b", b"B", 60_000) is None
-    await store.register_replica("a", b"A", TTL_MS)
+    await store.register_replica("a", b"A", 60_000)
     await store.register_replica("b", b"B2", 60_000)
     assert await store.list_replicas() == [b"A", b"B2"]
+    await store.register_replica("a", b"A", TTL_MS)
     await asyncio.sleep(2 * TTL_MS / 1000)
     assert await store.list_replicas() == [b"B2"]
 
