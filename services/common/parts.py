@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
-
 from services.common.errors import LimitError
 
 MAX_PARTS = 100_000
@@ -37,18 +35,18 @@ class _Counter:
         self.path: list[str] = []
 
     def run_out(self, at: int, end: int, descriptor: Any) -> bool:
-        fields = _messages(descriptor)
+        fields = _fields(descriptor)
         while at < end:
             self._left -= 1
-            if self._left < 0:
-                return True
             try:
                 tag, at = self._varint(at, end)
                 start, at = self._skipped(at, end, tag & 7)
             except ValueError:
                 return False
-            if tag & 7 == _BYTES and (found := fields.get(tag >> 3)) and self.run_out(start, at, found.message_type):
-                self.path.append(found.name)
+            name, inner = fields.get(tag >> 3, ("", None))
+            nested = inner is not None and tag & 7 == _BYTES
+            if self._left < 0 or (nested and self.run_out(start, at, inner)):
+                self.path += [name] if name else []
                 return True
         return False
 
@@ -80,6 +78,6 @@ class _Counter:
 
 
 @cache
-def _messages(descriptor: Any) -> Mapping[int, Any]:
-    """The fields that hold messages, by number."""
-    return {each.number: each for each in descriptor.fields if each.type == FieldDescriptor.TYPE_MESSAGE}
+def _fields(descriptor: Any) -> Mapping[int, tuple[str, Any]]:
+    """Names, and the descriptors of the messages in them, by number."""
+    return {each.number: (each.name, each.message_type) for each in descriptor.fields}
