@@ -75,6 +75,17 @@ def test_messages_tools_and_json_strings(tmp_path: Path) -> None:
     assert (prompt.metadata_json, prompt.tools_json, prompt.label) == ('{"a":1}', '[{"type":"function"}]', "x")
 
 
+def test_parquet_takes_json_strings_and_names_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = [{"input": "a", "metadata": '{"n": 1}', "tools": None}, {"input": "b", "metadata": "", "tools": "[]"}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert [source(path).prompt(n).metadata_json for n in range(2)] == ['{"n":1}', ""]
+    pq.write_table(pa.Table.from_pylist([*rows, {"input": "c", "metadata": "[1]"}]), path)
+    with pytest.raises(ConfigError, match=r"rows.parquet row 2: 'metadata' is no JSON object"):
+        source(path)
+    assert len(source(f"{path}@[0:2]")) == 2
+
+
 @pytest.mark.parametrize(
     ("lines", "settings", "words"),
     [
