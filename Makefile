@@ -13,6 +13,8 @@ MINUTES ?= 42
 HISTORIES ?= 5000
 COMMANDS ?= 100
 WORKERS ?= 2
+# Of make fuzz.
+SECONDS ?= 600
 CONFIG ?= deploy/config/demo.toml
 
 VENV := .venv
@@ -34,7 +36,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang check fmt lint type proto proto-check up down status scale bench chaos property clean
+	test-sglang check fmt lint type proto proto-check up down status scale bench chaos property fuzz clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -100,11 +102,13 @@ endef
 
 PYTEST := $(BIN)/python -m pytest -q
 
-# SGLang's environment is made beside the first lanes, which do not need it.
+# SGLang's environment is made beside the first lanes, which do not need it. What computes alone (static) runs beside
+# what waits for its store to write (property).
 test: ## all lanes, as CI runs them
 	@began=$$(date +%s); $(MAKE) --no-print-directory install || exit 1; \
 		$(MAKE) --no-print-directory engine-env ENGINE=cpu > $(VENV)/engine-env.log 2>&1 & engine_env=$$!; \
-		$(MAKE) --no-print-directory test-static test-fast test-property test-e2e \
+		{ $(MAKE) --no-print-directory -j2 -O test-static test-property \
+			&& $(MAKE) --no-print-directory test-fast test-e2e; } \
 			|| { kill $$engine_env 2>/dev/null; exit 1; }; \
 		wait $$engine_env || { cat $(VENV)/engine-env.log; exit 1; }; \
 		$(MAKE) --no-print-directory test-sglang && echo "all lanes: $$(expr $$(date +%s) - $$began) s"
@@ -113,18 +117,18 @@ test-static: $(VENV)/dev.installed ## format, lint, types, import rules, contrac
 	$(call lane,$@,$(MAKE) --no-print-directory check)
 
 test-fast: $(VENV)/dev.installed ## unit and contract tests
-	$(call lane,$@,$(PYTEST) -n 2 --dist loadfile tests/unit tests/contract)
+	$(call lane,$@,$(PYTEST) -n 3 --dist loadfile tests/unit tests/contract)
 
-test-property: $(VENV)/dev.installed ## random histories against a model
-	$(call lane,$@,$(PYTEST) -n 2 --dist worksteal tests/property)
+test-property: $(VENV)/dev.installed ## random histories against a model, and malformed requests
+	$(call lane,$@,$(PYTEST) -n 3 --dist worksteal tests/property)
 
 test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
-	$(call lane,$@,$(PYTEST) tests/e2e tests/chaos)
+	$(call lane,$@,$(PYTEST) -n 3 --dist loadfile tests/e2e tests/chaos)
 
 test-sglang: $(VENV)/dev.installed ## the engine suite and the demo over real SGLang
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
-	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) -k sglang tests/contract/test_engine_conformance.py \
-		tests/contract/test_engine_record.py tests/e2e/test_e2e_sglang.py)
+	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) -n 2 --dist loadgroup -k sglang tests/e2e/test_e2e_sglang.py \
+		tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py)
 
 conformance: $(VENV)/dev.installed ## one suite over every kind of engine, real SGLang included
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
@@ -162,6 +166,10 @@ chaos: $(VENV)/dev.installed ## kill and freeze every role in whole runs, 45 min
 property: $(VENV)/dev.installed ## many random histories of the store (HISTORIES=5000 COMMANDS=100 WORKERS=2)
 	@$(BIN)/python -m tests.property.long --histories $(HISTORIES) --commands $(COMMANDS) --workers $(WORKERS) \
 		--json runs/property/summary.json $(if $(filter-out file,$(origin SEED)),--seed $(SEED))
+
+fuzz: $(VENV)/dev.installed ## malformed requests to a buffer (SECONDS=600, a random SEED)
+	@PYTHONPATH=.:protos $(BIN)/python -m tests.property.fuzz --seconds $(SECONDS) \
+		$(if $(filter-out file,$(origin SEED)),--seed $(SEED))
 
 clean: ## remove the environment, caches and runs
 	@rm -rf $(VENV) .engines .cache runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -31,7 +31,7 @@ STOP_GRACE_S = 2.0
 
 async def serve(config: Config, process: Process) -> None:
     """Opens the run in the store, serves until told to stop."""
-    source = PromptSource(config.data) if config.data.prompt_data else None
+    source = PromptSource(config.data, config.buffer.limits) if config.data.prompt_data else None
     store = _connect(config)
     witness = Witness(config.run.dir / f"{config.run.name}.position", store)
     try:

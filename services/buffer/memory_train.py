@@ -149,9 +149,8 @@ def confirm_checkpoint(state: MemoryState, epoch: int, oldest_kept_step: int) ->
 def _retire_steps(state: MemoryState, last: int) -> int:
     """Retires what the steps up to `last` consumed. Returns the number of samples."""
     retired = 0
-    for step in range(state.retired_step + 1, last + 1):
-        batch = state.batches.pop(step, None)
-        for order in batch.orders if batch else ():
+    for step in sorted(step for step in state.batches if state.retired_step < step <= last):
+        for order in state.batches.pop(step).orders:
             retired += _retire_consumed(state, state.groups[order])
     state.retired_step = max(state.retired_step, last)
     return retired

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.buffer import validation
+from services.buffer.field_checks import MAX_NUMBER, check_name, prompt_bytes
 from services.buffer.records import ImportedGroup, ImportedSample
 from services.common.blobs import Blobs
 from services.common.config.models import LimitsConfig
@@ -18,8 +19,6 @@ _LISTED = frozenset(sample_pb2.SampleState.values()) - {
     sample_pb2.SAMPLE_STATE_RETIRED,
     sample_pb2.SAMPLE_STATE_DROPPED,
 }
-# What a place in a listing can be: Lua counts in doubles.
-_MAX_START = 1 << 53
 
 
 def page(request: pb.ListSamplesRequest, limits: LimitsConfig) -> int:
@@ -31,7 +30,7 @@ def page(request: pb.ListSamplesRequest, limits: LimitsConfig) -> int:
     token = request.page_token
     if not token:
         return 0
-    if len(token) > 16 or not token.isascii() or not token.isdigit() or not 0 < int(token) < _MAX_START:
+    if len(token) > 16 or not token.isascii() or not token.isdigit() or not 0 < int(token) < MAX_NUMBER:
         raise InvalidArgumentError("is not the next_page_token of a page", field="page_token")
     return int(token)
 
@@ -40,7 +39,7 @@ def imported(
     request: pb.ImportRequest, limits: LimitsConfig, group_size: int, blobs: Blobs | None
 ) -> list[ImportedGroup]:
     """Groups of exactly `group_size` samples. Checks each sample as a completion is checked."""
-    validation.check_name(request.request_id, "request_id")
+    check_name(request.request_id, "request_id")
     if not request.groups:
         raise InvalidArgumentError("at least one is needed", field="groups")
     count = len(request.groups) * group_size
@@ -53,7 +52,7 @@ def imported(
             raise InvalidArgumentError(
                 f"{len(group.samples)}, but a group of this run has {group_size}", field=f"{field}.samples"
             )
-        prompt = validation.prompt_bytes(group.prompt, limits, f"{field}.prompt")
+        prompt = prompt_bytes(group.prompt, limits, f"{field}.prompt")
         found.append(ImportedGroup(prompt, list(_samples(group, limits, blobs, field))))
     return found
 
@@ -70,7 +69,7 @@ def _samples(
         sample.ClearField("group_id")
         sample.index = index
         data = sample.SerializeToString()
-        facts = validation.sample_facts(validation.parsed(data, limits, field), field)
+        facts = validation.sample_facts(validation.parsed(data, limits, field))
         reward, score = None, b""
         if each.HasField("score"):
             reward, score = each.score.reward, validation.score_bytes(each.score, limits, f"{field}.score")

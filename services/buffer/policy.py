@@ -74,7 +74,7 @@ def effective_step(version: Version, forks: Mapping[int, int], epoch: int) -> in
     For every later step t of `epoch`, ``t - effective_step(v) == steps_between(v, Version(epoch, t), forks)``
     (`services.common.versions`).
     """
-    later = (forks[e] for e in range(version.epoch + 1, epoch + 1) if e in forks)
+    later = (fork for e, fork in forks.items() if version.epoch < e <= epoch)
     shared = min(version.step, min(later, default=version.step))
     return 2 * shared - version.step
 

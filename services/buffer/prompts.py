@@ -12,9 +12,10 @@ import orjson
 import xxhash
 
 from polyhead.v1 import sample_pb2
+from services.buffer.field_checks import are_messages, prompt_bytes
 from services.buffer.rows import JsonlRows, ParquetRows, Rows
-from services.common.config.models import DataConfig
-from services.common.errors import ConfigError
+from services.common.config.models import DataConfig, LimitsConfig
+from services.common.errors import ConfigError, InvalidArgumentError, LimitError
 
 _SLICE = re.compile(r"(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
 _ORDERS_KEPT = 2  # permutations: prompts are issued across the border of two epochs
@@ -26,9 +27,11 @@ class PromptSource:
     Every row is checked at the start. Raises ConfigError naming file and row when one is malformed.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, limits: LimitsConfig | None = None) -> None:
+        """`limits` are the buffer's for prompts that come over the wire; None for their defaults."""
         path, start, stop = split_slice(config.prompt_data)
         self._keys = config
+        self._limits = limits or LimitsConfig()
         self._rows = _open(path)
         self._chosen = range(len(self._rows))[start:stop]
         if not self._chosen:
@@ -39,7 +42,7 @@ class PromptSource:
         digest = xxhash.xxh3_128(orjson.dumps(self._identity(start, stop)))
         for index in self._chosen:
             row, raw = self._rows.read(index)
-            self._prompt(row, self._rows.where(index))
+            self._check(self._prompt(row, self._rows.where(index)), self._rows.where(index))
             digest.update(raw)
         self.digest = digest.hexdigest()
 
@@ -71,6 +74,12 @@ class PromptSource:
         keys = self._keys
         return [keys.input_key, keys.label_key, keys.metadata_key, keys.tool_key, start, stop, keys.shuffle]
 
+    def _check(self, prompt: sample_pb2.Prompt, where: str) -> None:
+        try:
+            prompt_bytes(prompt, self._limits, "prompt")
+        except (InvalidArgumentError, LimitError) as error:
+            raise ConfigError(f"{error.field}: {error.reason}", field=where) from None
+
     def _prompt(self, row: Mapping[str, Any], where: str) -> sample_pb2.Prompt:
         keys = self._keys
         prompt = sample_pb2.Prompt(
@@ -80,7 +89,7 @@ class PromptSource:
         value = _required(row, keys.input_key, where)
         if isinstance(value, str) and value:
             prompt.text = value
-        elif isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
+        elif are_messages(value):
             prompt.messages_json = orjson.dumps(value).decode()
         else:
             raise ConfigError(f"{keys.input_key!r} is neither text nor a list of messages", field=where)

@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import buffer_pb2_grpc, sample_pb2
 from services.buffer import convert, operator_checks, policy, records, validation
+from services.buffer.field_checks import check_count, check_name, check_step
 from services.buffer.ids import SampleRef, group_id, parse_sample_id
 from services.buffer.memory_watch import MemoryWatch
 from services.buffer.prompts import PromptSource
@@ -169,7 +170,7 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         return policy.for_memory(waiting) if closed_for_memory else waiting
 
     async def Fetch(self, request: pb.FetchRequest, context: Any) -> pb.FetchResponse:
-        ids = validation.check_count(request.sample_ids, self._config.limits, "sample_ids")
+        ids = check_count(request.sample_ids, self._config.limits, "sample_ids")
         refs = [parse_sample_id(each, f"sample_ids[{number}]") for number, each in enumerate(ids)]
         found = await self._store.fetch(refs, prompts=request.include_prompt)
         size = sum(len(each.payload) + len(each.partial) + len(each.prompt) for each in found)
@@ -221,8 +222,7 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         return pb.PreferGroupsResponse()
 
     async def CommitStep(self, request: pb.CommitStepRequest, context: Any) -> pb.CommitStepResponse:
-        if not request.outcome or request.outcome not in pb.StepOutcome.values():
-            raise InvalidArgumentError("must be TRAINED or SKIPPED", field="outcome")
+        validation.check_commit(request)
         trained = request.outcome == pb.STEP_OUTCOME_TRAINED
         applied = await self._store.commit_step(request.epoch, request.step, request.batch_lease_id, trained=trained)
         if not trained:
@@ -233,32 +233,33 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
     async def PublishVersion(self, request: pb.PublishVersionRequest, context: Any) -> pb.PublishVersionResponse:
         if not request.HasField("version"):
             raise InvalidArgumentError("must be given", field="version")
+        check_step(request.version.step, "version.step")
         await self._store.publish_version(Version.from_proto(request.version))
         self._wakeups.wake_all(sample_pb2.STAGE_GENERATE)
         return pb.PublishVersionResponse()
 
     async def GetWatermark(self, request: pb.GetWatermarkRequest, context: Any) -> pb.GetWatermarkResponse:
-        record = await self._store.watermark(request.epoch, request.step)
+        record = await self._store.watermark(request.epoch, check_step(request.step, "step"))
         return pb.GetWatermarkResponse(watermark=convert.watermark(record))
 
     async def ConfirmCheckpoint(
         self, request: pb.ConfirmCheckpointRequest, context: Any
     ) -> pb.ConfirmCheckpointResponse:
-        retired = await self._store.confirm_checkpoint(request.epoch, request.oldest_kept_step)
+        kept = check_step(request.oldest_kept_step, "oldest_kept_step")
+        retired = await self._store.confirm_checkpoint(request.epoch, kept)
         if retired:
             self.retired.set()
         return pb.ConfirmCheckpointResponse(retired_samples=retired)
 
     async def AcquireEpoch(self, request: pb.AcquireEpochRequest, context: Any) -> pb.AcquireEpochResponse:
-        validation.check_name(request.holder, "holder")
+        check_name(request.holder, "holder")
         epoch, step = await self._store.acquire_epoch(validation.check_known_epoch(request))
         log.info("epoch_acquired", epoch=epoch, step=step, holder=request.holder)
         return pb.AcquireEpochResponse(epoch=epoch, step=step)
 
     async def Recover(self, request: pb.RecoverRequest, context: Any) -> pb.RecoverResponse:
+        validation.check_recover(request)
         watermark = convert.watermark_record(request.watermark) if request.HasField("watermark") else None
-        if watermark is not None and watermark.step != request.step:
-            raise InvalidArgumentError(f"is {watermark.step}, the checkpoint is {request.step}", field="watermark.step")
         recovered = await self._store.recover(request.epoch, request.step, watermark)
         log.info("recovered", epoch=request.epoch, step=request.step, returned_groups=recovered.returned_groups)
         for stage in _STAGES:
@@ -293,7 +294,7 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         return convert.page(await self._store.list_samples(request.state, start, request.limit))
 
     async def Requeue(self, request: pb.RequeueRequest, context: Any) -> pb.RequeueResponse:
-        ids = validation.check_count(request.sample_ids, self._config.limits, "sample_ids")
+        ids = check_count(request.sample_ids, self._config.limits, "sample_ids")
         refs = [parse_sample_id(each, f"sample_ids[{number}]") for number, each in enumerate(ids)]
         found = await self._store.requeue(refs)
         self._wakeups.wake(sample_pb2.STAGE_GENERATE)

@@ -22,7 +22,7 @@ from services.common.process import free_port
 def check(config: Config) -> None:
     """Raises the ConfigError or UnavailableError of the first thing that is wrong."""
     _check_model(config.model.hf_checkpoint)
-    PromptSource(config.data)
+    PromptSource(config.data, config.buffer.limits)
     _check_addresses(config)
     _check_resumable(config)
     if config.store.url != "embedded":
@@ -178,4 +178,4 @@ def _check_scorer(config: Config) -> None:
     """The scorer imports, and scores the first prompt's own label without raising or hanging."""
     from services.reward.check import check_scorer
 
-    asyncio.run(check_scorer(config, PromptSource(config.data).prompt(0)))
+    asyncio.run(check_scorer(config, PromptSource(config.data, config.buffer.limits).prompt(0)))

@@ -16,7 +16,8 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.common.errors import ConfigError, InvalidArgumentError, PolyheadError, to_status
+from services.common.errors import ConfigError, InvalidArgumentError, LimitError, PolyheadError, to_status
+from services.common.parts import check_parts
 
 log = structlog.get_logger()
 
@@ -43,11 +44,11 @@ def _options(message_mb: int) -> list[tuple[str, int]]:
     ]
 
 
-class _Malformed:
-    """Stands in for a request that did not parse, so that the handler can answer INVALID_ARGUMENT."""
+@dataclass(frozen=True)
+class _Refused:
+    """Stands in for a request that was not parsed, so that the handler can answer why."""
 
-    def __init__(self, error: DecodeError) -> None:
-        self.error = error
+    error: PolyheadError
 
 
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -62,17 +63,22 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None or handler.unary_unary is None:
             return handler
         inner, parse, method = handler.unary_unary, handler.request_deserializer, handler_call_details.method
+        # What generated code gives is the class method of the message.
+        descriptor = parse.__self__.DESCRIPTOR
 
         def deserialize(data: bytes) -> Any:
             try:
+                check_parts(data, descriptor, "request")
                 return parse(data)
+            except LimitError as error:
+                return _Refused(error)
             except DecodeError as error:
-                return _Malformed(error)
+                return _Refused(InvalidArgumentError(f"cannot be parsed: {error}", field="request"))
 
         async def behaviour(request: Any, context: Any) -> Any:
             try:
-                if isinstance(request, _Malformed):
-                    raise InvalidArgumentError(f"cannot be parsed: {request.error}", field="request")
+                if isinstance(request, _Refused):
+                    raise request.error
                 return await inner(request, context)
             except PolyheadError as error:
                 details, metadata = to_status(error)

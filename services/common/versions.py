@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from polyhead.v1 import sample_pb2
 
+MAX_STEP = 1 << 40
+"""No run reaches this step. The store's scripts count in doubles, and do sums with steps."""
+
 _WIRE = re.compile(r"e(\d+)\.s(\d+)")
 
 

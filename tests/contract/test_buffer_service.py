@@ -71,7 +71,7 @@ def config(tmp_path: Path) -> Config:
 @asynccontextmanager
 async def serving(url: str, config: Config, max_memory_mb: int = 1024) -> AsyncIterator[str]:
     """The address of a buffer in this process."""
-    source = PromptSource(config.data) if config.data.prompt_data else None
+    source = PromptSource(config.data, config.buffer.limits) if config.data.prompt_data else None
     store = RedisStore(url, run_name=config.run.name)
     await store.open(run_params(config, source))
     watch = MemoryWatch(store, max_memory_mb)
@@ -585,7 +585,7 @@ async def test_a_store_that_lost_everything_is_set_up_again(config: Config) -> N
 
 
 async def _digest(config: Config) -> str:
-    return PromptSource(config.data).digest
+    return PromptSource(config.data, config.buffer.limits).digest
 
 
 async def test_a_store_that_is_away_is_unavailable(config: Config) -> None:

@@ -797,6 +797,17 @@ async def test_an_empty_store_goes_on_at_the_watermark(store: Store) -> None:
     assert await store.watermark(epoch, 6) == WatermarkRecord(6, 14, (), "d0", 7)
 
 
+async def test_figures_far_beyond_any_run_cost_no_time(start: Start, store: Store) -> None:
+    driver = await start()
+    await driver.step(1)
+    epoch, _ = await store.acquire_epoch(1_000_000)
+    await store.recover(epoch, 1 << 32, WatermarkRecord(1 << 32, 1 << 48, (), "d0", 7))
+    after = Driver(store, epoch)
+    await after.publish(1 << 32)
+    assert [group.ordinal for group in (await after.generate_lease(2)).groups] == [1 << 48]
+    assert (await after.counts())["RETIRED"] == 8  # what was trained, and what the watermark says was
+
+
 async def test_an_older_store_retires_what_the_watermark_closed(start: Start, store: Store) -> None:
     driver = await start()
     await driver.fill()
@@ -830,9 +841,10 @@ async def test_another_data_set_refuses_to_resume(store: Store, digest: str, see
 async def test_replicas_are_listed_until_their_time_runs_out(store: Store) -> None:
     await store.open(params())
     assert await store.register_replica("b", b"B", 60_000) is None
-    await store.register_replica("a", b"A", TTL_MS)
+    await store.register_replica("a", b"A", 60_000)
     await store.register_replica("b", b"B2", 60_000)
     assert await store.list_replicas() == [b"A", b"B2"]
+    await store.register_replica("a", b"A", TTL_MS)
     await asyncio.sleep(2 * TTL_MS / 1000)
     assert await store.list_replicas() == [b"B2"]
 

@@ -15,6 +15,9 @@ from tests.kit.engine_push import Channel, Collector
 from tests.kit.hf_reference import greedy, teacher_forced, teacher_forced_after_swap
 from tests.kit.tiny_model import EOS_ID, build_tokenizer
 
+# One worker for all that shares an engine.
+pytestmark = pytest.mark.xdist_group("engine")
+
 LONG = 4000
 """Tokens that no test waits for: what runs so long is still running when the test acts."""
 PROMPTS = [[5], [7, 9, 11], list(range(3, 40)), [20] * 32, list(range(60, 99)) + list(range(3, 60))]

@@ -24,6 +24,8 @@ from services.common.errors import InvalidArgumentError, LimitError, from_rpc_er
 from services.common.lifecycle import Process
 from services.common.process import free_port
 from services.reward.replica import serve
+from services.reward.service import FULL_NAME
+from tests.kit.fuzz.calls import send_malformed
 from tests.kit.reward_fake_buffer import FakeBuffer, generated
 from tests.kit.reward_items import BY_ORDER, KIT
 
@@ -206,3 +208,13 @@ async def test_a_port_in_use_ends_the_process_with_one_line(buffer: FakeBuffer, 
     assert process.returncode == 2
     [line] = [text for text in errors.decode().splitlines() if text.startswith("polyhead")]
     assert line == f"polyhead reward: {buffer.address}: cannot be bound: is another process listening there?"
+
+
+async def test_malformed_requests_are_refused_by_name_and_harm_nobody(buffer: FakeBuffer) -> None:
+    request = reward_pb2.ScoreRequest(scorer="exact", items=[score_item("ok", number) for number in range(2)])
+    async with replica(config_for(buffer, "exact"), buffer) as channel:
+        seen = await send_malformed(channel, FULL_NAME, {"Score": request}, seed=0, count=1000)
+        response = await score(channel, score_item("42"))
+    assert response.results[0].score.reward == 1.0
+    assert seen["Score OK"] > 0
+    assert seen["Score INVALID_ARGUMENT"] > 0

@@ -101,7 +101,7 @@ def _generated(group: pb.LeasedGroup, sample: pb.LeasedSample, completion: str, 
     )
 
 
-BUFFER_FILTERS = ("reward_functions:newest_first", "reward_functions:cannot_choose")
+BUFFER_FILTERS = ("reward_functions:newest_first", "reward_functions:cannot_choose", "reward_functions:never_chooses")
 
 
 @pytest.fixture
@@ -272,8 +272,8 @@ async def test_a_buffer_filter_says_which_partial_groups_go_first(rig: Rig) -> N
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("rig", ["reward_functions:cannot_choose"], indirect=True)
-async def test_a_buffer_filter_that_raises_leaves_the_oldest_first_and_is_counted(rig: Rig) -> None:
+@pytest.mark.parametrize("rig", ["reward_functions:cannot_choose", "reward_functions:never_chooses"], indirect=True)
+async def test_a_buffer_filter_that_raises_or_hangs_leaves_the_oldest_first_and_is_counted(rig: Rig) -> None:
     await interrupt(rig, 2)
     async with asyncio.timeout(20):
         while True:

@@ -39,11 +39,6 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps({"version": "0.5.9", "context_length": 64}).encode())
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answer).serve_forever()
 """
-SILENT_SGLANG = """
-import time
-print("Load weight begin.", flush=True)
-time.sleep(600)
-"""
 CRASHING_SGLANG = """
 raise RuntimeError("Not enough memory")
 """
@@ -218,26 +213,9 @@ def test_external_engines_that_are_too_few(tmp_path, flags, other_model):
     assert "rollout.engine.external: 1 engines cannot be shared out over 2 replicas" in line
 
 
-def test_an_external_engine_that_serves_another_model(tmp_path, flags, other_model):
-    line = failed(tmp_path, *flags, "--rollout-external-engine-addrs", other_model)
-    assert f"rollout.engine.external: http://{other_model} has model_type = llama, but" in line
-
-
 def test_a_flag_that_sglang_does_not_know(tmp_path, flags, old_sglang):
     line = failed(tmp_path, *flags, *old_sglang, "--sglang-no-such-flag", "7")
     assert line.endswith("rollout failed: rollout.engine.args: unrecognized arguments: --no-such-flag 7")
-
-
-def test_an_sglang_that_is_too_old(tmp_path, flags, old_sglang):
-    line = failed(tmp_path, *flags, *old_sglang)
-    assert "rollout.engine.python: SGLang 0.5.9 is too old: 0.5.10 or newer is needed" in line
-
-
-def test_an_engine_that_never_becomes_ready(tmp_path, flags):
-    silent = sglang(tmp_path, SILENT_SGLANG)
-    line = failed(tmp_path, *flags, *silent, "--rollout.engine.start_timeout_s", "2")
-    log = tmp_path / "run" / "logs" / "engine-0.log"
-    assert line.endswith(f"rollout failed: engine: not ready after 2 s; {log} ends: Load weight begin.")
 
 
 def test_an_engine_that_ends_at_each_start(tmp_path, flags):
@@ -248,43 +226,13 @@ def test_an_engine_that_ends_at_each_start(tmp_path, flags):
     assert started == 3
 
 
-def test_a_flag_that_the_router_does_not_know(tmp_path, flags):
-    line = failed(tmp_path, *flags, "--rollout.engines", "2", "--router-no-such-flag", "7")
-    assert "rollout.router.args: unrecognized arguments: --no-such-flag 7" in line
-
-
-def test_a_tokenizer_of_another_model(tmp_path, flags, inputs):
-    mixed = tmp_path / "mixed"
-    shutil.copytree(inputs / "model", mixed)
-    tokenizer = json.loads((mixed / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["another"] = 500
-    (mixed / "tokenizer.json").write_text(json.dumps(tokenizer))
-    line = failed(tmp_path, *flags, "--hf-checkpoint", str(mixed))
-    assert f"model.hf_checkpoint: the tokenizer of {mixed} has token ids up to 500, but the model's vocab_size" in line
-
-
 @pytest.mark.timeout(180)
-def test_prompts_that_are_too_long_are_dropped_counted_and_made_up_for(tmp_path, flags, inputs):
+def test_what_cannot_be_generated_is_closed_counted_and_made_up_for(tmp_path, flags, inputs, nan_engine):
+    """A prompt that is too long, and one that the engine has no log-probs for, among six others."""
     rows = (inputs / "prompts.jsonl").read_text().splitlines()[:6]
-    long = json.dumps({"prompt": "1+" * 40, "label": "40"})
+    poison, long = json.dumps({"prompt": POISON, "label": "15"}), json.dumps({"prompt": "1+" * 40, "label": "40"})
     data = tmp_path / "prompts.jsonl"
-    data.write_text("\n".join([*rows[:3], long, *rows[3:]]) + "\n")
-    run = Run(
-        tmp_path / "run",
-        *(*flags, "--num-rollout", "4", "--prompt-data", str(data), "--run-dir", str(tmp_path / "run")),
-    )
-    assert run.finish(within_s=120) == 0, run.tail()
-    summary = run.summary()
-    assert [line["step"] for line in run.steps()] == [1, 2, 3, 4]
-    assert summary["ledger"]["dropped"]["oversize"] >= 4
-    assert summary["ledger_imbalance"] == 0
-
-
-@pytest.mark.timeout(180)
-def test_samples_without_log_probs_fail_are_counted_and_made_up_for(tmp_path, flags, inputs, nan_engine):
-    rows = (inputs / "prompts.jsonl").read_text().splitlines()[:6]
-    data = tmp_path / "prompts.jsonl"
-    data.write_text("\n".join([*rows[:3], json.dumps({"prompt": POISON, "label": "15"}), *rows[3:]]) + "\n")
+    data.write_text("\n".join([*rows[:3], poison, *rows[3:], long]) + "\n")
     run = Run(
         tmp_path / "run",
         *(*flags, "--num-rollout", "4", "--prompt-data", str(data), "--run-dir", str(tmp_path / "run")),
@@ -293,8 +241,9 @@ def test_samples_without_log_probs_fail_are_counted_and_made_up_for(tmp_path, fl
     assert run.finish(within_s=120) == 0, run.tail()
     summary = run.summary()
     assert [line["step"] for line in run.steps()] == [1, 2, 3, 4]
-    trained = {ordinal for line in run.steps() for ordinal in line["prompt_ordinals"]}
-    assert not {ordinal for ordinal in trained if ordinal % 7 == 3}, "the poisoned row"
+    trained = {ordinal % 8 for line in run.steps() for ordinal in line["prompt_ordinals"]}
+    assert not trained & {3, 7}, "the two rows"
+    assert summary["ledger"]["dropped"]["oversize"] >= 4
     # The first sample of a group that has failed twice is dead; its siblings go with the group.
     assert summary["ledger"]["dead"] >= 1
     assert (summary["ledger"]["dead"] + summary["ledger"]["dropped"]["group_dead"]) % 4 == 0

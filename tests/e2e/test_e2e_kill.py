@@ -10,9 +10,9 @@ import pytest
 from tests.kit.runs import Run, surviving
 
 VICTIMS = ("rollout", "engine-0", "reward", "buffer", "store", "trainer")
-STEPS = 180
+STEPS = 100
 # Steps between two kills.
-APART = 20
+APART = 12
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ class Floor(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        while not self._ended.wait(0.05):
+        while not self._ended.wait(0.2):
             if (ledger := self._run.ledger()) is not None:
                 self._seen.append((time.time(), Version.from_proto(ledger.published)))
 

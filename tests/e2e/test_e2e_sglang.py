@@ -11,7 +11,10 @@ import pytest
 
 from tests.kit.runs import Run, surviving
 
-pytestmark = pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make test-sglang")
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make test-sglang"),
+    pytest.mark.xdist_group("demo"),
+]
 
 STEPS = 180
 KILLS = {"engine-0": 30, "router": 60}
@@ -33,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     }
     run = Run(run_dir, "demo", *(part for key, value in overrides.items() for part in (f"--{key}", str(value))))
     for name, step in KILLS.items():
-        run.wait_for(lambda step=step: run.step() >= step, within_s=240)
+        run.wait_for(lambda step=step: run.step() >= step, within_s=500)
         psutil.Process(run.child(name)).kill()
     assert run.finish(within_s=400) == 0, run.tail()
     return run

@@ -121,6 +121,10 @@ def cannot_choose(args: Any, rollout_id: Any, buffer: list[list[Any]], num_sampl
     raise ValueError("cannot choose")
 
 
+def never_chooses(args: Any, rollout_id: Any, buffer: list[list[Any]], num_samples: int) -> None:
+    time.sleep(600)
+
+
 def takes_nothing() -> float:
     """Does not fit slime's signature."""
     return time.time()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import psutil
 
 from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
 from services.common.config import load
 from services.common.errors import PolyheadError
@@ -26,6 +27,7 @@ from services.common.process import die_with_parent
 T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
+LOOK_S = 0.2
 
 
 class Run:
@@ -81,7 +83,7 @@ class Run:
                 raise AssertionError(f"the run ended with {self.process.returncode}:\n{self.tail()}")
             if time.monotonic() > deadline:
                 raise AssertionError(f"not within {within_s} s (step {self.step()}):\n{self.tail()}")
-            time.sleep(0.1)
+            time.sleep(LOOK_S)
 
     def finish(self, within_s: float) -> int:
         """The exit status of the launcher."""
@@ -91,7 +93,7 @@ class Run:
             if time.monotonic() > deadline:
                 self.process.kill()
                 raise AssertionError(f"did not end within {within_s} s (step {self.step()}):\n{self.tail()}")
-            time.sleep(0.1)
+            time.sleep(LOOK_S)
         return self.process.returncode
 
     def left_behind(self) -> list[psutil.Process]:
@@ -107,6 +109,11 @@ class Run:
     def ledger(self) -> pb.GetLedgerResponse | None:
         """None while the buffer is away."""
         return self._ask(lambda buffer: buffer.get_ledger())
+
+    def samples(self, state: sample_pb2.SampleState) -> list[pb.ListedSample]:
+        """The first thousand samples in a state; none while the buffer is away."""
+        listed = self._ask(lambda buffer: buffer.list_samples(state, limit=1000))
+        return list(listed.samples) if listed is not None else []
 
     def _ask(self, what: Callable[[BufferClient], Awaitable[T]]) -> T | None:
         async def ask() -> T:
@@ -211,7 +218,7 @@ def polyhead(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=_environment({}),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
 

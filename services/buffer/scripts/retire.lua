@@ -1,7 +1,9 @@
 -- Retires what the steps up to `last` consumed: payloads are deleted, counts stay. Returns the number of samples.
 local function retire_steps(last)
   local retired = 0
-  for step = M.retired_step + 1, last do
+  -- Steps above both have no batch; a watermark may be far ahead of an older store.
+  local highest_bound = call('ZRANGE', P .. 'bound', -1, -1, 'WITHSCORES')[2] or 0
+  for step = M.retired_step + 1, math.min(last, math.max(M.step + 1, tonumber(highest_bound))) do
     local raw = call('GET', P .. 'batch:' .. step)
     for _, order in ipairs(raw and cmsgpack.unpack(raw).orders or {}) do
       local g = group(order)

@@ -72,7 +72,7 @@ class DataConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     shuffle: bool = False
     """Permute the rows anew in each epoch, by `seed` (slime: --rollout-shuffle)."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, le=1 << 53)] = 42
     """slime: --rollout-seed"""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from services.buffer import validation
 from services.common import wire
 from services.common.buffer_client import BufferClient
 from services.common.config.models import LimitsConfig
-from services.common.errors import LimitError
+from services.common.errors import InvalidArgumentError, LimitError
 from services.common.versions import Version
 
 LIMITS = LimitsConfig()
@@ -53,7 +54,7 @@ def with_bytes(over: int) -> None:
 
 def with_metadata(over: int) -> None:
     message = sample()
-    message.prompt.metadata_json = "é" * ((METADATA + over + 1) // 2)
+    message.prompt.metadata_json = json.dumps({"": "é" * ((METADATA - 8) // 2) + "x" * over}, ensure_ascii=False)
     complete(message)
 
 
@@ -71,7 +72,7 @@ def with_delta(over: int) -> None:
 
 
 def with_prompt_metadata(over: int) -> None:
-    prompt = sample_pb2.Prompt(text="p", metadata_json="x" * (METADATA + over))
+    prompt = sample_pb2.Prompt(text="p", metadata_json=json.dumps({"": "x" * (METADATA - 8 + over)}))
     validation.prompts(pb.SubmitRequest(request_id="a", prompts=[prompt]), LIMITS)
 
 
@@ -110,6 +111,60 @@ def test_a_limit_is_named_when_it_is_passed(make: Callable[[int], None], field: 
     make(0)
     with pytest.raises(LimitError) as refused:
         make(1)
+    assert refused.value.field == field
+
+
+def submitted(**fields: object) -> None:
+    validation.prompts(pb.SubmitRequest(request_id="a", prompts=[sample_pb2.Prompt(**fields)]), LIMITS)
+
+
+def completed(**fields: object) -> None:
+    message = sample()
+    for name, value in fields.items():
+        place, _, last = name.rpartition("__")
+        target = message.segments[0].spans[0] if place == "span" else message.sampling if place else message
+        if last == "step":
+            target.version.step = value
+        elif last == "metadata_json":
+            message.prompt.metadata_json = value
+        else:
+            setattr(target, last, value)
+    complete(message)
+
+
+def scored(**fields: object) -> None:
+    row = pb.CompletedSample(sample_id="g00000000-000", lease_id=1, score=sample_pb2.Score(**fields))
+    validation.scored(pb.CompleteRequest(replica_id="r", samples=[row]), LIMITS)
+
+
+def leased(lease_id: int) -> None:
+    row = pb.ExtendedSample(sample_id="g00000000-000", lease_id=lease_id)
+    validation.extensions(pb.ExtendRequest(replica_id="r", samples=[row]), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("send", "field"),
+    [
+        (lambda: submitted(text=""), "prompts[0].input"),
+        (lambda: submitted(text="a", metadata_json="{"), "prompts[0].metadata_json"),
+        (lambda: submitted(text="a", metadata_json="[]"), "prompts[0].metadata_json"),
+        (lambda: submitted(text="a", metadata_json='{"a": NaN}'), "prompts[0].metadata_json"),
+        (lambda: submitted(text="a", tools_json="{}"), "prompts[0].tools_json"),
+        (lambda: submitted(messages_json='[{"content": "a"}]'), "prompts[0].messages_json"),
+        (lambda: submitted(messages_json="[" * 100_000), "prompts[0].messages_json"),
+        (lambda: completed(prompt__metadata_json="null"), "samples[0].sample.prompt.metadata_json"),
+        (lambda: completed(finish_reason=77), "samples[0].sample.finish_reason"),
+        (lambda: completed(sampling__temperature=float("nan")), "samples[0].sample.sampling"),
+        (lambda: completed(span__step=(1 << 40) + 1), "samples[0].sample.segments[0].spans[0].version.step"),
+        (lambda: completed(span__kv=9), "samples[0].sample.segments[0].spans[0].kv"),
+        (lambda: scored(reward=float("inf")), "samples[0].score.reward"),
+        (lambda: scored(parts={"acc": float("nan")}), "samples[0].score.parts[acc]"),
+        (lambda: leased(1 << 60), "samples[0].lease_id"),
+    ],
+)
+def test_what_no_client_means_is_named(send: Callable[[], None], field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        send()
     assert refused.value.field == field
 
 

@@ -15,6 +15,8 @@ from services.buffer.prompts import PromptSource, split_slice
 from services.common.config.models import DataConfig
 from services.common.errors import ConfigError
 
+# Metadata as JSON in a string, just over its limit.
+LARGE_ROW = json.dumps({"input": "b", "metadata": json.dumps({"note": "x" * (64 << 10)})})
 ROWS = [{"input": f"question {n}", "answer": n, "metadata": {"n": n}} for n in range(10)]
 
 
@@ -73,6 +75,17 @@ def test_messages_tools_and_json_strings(tmp_path: Path) -> None:
     assert (prompt.metadata_json, prompt.tools_json, prompt.label) == ('{"a":1}', '[{"type":"function"}]', "x")
 
 
+def test_parquet_takes_json_strings_and_names_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = [{"input": "a", "metadata": '{"n": 1}', "tools": None}, {"input": "b", "metadata": "", "tools": "[]"}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert [source(path).prompt(n).metadata_json for n in range(2)] == ['{"n":1}', ""]
+    pq.write_table(pa.Table.from_pylist([*rows, {"input": "c", "metadata": "[1]"}]), path)
+    with pytest.raises(ConfigError, match=r"rows.parquet row 2: 'metadata' is no JSON object"):
+        source(path)
+    assert len(source(f"{path}@[0:2]")) == 2
+
+
 @pytest.mark.parametrize(
     ("lines", "settings", "words"),
     [
@@ -84,6 +97,8 @@ def test_messages_tools_and_json_strings(tmp_path: Path) -> None:
         (['{"input": [{"text": "a"}]}'], {}, r"bad.jsonl:1: 'input' is neither text nor a list of messages"),
         (['{"input": "a", "metadata": "{"}'], {}, r"bad.jsonl:1: 'metadata' is not JSON"),
         (['{"input": "a", "metadata": [1]}'], {}, r"bad.jsonl:1: 'metadata' is no JSON object"),
+        (['{"input": "a"}', LARGE_ROW], {}, r"bad.jsonl:2: prompt.metadata_json: 65547 bytes, at most 65536"),
+        (['{"input": "a"}', json.dumps({"input": "x" * (8 << 20)})], {}, r"bad.jsonl:2: prompt: 8388613 bytes"),
         (['{"input": "a", "tools": {}}'], {}, r"bad.jsonl:1: 'tools' is no JSON list"),
         ([], {}, r"bad.jsonl: no prompts: 0 rows"),
     ],

@@ -15,7 +15,8 @@ from services.common.errors import FencedError, InvalidArgumentError, Preconditi
 from services.common.registration import keep_registered
 from services.common.versions import Version
 from services.rollout.registration import describe
-from services.rollout.service import RolloutService
+from services.rollout.service import SERVICE_NAME, RolloutService
+from tests.kit.fuzz.calls import send_malformed
 from tests.kit.rollout_rig import GROUP, manifest, until
 
 PROMPT = "3+4="
@@ -149,3 +150,25 @@ async def test_the_heartbeat_tells_state_changes_at_once(make_rig):
         rig.buffer.down = False
         await until(lambda: rig.buffer.replicas[-1].state == pb.REPLICA_STATE_SUSPECT)
         beating.cancel()
+
+
+async def test_malformed_requests_are_refused_by_name_and_harm_nobody(served, tmp_path):
+    rig, stub, _ = served
+    held = rig.buffer.add_group(PROMPT, 4)
+    await until(lambda: all(sample.sample is not None for sample in held))
+    version = V1.to_proto()
+    group = {"epoch": 1, "group_name": GROUP}
+    requests = {
+        "JoinWeightGroup": rollout_pb2.JoinWeightGroupRequest(**group, backend="gloo", world_size=2),
+        "LeaveWeightGroup": rollout_pb2.LeaveWeightGroupRequest(**group),
+        "BeginUpdate": begin(),
+        "LoadBucket": rollout_pb2.LoadBucketRequest(epoch=1, version=version),
+        "CommitUpdate": rollout_pb2.CommitUpdateRequest(epoch=1, version=version),
+        "AbortUpdate": rollout_pb2.AbortUpdateRequest(epoch=1, version=version, reason="test"),
+        "LoadVersion": rollout_pb2.LoadVersionRequest(epoch=1, version=version, directory=str(tmp_path)),
+        "GetStatus": rollout_pb2.RolloutServiceGetStatusRequest(),
+    }
+    async with rpc.channel((await stub.GetStatus(requests["GetStatus"], timeout=5)).replica.address) as channel:
+        unavailable = frozenset({grpc.StatusCode.UNAVAILABLE})
+        await send_malformed(channel, SERVICE_NAME, requests, seed=0, count=1000, also=unavailable)
+        assert (await stub.GetStatus(requests["GetStatus"], timeout=5)).replica.replica_id
