@@ -298,7 +298,7 @@ class MemoryState:
             self.closed_ordinals[group.ordinal] = self.step
 
     def drop(self, group: GroupRow, reason: int) -> None:
-        """Closes a whole group. A STALE or SURPLUS one is issued again, in its place; of one `kept` the prompt stays."""
+        """Closes a whole group. A STALE or SURPLUS one is issued again in its place; a `kept` one keeps its prompt."""
         for row in group.alive:
             row.state = DROPPED
             self.tally(row, DROPPED, reason)
