@@ -34,7 +34,7 @@ class Services:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        config.buffer.address = f"127.0.0.1:{_free_port()}"
+        config.buffer.address = f"127.0.0.1:{free_port()}"
         self.tasks: dict[str, asyncio.Task[Any]] = {}
         self._stops: dict[str, asyncio.Event] = {}
         self._starts = 0
@@ -75,9 +75,6 @@ class Services:
                     return pid
             await asyncio.sleep(0.05)
 
-    async def step(self) -> int:
-        return (await self.client.get_ledger()).step
-
     async def until(self, condition: Callable[[pb.GetLedgerResponse], bool]) -> None:
         """A trainer that ends by itself ends the wait."""
         while not self.tasks["trainer"].done() and not condition(await self.client.get_ledger()):
@@ -93,7 +90,7 @@ class Services:
         os.kill(await self.engine(), signal.SIGKILL)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
