@@ -74,7 +74,7 @@ def outcome(state: MemoryState, ref: SampleRef) -> int:
         return pb.REQUEUE_OUTCOME_DUPLICATE
     if group.kept:
         return pb.REQUEUE_OUTCOME_REISSUED
-    whole = group.closed or any(row.state in (READY, TRAINING) for row in group.samples)
+    whole = group.closed or group.rejected or any(row.state in (READY, TRAINING) for row in group.samples)
     return pb.REQUEUE_OUTCOME_GROUP_WENT_ON if whole else pb.REQUEUE_OUTCOME_REQUEUED
 
 

@@ -80,7 +80,8 @@ class GroupRow:
     ordinal: int
     prompt: bytes
     samples: list[SampleRow]
-    reissued: bool = False
+    place: int
+    """In the order of issue: its `order`, or the place of the group that it was issued again for."""
     birth: Version | None = None
     """The published version at its first lease; None until then."""
     bound_step: int = 0
@@ -91,6 +92,10 @@ class GroupRow:
     reissued_as: int | None = None
     judged: bool = False
     """The filter's verdict is in."""
+    rejected: int = 0
+    """The reason for which a filter would have it dropped, if it turns out to lie before the last group of its step."""
+    rejected_as: str = ""
+    """What counts it when it is dropped."""
 
     @property
     def alive(self) -> list[SampleRow]:
@@ -98,7 +103,7 @@ class GroupRow:
 
     @property
     def live(self) -> bool:
-        return self.birth is not None and not self.closed
+        return self.birth is not None and not self.closed and not self.rejected
 
     @property
     def ready(self) -> bool:
@@ -278,9 +283,10 @@ class MemoryState:
         self.last_lease += 1
         return self.last_lease
 
-    def new_group(self, ordinal: int, prompt: bytes, *, reissued: bool = False) -> int:
+    def new_group(self, ordinal: int, prompt: bytes, place: int | None = None) -> int:
         order, size = self.next_order, self.params.group_size
-        self.groups[order] = GroupRow(order, ordinal, prompt, [SampleRow() for _ in range(size)], reissued)
+        samples = [SampleRow() for _ in range(size)]
+        self.groups[order] = GroupRow(order, ordinal, prompt, samples, order if place is None else place)
         self.next_order += 1
         self.accepted += size
         return order
@@ -292,21 +298,40 @@ class MemoryState:
             self.closed_ordinals[group.ordinal] = self.step
 
     def drop(self, group: GroupRow, reason: int) -> None:
-        """Closes a whole group. A STALE or SURPLUS one is issued again, ahead of all others; of one `kept` the prompt
-        stays.
-        """
+        """Closes a whole group. A STALE or SURPLUS one is issued again in its place; a `kept` one keeps its prompt."""
         for row in group.alive:
             row.state = DROPPED
             self.tally(row, DROPPED, reason)
             row.forget()
         if reason in policy.REISSUED_REASONS:
             group.closed, group.bound_step = True, 0
-            self.new_group(group.ordinal, group.prompt, reissued=True)
+            self.new_group(group.ordinal, group.prompt, group.place)
         else:
             self.close_ordinal(group)
         if not group.kept:
             group.prompt = b""
-        self.filtered += reason in policy.FILTER_REASONS
+        if not group.rejected:
+            self.filtered += reason in policy.FILTER_REASONS
+
+    def reject(self, group: GroupRow, reason: int, counter: str = "") -> None:
+        """Drops a group that a filter does not want: at once, or when it is known that it had its turn."""
+        if not policy.speculative(self.params):
+            self.drop(group, reason)
+            if counter:
+                self.bump(counter)
+            return
+        self.filtered += 1
+        group.rejected, group.rejected_as = reason, counter
+        for row in group.alive:
+            row.forget()
+
+    def drop_rejected(self, before: int) -> None:
+        """The verdict on groups before this place counts: the step that was committed came to them."""
+        for group in [group for group in self.in_order() if group.rejected and not group.closed]:
+            if group.place < before:
+                if group.rejected_as:
+                    self.bump(group.rejected_as)
+                self.drop(group, group.rejected)
 
     def judge(self, group: GroupRow, verdict: int, reason: str) -> None:
         """Applies what the filter says of a scored group."""
@@ -314,8 +339,7 @@ class MemoryState:
         for row in group.alive:
             row.state, row.attempt, row.lost = SCORED, 0, 0
         if policy.verdict_drops(verdict, self.filtered, self.params.refill_groups):
-            self.bump(policy.reason_counter(reason, self.counters))
-            self.drop(group, sample_pb2.DROP_REASON_FILTERED)
+            self.reject(group, sample_pb2.DROP_REASON_FILTERED, policy.reason_counter(reason, self.counters))
             return
         self.bump(_KEPT[verdict])
         self.finish(group)
@@ -351,7 +375,7 @@ class MemoryState:
             return
         if self.params.drop_zero_variance and policy.has_zero_variance([row.reward for row in group.alive]):
             if not self.params.zero_variance_fallback or self.filtered < self.params.refill_groups:
-                self.drop(group, sample_pb2.DROP_REASON_ZERO_VARIANCE)
+                self.reject(group, sample_pb2.DROP_REASON_ZERO_VARIANCE)
                 return
             self.bump("filter.kept_when_insufficient")
         for row in group.alive:

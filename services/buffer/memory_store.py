@@ -122,10 +122,10 @@ class MemoryStore(Store):
         if refused := state.refuses(version):
             return Lease([], refused, closed_groups=closed, cursor=state.cursor)
         last = len(state.preferred)
-        for group in sorted(state.live(), key=lambda group: (state.preferred.get(group.order, last), group.order)):
+        for group in sorted(state.live(), key=lambda group: (state.preferred.get(group.order, last), group.place)):
             out.take(group, PENDING)
         fresh = [group for group in state.groups.values() if group.birth is None and not group.closed]
-        for group in sorted(fresh, key=lambda group: (not group.reissued, group.order)):
+        for group in sorted(fresh, key=lambda group: group.place):
             if not admit or not state.room() or not out.take(group, PENDING):
                 break
             group.birth = state.published
@@ -164,7 +164,7 @@ class MemoryStore(Store):
         closed = state.take_back_expired(SCORING)
         out = Handout(state, replica_id, SCORING, max_samples, max_bytes, payload)
         if not out.put_again(request_id):
-            for group in sorted(state.live(), key=lambda group: group.order):
+            for group in sorted(state.live(), key=lambda group: group.place):
                 if out.full or not out.left:
                     break
                 if group.judgeable:
@@ -284,7 +284,7 @@ class MemoryStore(Store):
         return None if row.state in states and row.lease_id == lease_id else LEASE_LOST
 
     async def partials(self, max_groups: int) -> list[LeasedGroup]:
-        found = [group for group in self.state.in_order() if self.state.has_partial(group)][:max_groups]
+        found = sorted(filter(self.state.has_partial, self.state.live()), key=lambda group: group.place)[:max_groups]
         return [
             LeasedGroup(
                 group.order,
@@ -331,7 +331,7 @@ class MemoryStore(Store):
 
     def _standing(self, order: int) -> tuple[bool, bool]:
         group = self.state.groups.get(order)
-        return (group.ready, group.closed) if group else (False, True)
+        return (group.ready, group.closed or bool(group.rejected)) if group else (False, True)
 
     def _report(self, results: list[Result], before: dict[int, tuple[bool, bool]]) -> Report:
         ready = closed = 0

@@ -18,23 +18,23 @@ def plan_batch(state: MemoryState) -> tuple[list[GroupRow], Waiting | None]:
     chosen = [group for group in chosen if group.bound_step == step]
     surplus = _surplus(state, step)
     if not chosen or len(chosen) < len(recorded):
-        ready = (group for group in state.live() if group.ready and group.order not in surplus)
-        by_deadline = sorted(ready, key=lambda group: (state.deadline(group), group.order))
+        ready = (group for group in state.live() if group.ready and group.place not in surplus)
+        by_deadline = sorted(ready, key=lambda group: (state.deadline(group), group.place))
         chosen += by_deadline[: max(0, size - len(chosen))]
         if len(chosen) < size:
             return [], state.why_no_batch(len(chosen))
     if state.params.on_stale == "wait":
-        left = [group for group in state.live() if group not in chosen and group.order not in surplus]
+        left = [group for group in state.live() if group not in chosen and group.place not in surplus]
         blocking = policy.blocking_group(step, size, *_deadlines(state, chosen, left))
         if blocking is not None:
-            return [], Waiting("deadline", (blocking,))
+            return [], Waiting("deadline", (next(group.order for group in left if group.place == blocking),))
     return chosen, None
 
 
 def _surplus(state: MemoryState, step: int) -> set[int]:
     if not policy.over_sampled(state.params):
         return set()
-    live = ((group.bound_step or state.deadline(group), group.order) for group in state.live())
+    live = ((group.bound_step or state.deadline(group), group.place) for group in state.live())
     return policy.surplus(step, state.params.batch_groups, live)
 
 
@@ -44,17 +44,21 @@ def _deadlines(
     """Deadlines as `policy.blocking_group` takes them: a bound group is due at its step."""
     return (
         [group.bound_step or state.deadline(group) for group in chosen],
-        [(group.bound_step or state.deadline(group), group.order, bool(group.bound_step)) for group in left],
+        [(group.bound_step or state.deadline(group), group.place, bool(group.bound_step)) for group in left],
     )
 
 
 def close_stale(state: MemoryState) -> int:
-    """Drops live groups that no later step may train, by the name of the cause. Returns how many."""
-    if state.params.on_stale == "mask":
-        return 0
-    over = [group for group in state.live() if not group.bound_step and state.deadline(group) <= state.step]
-    surplus = policy.over_sampled(state.params)
-    reason = sample_pb2.DROP_REASON_SURPLUS if surplus else sample_pb2.DROP_REASON_STALE
+    """Drops groups that no later step may train, by the name of the cause. Returns how many."""
+    surplus, stale = sample_pb2.DROP_REASON_SURPLUS, sample_pb2.DROP_REASON_STALE
+    live = [group for group in state.live() if not group.bound_step] if state.params.on_stale != "mask" else []
+    closed = _close_over(state, live, surplus if policy.over_sampled(state.params) else stale)
+    rejected = [group for group in state.groups.values() if group.rejected and not group.closed]
+    return closed + _close_over(state, rejected, surplus)
+
+
+def _close_over(state: MemoryState, groups: list[GroupRow], reason: int) -> int:
+    over = [group for group in groups if state.deadline(group) <= state.step]
     for group in sorted(over, key=lambda group: (state.deadline(group), group.order)):
         state.drop(group, reason)
     return len(over)
@@ -94,7 +98,8 @@ def commit_step(state: MemoryState, epoch: int, step: int, lease_id: int, *, tra
     if not ours or batch is None:
         raise PreconditionError(f"no batch of step {step} was leased under {lease_id}", field="batch_lease_id")
     state.step, batch.committed = step, True
-    for group in (state.groups[order] for order in batch.orders):
+    groups = [state.groups[order] for order in batch.orders]
+    for group in groups:
         if not trained:
             state.drop(group, sample_pb2.DROP_REASON_INVALID)
             continue
@@ -102,6 +107,7 @@ def commit_step(state: MemoryState, epoch: int, step: int, lease_id: int, *, tra
             row.state = CONSUMED
             state.tally(row, CONSUMED)
         state.close_ordinal(group)
+    state.drop_rejected(before=max(group.place for group in groups))
     # A step that was skipped is gone for the groups that wait, too.
     state.trained[step] = len(batch.orders)
     return True
@@ -117,6 +123,8 @@ def publish_version(state: MemoryState, version: Version) -> None:
         raise PreconditionError(f"{version} is older than the published {state.published}", field="version")
     state.published = state.floor = version
     state.trained = {step: groups for step, groups in state.trained.items() if step > version.step}
+    # What the last step left is issued again before anything new is: the next lease may be a replica's.
+    close_stale(state)
 
 
 def watermark(state: MemoryState, epoch: int, step: int) -> WatermarkRecord:

@@ -85,7 +85,7 @@ def deadline(effective: int, max_staleness: int) -> int:
 
 
 REISSUED_REASONS = (sample_pb2.DROP_REASON_STALE, sample_pb2.DROP_REASON_SURPLUS)
-"""Groups dropped for these did nothing wrong: their prompts are issued again, ahead of all others."""
+"""Groups dropped for these did nothing wrong: their prompts are issued again, in the places that they had."""
 
 
 def over_sampled(params: RunParams) -> bool:
@@ -93,39 +93,46 @@ def over_sampled(params: RunParams) -> bool:
     return params.surplus_groups > 0 and params.on_stale == "wait"
 
 
-def surplus(step: int, batch_groups: int, live: Iterable[tuple[int, int]]) -> set[int]:
-    """Orders of the groups that cannot be trained in time while those before them are.
-
-    `live` holds (deadline, order). In that order, and not in the order of arrival, groups get their places in the
-    steps until their deadlines: long groups do not lose theirs to short ones. When a group before it is dropped, a
-    surplus group moves up.
+def speculative(params: RunParams) -> bool:
+    """Whether a group that a filter rejects may lie behind the last one of its step: then the verdict, which is about
+    weights that will not be the next step's, does not count.
     """
-    placed, left_over = 0, set()
-    for due, order in sorted(live):
-        if placed < (due - step + 1) * batch_groups:
-            placed += 1
+    return over_sampled(params) and params.max_staleness == 0
+
+
+def surplus(step: int, batch_groups: int, live: Iterable[tuple[int, int]]) -> set[int]:
+    """Places of the groups that cannot be trained in time while those before them are.
+
+    `live` holds (deadline, place in the order of issue). In that order, and not in the order of arrival, groups are
+    assigned to the steps until their deadlines: long groups do not lose their turn to short ones. When a group before
+    it is dropped, a surplus group moves up.
+    """
+    assigned, left_over = 0, set()
+    for due, place in sorted(live):
+        if assigned < (due - step + 1) * batch_groups:
+            assigned += 1
         else:
-            left_over.add(order)
+            left_over.add(place)
     return left_over
 
 
 def blocking_group(
     step: int, batch_groups: int, chosen: Sequence[int], left: Iterable[tuple[int, int, bool]]
 ) -> int | None:
-    """The group that has to be waited for before `chosen` may be trained at `step`, or None.
+    """The place of the group that has to be waited for before `chosen` may be trained at `step`, or None.
 
-    `chosen` holds deadlines (steps), `left` (deadline, order, bound) of all other live groups; a group bound to a
+    `chosen` holds deadlines (steps), `left` (deadline, place, bound) of all other live groups; a group bound to a
     later step is due there. Training is put off when the later steps could not train what is due by some deadline,
     unless waiting cannot help: all that is chosen is due no later, or all that is left is bound.
     """
     last_chosen = max(chosen)
     first: int | None = None
     rows = sorted(left)
-    for count, (due, order, bound) in enumerate(rows, start=1):
+    for count, (due, place, bound) in enumerate(rows, start=1):
         if due >= last_chosen:
             return None
         if first is None and not bound:
-            first = order
+            first = place
         at_last_of_due = count == len(rows) or rows[count][0] != due
         if at_last_of_due and count > (due - step) * batch_groups and first is not None:
             return first

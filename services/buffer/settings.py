@@ -6,6 +6,9 @@ from services.buffer.prompts import PromptSource
 from services.buffer.records import RunParams
 from services.common.config import Config
 
+NEVER = 1 << 30
+"""Groups that no filter comes to drop in one step."""
+
 
 def run_params(config: Config, source: PromptSource | None) -> RunParams:
     """Times in milliseconds, defaults resolved."""
@@ -21,7 +24,8 @@ def run_params(config: Config, source: PromptSource | None) -> RunParams:
         drop_zero_variance=batch.dynamic_sampling_filter.startswith("nonzero_std"),
         judged=bool(batch.user_filter),
         zero_variance_fallback=batch.dynamic_sampling_filter == "nonzero_std_with_fallback",
-        refill_groups=batch.max_refill_rounds * round_groups,
+        # Which groups would be kept after so many depends on which of them were judged first.
+        refill_groups=NEVER if config.run.deterministic else batch.max_refill_rounds * round_groups,
         max_attempts=config.buffer.max_attempts,
         lease_ttl_ms=int(config.buffer.lease_ttl_s * 1000),
         dataset_digest=source.digest if source else "",

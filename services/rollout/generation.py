@@ -54,7 +54,13 @@ class Generator:
         prompter: Prompter,
         complete: Callable[[SampleRecord], None],
         release: Callable[[GivenBack], None],
+        *,
+        anew: bool = False,
     ) -> None:
+        """With `anew`, a completion that an engine did not finish begins again at its first token: the KV cache of
+        resumed tokens is computed in other shapes, so that the last bits of what follows would differ.
+        """
+        self._anew = anew
         self._replica = replica
         self._prompter = prompter
         self._complete = complete
@@ -89,6 +95,8 @@ class Generator:
             pending = [record for record in pending if not record.closed]
             if not self._replica.gate.is_set() or not pending:
                 continue
+            if self._anew:
+                self._begin_again(pending)
             had, deaths, newest = _tokens(pending), self._replica.deaths, self._replica.newest
             try:
                 lost = await self._stream(pending)
@@ -110,6 +118,11 @@ class Generator:
                 return
             if fruitless:
                 await asyncio.sleep(_BACKOFF_S * 2**fruitless)
+
+    def _begin_again(self, records: Sequence[SampleRecord]) -> None:
+        for record in records:
+            self._replica.stats.discarded["begun_again"] += record.unsaved
+            record.truncate(record.saved)
 
     def _give_up(self, records: Sequence[SampleRecord], *, lost: bool) -> None:
         """A sample that the engine ends time after time is at fault itself; one that is lost time after time is not."""

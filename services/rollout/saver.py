@@ -38,9 +38,11 @@ class Saver:
         stats: Stats,
         lost: Callable[[SampleRecord], None],
         refused: Callable[[SampleRecord, PolyheadError], None],
+        *,
+        keep_partials: bool = True,
     ) -> None:
         """`lost` is told of each record whose lease has ended, after it was marked so; `refused` of each open record
-        whose tokens the buffer does not accept.
+        whose tokens the buffer does not accept. Without `keep_partials` leases are extended and no token is saved.
         """
         self._buffer = buffer
         self._replica_id = replica_id
@@ -50,6 +52,7 @@ class Saver:
         self._stats = stats
         self._lost = lost
         self._refused = refused
+        self._keep_partials = keep_partials
         self._lock = asyncio.Lock()
 
     def heed_ttl(self, lease_ttl_s: float) -> None:
@@ -103,7 +106,7 @@ class Saver:
             pb.ExtendedSample(
                 sample_id=record.sample_id,
                 lease_id=record.lease_id,
-                delta=record.delta() if record.unsaved else None,
+                delta=record.delta() if record.unsaved and self._keep_partials else None,
             )
             for record in records
         ]
@@ -116,7 +119,7 @@ class Saver:
 
     def _settle(self, record: SampleRecord, reach: int, result: pb.SampleResult) -> bool:
         if result.outcome in (pb.OUTCOME_OK, pb.OUTCOME_DUPLICATE):
-            record.saved = reach
+            record.saved = reach if self._keep_partials else record.saved
         elif record.closed and not record.to_be_saved:
             pass  # it was decided meanwhile: what is delivered for it has an answer of its own
         elif result.outcome == pb.OUTCOME_CONFLICT and result.saved_tokens <= reach:

@@ -66,6 +66,7 @@ class Worker:
             replica.stats,
             self._on_lost,
             self._on_refused,
+            keep_partials=not config.run.deterministic,
         )
         self._outbox = Outbox(
             buffer,
@@ -77,7 +78,7 @@ class Worker:
             lambda: next((engine.info.name for engine in replica.engines if engine.info), ""),
         )
         self._intake = Intake(prompter, self._complete, self._release)
-        self._generator = Generator(replica, prompter, self._complete, self._release)
+        self._generator = Generator(replica, prompter, self._complete, self._release, anew=config.run.deterministic)
         replica.listeners.append(self._wake.set)
         replica.on_lost.append(self._on_engine_lost)
 

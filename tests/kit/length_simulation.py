@@ -119,25 +119,28 @@ class LengthSimulation:
         await store.complete_score([Scored(ref, lease_id, float(ref.index), b"") for ref, lease_id in refs(lease)])
 
     async def train(self) -> None:
-        """Begins a step, if there is a batch; tokens are saved first, so that the ledger knows of them."""
+        """Begins a step, if there is a batch."""
         if self.batch:
             return
-        store = self.driver.store
+        await self.save()
+        lease = await self.driver.store.lease_train(self.driver.epoch, self.step + 1, payload=False)
+        await self.forget_dropped()
+        if lease.groups:
+            self.batch = (lease.batch_lease_id, [group.order for group in lease.groups])
+            self.busy_until = self.now + STEP_TICKS
+
+    async def save(self) -> None:
+        """Before anything is dropped, so that the ledger knows of its tokens."""
         deltas = []
         for each in self.running:
             done, saved = self.now - each.began, self.saved.get(each.ref, 0)
             if done > saved:
                 deltas.append(Extension(each.ref, each.lease_id, saved, done - saved, partials.frame(b"t")))
                 self.saved[each.ref] = done
-        await store.extend(deltas)
-        lease = await store.lease_train(self.driver.epoch, self.step + 1, payload=False)
-        await self.forget_dropped()
-        if lease.groups:
-            self.batch = (lease.batch_lease_id, [group.order for group in lease.groups])
-            self.busy_until = self.now + STEP_TICKS
+        await self.driver.store.extend(deltas)
 
     async def forget_dropped(self) -> None:
-        """Notes the lengths of what the lease has dropped, and frees its slots."""
+        """Notes the lengths of what has been dropped, and frees its slots."""
         states = self.driver.store.state.groups  # type: ignore[attr-defined]
         gone = [order for order in self.ordinals if order in states and states[order].closed]
         gone = [order for order in gone if self.ordinals[order] not in self.trained]
@@ -164,7 +167,9 @@ class LengthSimulation:
                 self.masked += min(length, max(0, oldest_allowed - began))
         self.batch = None
         self.pushes.append(self.now)
+        await self.save()
         await self.driver.publish(self.step)
+        await self.forget_dropped()
 
     async def outcome(self) -> Outcome:
         ledger = await self.driver.store.ledger(admit=True)

@@ -12,18 +12,20 @@ PENDING, GENERATING, GENERATED, SCORING, SCORED, READY, TRAINING = range(1, 8)
 DEAD = 11
 # Places in a sample's record (common.lua).
 _STATE, _LEASE = 0, 1
-_OPEN = ("fresh", "live", "bound")
+_OPEN = ("fresh", "live", "bound", "rejected")
 _INDEXES = (*_OPEN, "ready", "pending", "scorable", "lease:1", "lease:2", "dead", "letters")
 
 _READ = """
 local P, out = KEYS[1], {}
 out[1] = redis.call('GET', P .. 'meta')
 local found, groups, bits = {}, {}, {}
-for k, index in ipairs({ 'fresh', 'live', 'bound', 'ready', 'pending', 'scorable', 'lease:1', 'lease:2', 'dead' }) do
+for k, index in ipairs({
+  'fresh', 'live', 'bound', 'rejected', 'ready', 'pending', 'scorable', 'lease:1', 'lease:2', 'dead'
+}) do
   found[k] = redis.call('ZRANGE', P .. index, 0, -1)
 end
-found[10] = redis.call('HKEYS', P .. 'letters')
-for k = 1, 3 do
+found[11] = redis.call('HKEYS', P .. 'letters')
+for k = 1, 4 do
   for _, m in ipairs(found[k]) do groups[#groups + 1] = redis.call('GET', P .. 'g:' .. tonumber(m)) or '' end
 end
 local meta = cmsgpack.unpack(out[1])
@@ -96,7 +98,7 @@ def check(found: Found) -> None:
 
 def _check_indexes(found: Found) -> None:
     size, leases = found.group_size, {GENERATING: set[int](), SCORING: set[int]()}
-    listed = {name: set(found.indexes[name]) for name in ("ready", "pending", "scorable", "bound", "fresh")}
+    listed = {name: set(found.indexes[name]) for name in ("ready", "pending", "scorable", "bound", "fresh", "rejected")}
     for order, states in found.groups.items():
         alive = [state for state in states if state != DEAD]
         whole = {state for state in alive if state in (READY, TRAINING)}
@@ -104,7 +106,7 @@ def _check_indexes(found: Found) -> None:
         assert not whole or (set(alive) == whole and len(whole) == 1), f"group {order} is torn: {states}"
         assert (order in listed["ready"]) == (alive[0] == READY and order not in listed["bound"]), (order, states)
         assert (order in listed["pending"]) == (PENDING in alive and order not in listed["fresh"]), (order, states)
-        scorable = GENERATED in alive or set(alive) == {SCORED}
+        scorable = order not in listed["rejected"] and (GENERATED in alive or set(alive) == {SCORED})
         assert (order in listed["scorable"]) == scorable, (order, states)
         for index, state in enumerate(states):
             if state in leases:

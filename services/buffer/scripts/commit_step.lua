@@ -15,8 +15,10 @@ end
 
 M.step, M.batch_epoch, M.batch_step, M.batch_lease = step, 0, 0, 0
 meta_changed = true
+local last_place = -1
 for _, order in ipairs(batch.orders) do
   local g = group(order)
+  last_place = math.max(last_place, g.place)
   if not trained then
     drop(g, INVALID)
   else
@@ -30,6 +32,14 @@ for _, order in ipairs(batch.orders) do
     close_ordinal(g)
     g.closed = 'consumed'
     touch(g)
+  end
+end
+-- The verdict of a filter on groups before the last one counts: the step came to them.
+for _, m in ipairs(call('ZRANGE', P .. 'rejected', 0, -1)) do
+  local g = group(tonumber(m))
+  if g.place < last_place then
+    if g.rejected_as then bump(g.rejected_as, 1) end
+    drop(g, g.rejected)
   end
 end
 -- A step that was skipped is gone for the groups that wait, too.

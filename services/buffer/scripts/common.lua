@@ -8,6 +8,9 @@
 --   preferred     groups to be leased before others
 --   fresh         groups never leased                pending, scorable  live groups that have such samples
 --   live, ready   live groups by effective step      bound              groups to be replayed, by step
+--   rejected      groups that a filter rejected and    places             places of the open groups that were issued
+--                 that may not have had their turn,                       again, by order
+--                 by effective step
 --   lease:<stage> leased samples by deadline (ms)    closed             closed ordinals by step
 --   replicas      registered replicas by id          grants             last lease by stage and replica
 --   submits       orders by request id               submit_ids         those ids, oldest first
@@ -41,9 +44,6 @@ local NEVER_EXTENDED, NOTHING_APPENDED = -2, -1
 local CLOSED_TTL_MS = 3600000
 -- Dead letters beyond the newest ones are only counted (policy.KEPT_DEAD).
 local KEPT_DEAD = 1000
--- Groups issued again sort before all others.
-local REISSUED = -1099511627776
-
 local function fail(kind, field, reason)
   return { cmsgpack.pack({ error = kind, field = field, reason = reason }) }
 end
@@ -121,6 +121,9 @@ local function limit() return (M.max_staleness + 1) * M.batch_groups + M.surplus
 -- Whether more groups are admitted than can be trained in time, and the surplus is to be told by name.
 local function over_sampled() return M.surplus_groups > 0 and M.on_stale == 'wait' end
 
+-- Whether a filter may reject a group that lies behind the last one of its step (policy.speculative).
+local function speculative() return over_sampled() and M.max_staleness == 0 end
+
 local function occupied()
   local total = call('ZCARD', P .. 'live') + call('ZCARD', P .. 'bound')
   for _, trained in pairs(M.trained) do total = total + trained end
@@ -169,9 +172,16 @@ local function end_lease(g, i)
   if state == SCORING then call('ZREM', P .. 'lease:2', serial(g, i)) end
 end
 
-local function new_group(ordinal, prompt, reissued)
+-- A group issued again has the place of the first one in the order of issue.
+local function list_place(g)
+  if g.place ~= g.order then call('HSET', P .. 'places', g.order, g.place) end
+end
+
+-- `place` is nil for a group that is issued for the first time.
+local function new_group(ordinal, prompt, place)
   local g = { order = M.next_order, ordinal = ordinal, birth_epoch = 0, birth_step = 0, bound = 0, closed = '',
-              pending = false, scorable = false, judged = false, samples = {} }
+              pending = false, scorable = false, judged = false, samples = {}, place = place or M.next_order,
+              rejected = 0 }
   for i = 1, M.group_size do g.samples[i] = { PENDING, 0, '', 0, 0, -1, 0, 0, 0, {}, 0, 0, 0, 0, 0, 0 } end
   M.next_order = M.next_order + 1
   M.accepted = M.accepted + M.group_size
@@ -179,15 +189,19 @@ local function new_group(ordinal, prompt, reissued)
   groups[g.order] = g
   touch(g)
   call('HSET', P .. 'p:' .. g.order, 'prompt', prompt)
-  call('ZADD', P .. 'fresh', g.order + (reissued and REISSUED or 0), member(g.order))
+  call('ZADD', P .. 'fresh', g.place, member(g.order))
+  list_place(g)
   return g.order
 end
 
 -- Takes a group out of every index but its samples' leases.
 local function unlist(g)
   local m = member(g.order)
+  if g.place ~= g.order then call('HDEL', P .. 'places', g.order) end
   if g.birth_epoch == 0 then
     call('ZREM', P .. 'fresh', m)
+  elseif g.rejected > 0 then
+    call('ZREM', P .. 'rejected', m)
   elseif g.bound > 0 then
     call('ZREM', P .. 'bound', m)
   else
@@ -201,8 +215,7 @@ local function close_ordinal(g)
   if g.ordinal >= 0 then call('ZADD', P .. 'closed', M.step, string.format('%d', g.ordinal)) end
 end
 
--- Closes a whole group. A STALE or SURPLUS one is issued again, ahead of all others; of one that is `kept` the prompt
--- stays.
+-- Closes a whole group. A STALE or SURPLUS one is issued again, in its place; of one that is `kept` the prompt stays.
 local function drop(g, reason)
   local name = 'dropped:' .. reason
   for i, s in ipairs(g.samples) do
@@ -216,7 +229,7 @@ local function drop(g, reason)
   end
   unlist(g)
   if reason == STALE or reason == SURPLUS then
-    new_group(g.ordinal, call('HGET', P .. 'p:' .. g.order, 'prompt'), true)
+    new_group(g.ordinal, call('HGET', P .. 'p:' .. g.order, 'prompt'), g.place)
   else
     close_ordinal(g)
   end
@@ -225,10 +238,38 @@ local function drop(g, reason)
   else
     call('UNLINK', P .. 'p:' .. g.order)
   end
-  if reason == ZERO_VARIANCE or reason == FILTERED then M.filtered = M.filtered + 1 end
+  if g.rejected == 0 and (reason == ZERO_VARIANCE or reason == FILTERED) then M.filtered = M.filtered + 1 end
   g.closed = name
   closed_groups = closed_groups + 1
   touch(g)
+end
+
+-- Drops a group that a filter does not want: at once, or when it is known that it had its turn.
+local function reject(g, reason, counter)
+  if not speculative() then
+    if counter then bump(counter, 1) end
+    return drop(g, reason)
+  end
+  unlist(g)
+  g.rejected, g.rejected_as = reason, counter
+  for i, s in ipairs(g.samples) do
+    call('HDEL', P .. 'p:' .. g.order, 's' .. (i - 1), 'v' .. (i - 1))
+    release_blobs(s)
+  end
+  call('ZADD', P .. 'rejected', group_effective(g), member(g.order))
+  M.filtered = M.filtered + 1
+  meta_changed = true
+  closed_groups = closed_groups + 1
+  touch(g)
+end
+
+-- Drops groups that no later step may train, by the name of the cause. Their deadline is their effective step + 1 +
+-- max_staleness.
+local function close_stale()
+  local last = M.step - 1 - M.max_staleness
+  local live = M.on_stale ~= 'mask' and call('ZRANGEBYSCORE', P .. 'live', '-inf', last) or {}
+  for _, m in ipairs(live) do drop(group(tonumber(m)), over_sampled() and SURPLUS or STALE) end
+  for _, m in ipairs(call('ZRANGEBYSCORE', P .. 'rejected', '-inf', last)) do drop(group(tonumber(m)), SURPLUS) end
 end
 
 -- If all samples are scored: READY together, dropped by the filter, or left to be judged.
@@ -244,7 +285,7 @@ local function finish(g)
   end
   if M.judged and not g.judged then return end
   if M.drop_zero_variance and low == high then
-    if not M.zero_variance_fallback or M.filtered < M.refill_groups then return drop(g, ZERO_VARIANCE) end
+    if not M.zero_variance_fallback or M.filtered < M.refill_groups then return reject(g, ZERO_VARIANCE) end
     bump('filter.kept_when_insufficient', 1)
   end
   for _, s in ipairs(g.samples) do
@@ -317,7 +358,7 @@ end
 local function relist(g, index, wanted)
   if wanted == g[index] then return end
   if wanted then
-    call('ZADD', P .. index, g.order, member(g.order))
+    call('ZADD', P .. index, g.place, member(g.order))
   else
     call('ZREM', P .. index, member(g.order))
   end
@@ -326,7 +367,7 @@ end
 
 -- Whether all samples of a live group are scored and the filter is to be asked.
 local function judgeable(g)
-  if g.closed ~= '' or g.birth_epoch == 0 then return false end
+  if g.closed ~= '' or g.birth_epoch == 0 or g.rejected > 0 then return false end
   for _, s in ipairs(g.samples) do
     if s[STATE] ~= SCORED and s[STATE] ~= DEAD then return false end
   end

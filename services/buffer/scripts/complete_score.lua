@@ -23,8 +23,7 @@ local function judge(g, verdict, reason)
   end
   touch(g)
   if verdict == DROP or (verdict == KEEP_IF_INSUFFICIENT and M.filtered < M.refill_groups) then
-    bump(reason_counter(reason), 1)
-    return drop(g, FILTERED)
+    return reject(g, FILTERED, reason_counter(reason))
   end
   bump(KEPT[verdict], 1)
   finish(g)

@@ -4,7 +4,7 @@
 local REQUEUED_IN_GROUP, REISSUED_GROUP, REQUEUED_BEFORE, GROUP_WENT_ON, NO_LETTER = 1, 2, 3, 4, 5
 
 local function may_wait_for_more(g)
-  if g.closed ~= '' then return false end
+  if g.closed ~= '' or g.rejected > 0 then return false end
   for _, s in ipairs(g.samples) do
     if s[STATE] == READY or s[STATE] == TRAINING then return false end
   end

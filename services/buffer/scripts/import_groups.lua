@@ -43,7 +43,7 @@ local problem = check()
 if problem then return problem end
 local orders, at = {}, 2
 for k, samples in ipairs(imported) do
-  local order = new_group(-1, ARGV[at], false)
+  local order = new_group(-1, ARGV[at])
   local g = group(order)
   orders[k], at = order, at + 1
   local name = string.format('g%08d', order)

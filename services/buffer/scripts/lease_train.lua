@@ -50,12 +50,7 @@ if step ~= M.step + 1 then
   return fail('PreconditionError', 'step', step .. ' does not follow the last committed step ' .. M.step)
 end
 
-if M.on_stale ~= 'mask' then
-  -- The deadline of a group is its effective step + 1 + max_staleness.
-  for _, m in ipairs(call('ZRANGEBYSCORE', P .. 'live', '-inf', step - 2 - M.max_staleness)) do
-    drop(group(tonumber(m)), over_sampled() and SURPLUS or STALE)
-  end
-end
+close_stale()
 local chosen, waiting = plan_batch()
 if not chosen then return answer({ {}, waiting, closed_groups, 0, {}, 0 }) end
 

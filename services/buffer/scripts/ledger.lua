@@ -2,7 +2,7 @@
 local admit = cmsgpack.unpack(ARGV[1])[1]
 local counts = {}
 local pending, generated = false, false
-for _, index in ipairs({ 'fresh', 'live', 'bound' }) do
+for _, index in ipairs({ 'fresh', 'live', 'bound', 'rejected' }) do
   for _, m in ipairs(call('ZRANGE', P .. index, 0, -1)) do
     local g = group(tonumber(m))
     generated = generated or judgeable(g)

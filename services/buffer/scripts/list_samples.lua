@@ -23,7 +23,7 @@ local function orders_with()
       for _, order in ipairs(raw and cmsgpack.unpack(raw).orders or {}) do orders[#orders + 1] = order end
     end
   else
-    for _, index in ipairs({ 'fresh', 'live', 'bound' }) do
+    for _, index in ipairs({ 'fresh', 'live', 'bound', 'rejected' }) do
       for _, m in ipairs(call('ZRANGE', P .. index, 0, -1)) do orders[#orders + 1] = tonumber(m) end
     end
   end

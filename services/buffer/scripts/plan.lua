@@ -12,8 +12,31 @@ local function scorable_samples()
   return count
 end
 
--- {deadline, order, bound} of the live groups that are not in `left_out`, by deadline and order.
-local function by_deadline(left_out)
+-- The places of the open groups that were issued again, by order; the others' are their orders.
+local function places()
+  local found, flat = {}, call('HGETALL', P .. 'places')
+  for at = 1, #flat, 2 do found[tonumber(flat[at])] = tonumber(flat[at + 1]) end
+  return found
+end
+
+-- Rows {deadline, order, ...} by deadline and place.
+local function by_place(rows, place_of)
+  local function place(row) return place_of[row[2]] or row[2] end
+  table.sort(rows, function(a, b) return a[1] < b[1] or (a[1] == b[1] and place(a) < place(b)) end)
+  return rows
+end
+
+-- {deadline, order} of at least the first `room` ready groups, by deadline and place.
+local function ready(room, place_of)
+  -- The index has them by deadline and order.
+  local all = over_sampled() or next(place_of)
+  local rows, found = {}, call('ZRANGE', P .. 'ready', 0, all and -1 or room - 1, 'WITHSCORES')
+  for at = 1, #found, 2 do rows[#rows + 1] = { found[at + 1] + 1 + M.max_staleness, tonumber(found[at]) } end
+  return by_place(rows, place_of)
+end
+
+-- {deadline, order, bound} of the live groups that are not in `left_out`, by deadline and place.
+local function by_deadline(left_out, place_of)
   local rows = {}
   local live = call('ZRANGE', P .. 'live', 0, -1, 'WITHSCORES')
   for at = 1, #live, 2 do
@@ -25,23 +48,22 @@ local function by_deadline(left_out)
     local order = tonumber(bound[at])
     if not left_out[order] then rows[#rows + 1] = { tonumber(bound[at + 1]), order, true } end
   end
-  table.sort(rows, function(a, b) return a[1] < b[1] or (a[1] == b[1] and a[2] < b[2]) end)
-  return rows
+  return by_place(rows, place_of)
 end
 
 -- The groups that cannot be trained in time while those before them are (policy.surplus), as a set of orders.
-local function surplus(step)
-  local left_over, placed = {}, 0
-  for _, row in ipairs(over_sampled() and by_deadline({}) or {}) do
-    if placed < (row[1] - step + 1) * M.batch_groups then placed = placed + 1 else left_over[row[2]] = true end
+local function surplus(step, place_of)
+  local left_over, assigned = {}, 0
+  for _, row in ipairs(over_sampled() and by_deadline({}, place_of) or {}) do
+    if assigned < (row[1] - step + 1) * M.batch_groups then assigned = assigned + 1 else left_over[row[2]] = true end
   end
   return left_over
 end
 
 -- The group to wait for before `chosen` may be trained, nil for none (policy.blocking_group).
-local function blocking_group(step, chosen, last_chosen, left_out)
+local function blocking_group(step, chosen, last_chosen, left_out, place_of)
   for _, order in ipairs(chosen) do left_out[order] = true end
-  local rows = by_deadline(left_out)
+  local rows = by_deadline(left_out, place_of)
   local first
   for count, row in ipairs(rows) do
     if row[1] >= last_chosen then return nil end
@@ -53,8 +75,8 @@ end
 
 -- The orders of the next step's groups in position order, or nil and the reason.
 local function plan_batch()
-  local step = M.step + 1
-  local chosen, recorded, last_due, left_over = {}, {}, 0, surplus(step)
+  local step, place_of = M.step + 1, places()
+  local chosen, recorded, last_due, left_over = {}, {}, 0, surplus(step, place_of)
   local raw = call('GET', P .. 'batch:' .. step)
   if raw then recorded = cmsgpack.unpack(raw).orders end
   for _, order in ipairs(recorded) do
@@ -66,13 +88,10 @@ local function plan_batch()
   end
   if #chosen == 0 or #chosen < #recorded then
     local room = M.batch_groups - #chosen
-    local last = over_sampled() and -1 or room - 1
-    local ready = room > 0 and call('ZRANGE', P .. 'ready', 0, last, 'WITHSCORES') or {}
-    for at = 1, #ready, 2 do
-      local order = tonumber(ready[at])
-      if #chosen < M.batch_groups and not left_over[order] then
-        chosen[#chosen + 1] = order
-        last_due = math.max(last_due, ready[at + 1] + 1 + M.max_staleness)
+    for _, row in ipairs(room > 0 and ready(room, place_of) or {}) do
+      if #chosen < M.batch_groups and not left_over[row[2]] then
+        chosen[#chosen + 1] = row[2]
+        last_due = math.max(last_due, row[1])
       end
     end
     if #chosen < M.batch_groups then
@@ -83,7 +102,7 @@ local function plan_batch()
     end
   end
   if M.on_stale == 'wait' then
-    local blocking = blocking_group(step, chosen, last_due, left_over)
+    local blocking = blocking_group(step, chosen, last_due, left_over, place_of)
     if blocking then return nil, { 'deadline', blocking } end
   end
   return chosen

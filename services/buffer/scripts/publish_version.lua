@@ -22,4 +22,6 @@ if epoch ~= M.pub_epoch or step ~= M.pub_step then
   M.trained = trained
   meta_changed = true
 end
+-- What the last step left is issued again before anything new is: the next lease may be a replica's.
+close_stale()
 return answer({})

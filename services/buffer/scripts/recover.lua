@@ -67,6 +67,7 @@ local function undo_commits()
         set_state(g, CONSUMED, READY)
         g.closed, g.bound = '', at
         call('ZADD', P .. 'bound', at, member(order))
+        list_place(g)
         if g.ordinal >= 0 then call('ZREM', P .. 'closed', string.format('%d', g.ordinal)) end
         returned = returned + 1
       end
@@ -85,7 +86,7 @@ local function adopt()
   retire_steps(step)
   local low_water, closed = mark[1], {}
   for _, ordinal in ipairs(mark[2]) do closed[ordinal] = true end
-  for _, index in ipairs({ 'fresh', 'live', 'bound' }) do
+  for _, index in ipairs({ 'fresh', 'live', 'bound', 'rejected' }) do
     for _, m in ipairs(call('ZRANGE', P .. index, 0, -1)) do
       local g = group(tonumber(m))
       if g.ordinal >= 0 and (g.ordinal < low_water or closed[g.ordinal]) then
@@ -104,6 +105,7 @@ local function adopt()
         touched[g.order], groups[g.order] = nil, false
       elseif g.bound > 0 and g.bound <= step then
         unlist(g)
+        list_place(g)
         touch(g)
         call('ZADD', P .. 'live', group_effective(g), m)
       end
@@ -125,6 +127,9 @@ local function reorder()
     for _, s in ipairs(g.samples) do ready = ready and (s[STATE] == READY or s[STATE] == DEAD) end
     call('ZADD', P .. 'live', oldest, m)
     if ready then call('ZADD', P .. 'ready', oldest, m) end
+  end
+  for _, m in ipairs(call('ZRANGE', P .. 'rejected', 0, -1)) do
+    call('ZADD', P .. 'rejected', group_effective(group(tonumber(m))), m)
   end
 end
 

@@ -12,7 +12,7 @@ local function requeue_in_group(g, i)
 end
 
 local function reissue(g)
-  g.reissued_as = new_group(-1, call('HGET', P .. 'p:' .. g.order, 'prompt'), false)
+  g.reissued_as = new_group(-1, call('HGET', P .. 'p:' .. g.order, 'prompt'))
   forget_prompt(g)
   return g.reissued_as
 end

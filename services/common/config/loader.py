@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ from services.common.errors import ConfigError
 
 # Never in a file: it would be written to the run directory with the rest of the configuration.
 _SECRETS = ("store.password", "rollout.engine.admin_key")
+# What `run.deterministic` can promise its bits for.
+_DETERMINISTIC: tuple[tuple[str, Any], ...] = (
+    ("staleness.max_staleness", 0),
+    ("staleness.on_stale", "wait"),
+    ("model.dtype", "float32"),
+    ("rollout.engine.kind", "torch"),
+    ("rollout.engine.external", []),
+    ("rollout.pause_mode", "in_place"),
+    ("trainer.device", "cpu"),
+)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -66,10 +77,17 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
-        if self.run.deterministic and self.staleness.max_staleness != 0:
-            raise ValueError(f"run.deterministic needs staleness.max_staleness = 0, not {self.staleness.max_staleness}")
-        if self.run.deterministic and self.rollout.engine.kind != "torch":
-            raise ValueError(f'run.deterministic needs rollout.engine.kind = "torch", not {self.rollout.engine.kind!r}')
+        if not self.run.deterministic:
+            return self
+        for key, wanted in _DETERMINISTIC:
+            value = reduce(getattr, key.split("."), self)
+            if value != wanted:
+                raise ValueError(f"run.deterministic needs {key} = {_toml_value(wanted)}, not {value!r}")
+        if self.batch.dynamic_sampling_filter == "nonzero_std_with_fallback":
+            raise ValueError(
+                "run.deterministic excludes batch.dynamic_sampling_filter = nonzero_std_with_fallback: what it keeps "
+                "depends on which groups were scored first"
+            )
         return self
 
 

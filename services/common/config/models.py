@@ -43,7 +43,9 @@ class RunConfig(Section):
     num_rollout: Positive = 100
     """Training steps in all (slime: --num-rollout). One step trains one rollout batch."""
     deterministic: bool = False
-    """With max_staleness = 0 and one trainer rank: bit-for-bit the plain synchronous loop (I9)."""
+    """Bit for bit the plain synchronous loop, whatever comes first (I9, docs/deterministic.md): fixed shapes in the
+    engine, deterministic algorithms in the trainer, an interrupted completion is generated anew. Needs max_staleness =
+    0, the in-house engine and float32 on CPUs."""
     stall_limit_s: Seconds = 300.0
     """If nothing changes state for this long, the run says what it waits for at warning level (I12)."""
 

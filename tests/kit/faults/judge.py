@@ -207,7 +207,7 @@ async def _read_keys(redis: Redis) -> Kept:
     run = msgpack.unpackb(await redis.get(meta_key), strict_map_key=False)
     states: dict[str, list[int | str]] = defaultdict(list)
     saved: dict[str, bytes] = {}
-    for index in ("fresh", "live", "bound"):
+    for index in ("fresh", "live", "bound", "rejected"):
         for member in await redis.zrange(prefix + index.encode(), 0, -1):
             group = msgpack.unpackb(await redis.get(prefix + b"g:%d" % int(member)), strict_map_key=False, raw=True)
             for place, sample in enumerate(group[b"samples"]):

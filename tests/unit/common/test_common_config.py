@@ -77,6 +77,15 @@ def test_any_text_survives_a_round_trip(text: str, table: dict[str, object]) -> 
         ("[run\n", "is not valid TOML"),
         ("[run]\ndeterministic = true", "run.deterministic needs staleness.max_staleness = 0, not 4"),
         (
+            "[run]\ndeterministic = true\n[staleness]\nmax_staleness = 0\n[trainer]\ndevice = 'cuda'",
+            "run.deterministic needs trainer.device = \"cpu\", not 'cuda'",
+        ),
+        (
+            "[run]\ndeterministic = true\n[staleness]\nmax_staleness = 0\n"
+            "[batch]\ndynamic_sampling_filter = 'nonzero_std_with_fallback'",
+            "run.deterministic excludes batch.dynamic_sampling_filter = nonzero_std_with_fallback",
+        ),
+        (
             "[rollout.engine]\nexternal = ['http://a:1', 'http://A:1/']",
             "rollout.engine.external: http://A:1/ is named twice",
         ),
