@@ -42,7 +42,7 @@ async def serve(config: Config, process: Process) -> None:
         blobs = Blobs(config.run.dir / "blobs")
         service = BufferService(store, source, watch, config.buffer, config.batch.n_samples_per_prompt, blobs)
         server = await rpc.serve(
-            config.buffer.address,
+            _address(config, process.index),
             lambda server: buffer_pb2_grpc.add_BufferServiceServicer_to_server(service, server),
             [buffer_pb2.DESCRIPTOR.services_by_name["BufferService"].full_name],
             message_mb=config.buffer.limits.message_mb,
@@ -56,6 +56,13 @@ async def serve(config: Config, process: Process) -> None:
         witness.save()
     finally:
         await store.close()
+
+
+def _address(config: Config, index: int) -> str:
+    """Of the replica `index`. Raises ConfigError when there is none."""
+    if index >= len(config.buffer.addresses):
+        raise ConfigError(f"{config.buffer.address} names none for --index {index}", field="buffer.address")
+    return config.buffer.addresses[index]
 
 
 def _connect(config: Config) -> RedisStore:

@@ -45,6 +45,8 @@ class Kept:
 class Verdict:
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """What did not go as it should, and lost nothing."""
     imbalance: int = 0
     """Accepted minus those in exactly one state."""
     steps: int = 0
@@ -55,11 +57,11 @@ class Verdict:
 
     @property
     def clean(self) -> bool:
-        return not self.lost and not self.doubled and self.imbalance == 0
+        return not (self.lost or self.doubled or self.failed or self.imbalance)
 
     def __str__(self) -> str:
         lines = [f"lost {len(self.lost)}, doubled {len(self.doubled)}, imbalance {self.imbalance}, steps {self.steps}"]
-        return "\n".join([*lines, *self.lost[:20], *self.doubled[:20]])
+        return "\n".join([*lines, *self.lost[:20], *self.doubled[:20], *self.failed[:20]])
 
 
 def judge_run(run: Run, directory: Path) -> Verdict:
