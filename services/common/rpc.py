@@ -26,6 +26,8 @@ _TRANSPORT = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Of pings that the transport sends for reasons of its own: while one is unanswered, there is no keepalive.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     # The server's default allows a ping every 5 minutes and closes channels that ask more often.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),

@@ -43,9 +43,10 @@ class Proxy:
     _connections: set[_Connection] = field(default_factory=set)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def start(self) -> Proxy:
+    async def start(self, port: int = 0) -> Proxy:
+        """0 takes any port."""
         self.heal()
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=_CHUNK)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port, limit=_CHUNK)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
