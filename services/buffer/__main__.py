@@ -49,9 +49,12 @@ async def serve(config: Config, process: Process) -> None:
         )
         log.info("serving", address=server.address, prompts=len(source) if source else 0)
         sweep = BlobSweep(store, blobs, service.retired)
-        watching = asyncio.gather(watch.run(server.set_serving), sweep.run(), witness.run())
-        await process.stop.wait()
-        watching.cancel()
+        async with asyncio.TaskGroup() as tasks:
+            duties = (watch.run(server.set_serving), sweep.run(), witness.run())
+            watching = [tasks.create_task(duty) for duty in duties]
+            await process.stop.wait()
+            for task in watching:
+                task.cancel()
         await server.stop(STOP_GRACE_S)
         witness.save()
     finally:

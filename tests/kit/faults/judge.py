@@ -74,7 +74,7 @@ def judge(lines: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any
     """`lines` are the outside ledger's, `metrics` the trainer's, one for each time a step was trained."""
     verdict = Verdict(acknowledged=Counter(line["kind"] for line in lines))
     # A trainer that was frozen while another took over may record its last step late.
-    history = surviving(sorted(metrics, key=lambda line: line["epoch"]))
+    history = surviving(sorted(_kept(metrics, lines), key=lambda line: line["epoch"]))
     verdict.steps = max(history, default=0)
     verdict.closed = Counter(state for states in kept.states.values() for state in states if isinstance(state, str))
     verdict.imbalance = kept.accepted - sum(len(states) == 1 for states in kept.states.values())
@@ -85,6 +85,12 @@ def judge(lines: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any
     _check_batches(lines, history, verdict)
     _check_pushes(lines, verdict)
     return verdict
+
+
+def _kept(metrics: Iterable[Mapping[str, Any]], lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without the steps that a later trainer undid: when a run broke off, it may not have trained them again."""
+    forks = [(line["epoch"], line["step"]) for line in lines if line["kind"] == "recovered"]
+    return [line for line in metrics if not any(epoch > line["epoch"] and step < line["step"] for epoch, step in forks)]
 
 
 def _check_history(history: Mapping[int, Mapping[str, Any]], verdict: Verdict) -> None:

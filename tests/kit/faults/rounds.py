@@ -24,11 +24,12 @@ from tests.kit.systems import small_train
 
 TICK_S = 0.05
 LOOK_EVERY_S = 0.5
-# Between two strikes of one victim; then it is given until the next step, at most this long more.
+# Between two strikes of one victim.
 APART_S = 8.0
-PROGRESS_S = 15.0
+# Strikes between two steps: then a run is left to recover, however long that takes.
+AT_ONCE = 4
 # An armed point that nobody reaches in this time is left for another.
-REACH_S = 40.0
+REACH_S = 60.0
 UP_S = 120.0
 # A run that makes no step for this long stands still.
 STALL_S = 300.0
@@ -97,6 +98,8 @@ class Round:
         command = [*small_train(directory), "--run.seed", str(seed), "--buffer.replicas", str(buffers)]
         self.run = Run(directory / "run", *command, environment=self._points.environment())
         self._left = 0
+        self._since_step = 0
+        """Strikes."""
         self._began = time.monotonic()
 
     def strike(self, deadline: float, stop: Stop, most: int = 1000) -> None:
@@ -139,7 +142,7 @@ class Round:
         while True:
             now = time.monotonic()
             if self.run.step() > step:
-                moved_at, step = now, self.run.step()
+                moved_at, step, self._since_step = now, self.run.step(), 0
             if now - looked_at > LOOK_EVERY_S:
                 looked_at = now
                 self.run.look()
@@ -151,15 +154,20 @@ class Round:
 
     def _life(self, victim: str) -> Generator[None, None, None]:
         yield from self._pause(self._rng.uniform(0, APART_S))
-        while self._left > 0 and (strike := self._shares.take(victim, self._unreached)) is not None:
+        while self._left > 0:
+            while self._since_step >= AT_ONCE and victim != "clock":
+                yield
+            if (strike := self._shares.take(victim, self._unreached)) is None:
+                return
             self._left -= 1
+            self._since_step += 1
             done = False
             try:
                 done = yield from self._carry_out(victim, strike.kind, strike.point)
             finally:
                 if not done:
                     self._shares.undo(victim, strike)
-            yield from self._rest()
+            yield from self._pause(APART_S)
 
     def _carry_out(self, victim: str, kind: str, point: str) -> Life:
         if victim == "link":
@@ -174,13 +182,6 @@ class Round:
     def _pause(self, seconds: float) -> Iterator[None]:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            yield
-
-    def _rest(self) -> Iterator[None]:
-        """Then waits for a step, so that most strikes hit a system at work; not for ever: some hit one in recovery."""
-        yield from self._pause(APART_S)
-        goal, until = self.run.step() + 1, time.monotonic() + PROGRESS_S
-        while self.run.step() < goal and time.monotonic() < until:
             yield
 
     def _kill(self, victim: str) -> Life:
