@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import queue
+import resource
 import shutil
 import signal
 import sys
@@ -65,6 +66,8 @@ class Summary:
     steps: int = 0
     rounds: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Of all processes of the runs but those with two trainers."""
     acknowledged: dict[str, int] = field(default_factory=dict)
     """Lines of the outside ledgers by kind."""
     closed: dict[str, int] = field(default_factory=dict)
@@ -81,6 +84,11 @@ class Summary:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
+def _children_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @dataclass
 class Judged:
     """One round that has ended."""
@@ -90,6 +98,8 @@ class Judged:
     verdict: Verdict
     violation: str = ""
     """What went wrong, with the ends of the logs."""
+    cpu_s: float = 0.0
+    """Of the run's processes."""
 
 
 @dataclass
@@ -126,13 +136,14 @@ class System:
         directory = self._new_directory(seed)
         # Every other run has two buffers on its store.
         round_ = Round(directory, seed, self.shares, _say, buffers=1 + number % 2)
+        before = _children_cpu_s()
         try:
             round_.strike(self.deadline, self.stop, MOST)
             verdict = round_.settle()
             violation = "" if verdict.clean else round_.run.tail()
         except Exception as error:  # a run that ended or stood still is what the campaign is after
             verdict, violation = round_.salvage(), f"{type(error).__name__}: {error}"
-        self._report(directory, Judged(seed, round_.tally, verdict, violation))
+        self._report(directory, Judged(seed, round_.tally, verdict, violation, _children_cpu_s() - before))
 
     def _rivals(self, number: int) -> None:
         seed, point = self.seed + RIVALS_FROM + number, rivals.POINTS[number % len(rivals.POINTS)]
@@ -173,7 +184,9 @@ class Campaign:
         self._tally = Tally()
         self._context = multiprocessing.get_context("spawn")
         self.stop = self._context.Event()
-        self.summary = Summary(seed, conditions={"cores": os.cpu_count(), "systems": systems, "strikes": strikes})
+        cores, load = len(os.sched_getaffinity(0)), round(os.getloadavg()[0], 1)
+        conditions = {"cores": cores, "load_at_start": load, "systems": systems, "strikes": strikes}
+        self.summary = Summary(seed, conditions=conditions)
 
     def run(self) -> Summary:
         judged: Queue[Judged] = self._context.Queue()
@@ -220,6 +233,7 @@ class Campaign:
         said.steps += verdict.steps
         said.rounds += 1
         said.seconds = round(time.monotonic() - self._began, 1)
+        said.cpu_seconds = round(said.cpu_seconds + judged.cpu_s, 1)
         said.acknowledged = dict(Counter(said.acknowledged) + verdict.acknowledged)
         said.closed = dict(Counter(said.closed) + verdict.closed)
         _say(f"seed {judged.seed}: {str(verdict).splitlines()[0]}")

@@ -42,7 +42,7 @@ STOP_S = 60.0
 ROOM_BYTES = 4096
 # Points that only a trainer which starts comes to; it is struck anyway, and killed for them if it takes long.
 AT_START = ("acquire_epoch", "recover", "AcquireEpoch", "Recover")
-AWAITED_S = 20.0
+AWAITED_S = 30.0
 
 Life = Generator[None, None, bool]
 """What goes on beside the rest of a round: it is gone on with at each tick. Its value: whether it was carried out."""
@@ -213,7 +213,8 @@ class Round:
             while self._points.is_armed(point) and time.monotonic() < began + REACH_S:
                 if starts and (victim == "trainer" or time.monotonic() > began + AWAITED_S):
                     starts = False
-                    yield from self._kill("trainer")
+                    if (yield from self._kill("trainer")):
+                        self._shares.spend("trainer")
                 yield
         finally:
             unreached = self._points.disarm(point)

@@ -78,6 +78,11 @@ class Shares:
             if strike.point:
                 self._taken[strike.point] -= 1
 
+    def spend(self, victim: str) -> None:
+        """It was killed for the sake of another's point."""
+        with self._lock:
+            self._left[victim] -= 1
+
     def _open(self, victim: str) -> bool:
         return self._left[victim] > 0 or self._missing(victim) > 0
 
