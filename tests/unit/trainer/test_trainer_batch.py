@@ -51,7 +51,7 @@ def test_a_flipped_bit_in_a_stored_payload_names_its_sample():
     assert len(decode_groups(groups, vocab_size=128)) == 1
     tokens = sample.segments[0].token_ids
     groups[0].samples[0].sample = groups[0].samples[0].sample.replace(tokens, bytes([tokens[0] ^ 1]) + tokens[1:])
-    with pytest.raises(InvalidArgumentError, match="g00000000-000: .*damaged"):
+    with pytest.raises(InvalidArgumentError, match=r"g00000000-000: .*damaged"):
         decode_groups(groups, vocab_size=128)
 
 
