@@ -5,7 +5,7 @@ PYTHON ?= python3
 # Installed first, so that nothing else pulls another build in. Another one: make demo TORCH='torch==2.12.*'
 TORCH ?= torch==2.13.0
 SEED ?= 0
-# Of make chaos: strikes of each victim, runs at a time, and when the last strike falls.
+# Of make chaos: strikes of each victim, runs at a time (a core each), and the minute of the last strike.
 STRIKES ?= 100
 SYSTEMS ?= 2
 MINUTES ?= 42

@@ -42,20 +42,30 @@ async def serve(config: Config, process: Process) -> None:
         blobs = Blobs(config.run.dir / "blobs")
         service = BufferService(store, source, watch, config.buffer, config.batch.n_samples_per_prompt, blobs)
         server = await rpc.serve(
-            config.buffer.address,
+            _address(config, process.index),
             lambda server: buffer_pb2_grpc.add_BufferServiceServicer_to_server(service, server),
             [buffer_pb2.DESCRIPTOR.services_by_name["BufferService"].full_name],
             message_mb=config.buffer.limits.message_mb,
         )
         log.info("serving", address=server.address, prompts=len(source) if source else 0)
         sweep = BlobSweep(store, blobs, service.retired)
-        watching = asyncio.gather(watch.run(server.set_serving), sweep.run(), witness.run())
-        await process.stop.wait()
-        watching.cancel()
+        async with asyncio.TaskGroup() as tasks:
+            duties = (watch.run(server.set_serving), sweep.run(), witness.run())
+            watching = [tasks.create_task(duty) for duty in duties]
+            await process.stop.wait()
+            for task in watching:
+                task.cancel()
         await server.stop(STOP_GRACE_S)
         witness.save()
     finally:
         await store.close()
+
+
+def _address(config: Config, index: int) -> str:
+    """Of the replica `index`. Raises ConfigError when there is none."""
+    if index >= len(config.buffer.addresses):
+        raise ConfigError(f"{config.buffer.address} names none for --index {index}", field="buffer.address")
+    return config.buffer.addresses[index]
 
 
 def _connect(config: Config) -> RedisStore:

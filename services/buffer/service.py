@@ -84,14 +84,20 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         try:
             return await asyncio.shield(leasing)
         except asyncio.CancelledError:
-            if request.stage != sample_pb2.STAGE_TRAIN:
-                task = asyncio.ensure_future(self._return(request.stage, leasing))
-                self._returning.add(task)
-                task.add_done_callback(self._returning.discard)
+            task = asyncio.ensure_future(self._return(request.stage, leasing))
+            self._returning.add(task)
+            task.add_done_callback(self._returning.discard)
             raise
 
     async def _return(self, stage: sample_pb2.Stage, leasing: asyncio.Future[records.Lease]) -> None:
-        lease = await leasing
+        try:
+            lease = await leasing
+            if stage != sample_pb2.STAGE_TRAIN:  # a batch is its trainer's, whoever asks
+                await self._release_all(stage, lease)
+        except PolyheadError as error:  # the leases end by themselves
+            log.info("lease_not_returned", reason=str(error))
+
+    async def _release_all(self, stage: sample_pb2.Stage, lease: records.Lease) -> None:
         samples = [
             Released(SampleRef(group.order, sample.index), sample.lease_id, pb.RELEASE_REASON_DRAIN)
             for group in lease.groups

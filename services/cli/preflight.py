@@ -51,14 +51,15 @@ def _check_model(directory: Path) -> None:
 
 
 def _check_addresses(config: Config) -> None:
-    replicas = {"rollout": config.rollout.replicas, "reward": config.reward.replicas}
+    replicas = {role: getattr(config, role).replicas for role in ("buffer", "rollout", "reward")}
     for role in ("buffer", "rollout", "reward", "trainer"):
-        field, address = f"{role}.address", getattr(config, role).address
-        if replicas.get(role, 1) > 1 and not address.endswith(":0"):
+        field, addresses = f"{role}.address", getattr(config, role).address.split(",")
+        if len(addresses) < replicas.get(role, 1) and not addresses[0].endswith(":0"):
             raise ConfigError(
-                f"{address} cannot serve {replicas[role]} replicas: port 0 gives each its own", field=field
+                f"{addresses[0]} cannot serve {replicas[role]} replicas: port 0 gives each its own", field=field
             )
-        _check_port(field, address)
+        for address in addresses:
+            _check_port(field, address)
     _check_collective(config)
 
 

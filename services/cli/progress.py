@@ -48,6 +48,8 @@ class Progress:
 
     def restarted(self, child: Child, status: int) -> None:
         ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        if waiting_for := child.waiting_for:
+            ended += f", it waits for {waiting_for}"
         self.say(f"{child.role} {ended}; restarting it (its log: {child.log_path})")
 
     def close(self) -> None:

@@ -8,8 +8,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -99,7 +100,8 @@ class Launcher:
     async def _start_all(self) -> Child:
         if self._embedded:
             self._start_store()
-        self._start("buffer")
+        for index in range(self._config.buffer.replicas):
+            self._start("buffer", index)
         self._fleet.settle()
         return self._start("trainer")
 
@@ -112,7 +114,8 @@ class Launcher:
             self._config.store.appendfsync,
             self._config.store.max_memory_mb,
         )
-        self._supervisor.add(Child("store", command, self._dir / "logs" / "store.log"))
+        room = dict.fromkeys(embedded_store.NO_ROOM, f"room on the disk of {directory}")
+        self._add("store", command, "store.log", waits_for=room)
 
     def _start(self, role: str, index: int = 0) -> Child:
         command = [
@@ -124,8 +127,26 @@ class Launcher:
             "--index",
             str(index),
         ]
-        log_path = self._dir / "logs" / f"{role}-{index}.log"
-        return self._supervisor.add(Child(role, command, log_path, index, registers=role in scale.ROLES))
+        return self._add(role, command, f"{role}-{index}.log", index)
+
+    def _add(
+        self,
+        role: str,
+        command: Sequence[str],
+        log_name: str,
+        index: int = 0,
+        waits_for: Mapping[str, str] = MappingProxyType({}),
+    ) -> Child:
+        child = Child(
+            role,
+            command,
+            self._dir / "logs" / log_name,
+            index,
+            registers=role in scale.ROLES,
+            stable_after_s=self._config.run.stable_after_s,
+            waits_for=waits_for,
+        )
+        return self._supervisor.add(child)
 
     def _spare(self, child: Child, error: PolyheadError) -> bool:
         """A run that has not trained a step yet ends with its first failure: most likely its configuration is wrong."""
@@ -173,5 +194,12 @@ def _resolve(config: Config, socket_dir: Path) -> Config:
         # In a short private directory: socket paths are limited to 107 bytes, and a run directory may be anywhere.
         resolved.store.url = embedded_store.url(socket_dir / "store.sock")
     if resolved.buffer.address.endswith(":0"):
-        resolved.buffer.address = f"127.0.0.1:{free_port()}"
+        resolved.buffer.address = ",".join(f"127.0.0.1:{port}" for port in _free_ports(config.buffer.replicas))
     return resolved
+
+
+def _free_ports(count: int) -> set[int]:
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return ports

@@ -23,9 +23,8 @@ POLL_S = 0.05
 FATAL_STATUSES = {2, 3, 4}
 # Of these, what concerns the child alone and not the run.
 OWN_STATUSES = {2}
-# A child that dies this often without being up for STABLE_S has failed for good.
+# A child that dies this often without being stable between has failed for good.
 MAX_RESTARTS = 8
-STABLE_S = 20.0
 
 
 @dataclass
@@ -40,6 +39,9 @@ class Child:
     env: Mapping[str, str] = field(default_factory=dict)
     registers: bool = False
     """Whether it is up only when the registry says so: it may take minutes to start. Others are up at once."""
+    stable_after_s: float = 20.0
+    waits_for: Mapping[str, str] = field(default_factory=dict)
+    """What it waits for when its log ends with this: then it is started again for as long as it takes."""
     pids: list[int] = field(default_factory=list)
     restarts: int = 0
     """In a row, without being stable between."""
@@ -57,13 +59,19 @@ class Child:
         self.up_since = None if self.registers else self.started_at
 
     @property
+    def waiting_for(self) -> str:
+        """Empty when it ended for no reason that passes by itself."""
+        end = last_lines(self.log_path, 3) if self.waits_for else ""
+        return next((what for line, what in self.waits_for.items() if line in end), "")
+
+    @property
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
     @property
     def stable(self) -> bool:
-        """Whether it has been up for STABLE_S, or had been when it ended."""
-        return self.up_since is not None and time.monotonic() - self.up_since > STABLE_S
+        """Whether it has been up for long enough, or had been when it ended."""
+        return self.up_since is not None and time.monotonic() - self.up_since > self.stable_after_s
 
 
 class Supervisor:
@@ -144,7 +152,7 @@ class Supervisor:
         now = time.monotonic()
         if child.restart_at <= child.started_at:
             child.restarts = 1 if child.stable else child.restarts + 1
-            if status in FATAL_STATUSES or child.restarts > MAX_RESTARTS:
+            if status in FATAL_STATUSES or (child.restarts > MAX_RESTARTS and not child.waiting_for):
                 self._give_up(child, status)
                 return
             # The first restart is immediate: one crash is no pattern.

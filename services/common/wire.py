@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import xxhash
 from google.protobuf.message import DecodeError
 from numpy.typing import ArrayLike, NDArray
 
@@ -54,6 +55,19 @@ def decode_logprobs(data: bytes) -> NDArray[np.float32]:
 def decode_mask(data: bytes) -> NDArray[np.uint8]:
     """Read-only view, no copy."""
     return np.frombuffer(data, dtype=MASK_DTYPE)
+
+
+def segment_digest(segment: sample_pb2.Segment) -> int:
+    """XXH3-64 of what is trained: against damage in the store, not against an adversary."""
+    digest = xxhash.xxh3_64(segment.token_ids)
+    digest.update(segment.loss_mask)
+    digest.update(segment.rollout_logprobs)
+    return digest.intdigest()
+
+
+def is_damaged(segment: sample_pb2.Segment) -> bool:
+    """Whether it carries a digest and is not what that was made of."""
+    return bool(segment.digest) and segment.digest != segment_digest(segment)
 
 
 def completion_length(segment: sample_pb2.Segment) -> int:
@@ -159,3 +173,5 @@ def _check_segment(segment: sample_pb2.Segment, where: str) -> None:
         raise InvalidArgumentError("values are 0 or 1", field=f"{where}.loss_mask[{int(mask.argmax())}]")
     check_logprobs(decode_logprobs(segment.rollout_logprobs), f"{where}.rollout_logprobs")
     check_spans(segment.spans, 0, length, f"{where}.spans")
+    if is_damaged(segment):
+        raise InvalidArgumentError("is not that of these arrays", field=f"{where}.digest")

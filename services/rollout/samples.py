@@ -42,6 +42,7 @@ class SampleBuilder:
             first_token_unix_us=record.first_token_us,
             last_token_unix_us=record.last_token_us,
         )
+        segment.digest = wire.segment_digest(segment)
         sample = sample_pb2.Sample(
             sample_id=record.sample_id,
             group_id=record.group.group_id,

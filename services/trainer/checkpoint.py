@@ -87,7 +87,9 @@ class CheckpointStore:
         """Writes, verifies, and removes the oldest beyond `keep_last`. Returns the oldest step that is kept.
 
         Raises OSError when the disk refuses, or gives back something else than was written; FencedError when there are
-        checkpoints of a later epoch already: a trainer that was superseded replaces none of them.
+        checkpoints of a later epoch already: a trainer that was superseded replaces none of them. Should a later one
+        write this very step between that look and the rename, it is replaced after all, and a resumption starts from
+        the one before, which is kept and not retired, unless `keep_last` is 1.
         """
 
         def fill(path: Path) -> None:

@@ -17,16 +17,21 @@ _CHUNK = 1 << 22
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Makes `target` appear at once, with what `fill` writes into the directory it is given, on disk.
 
-    An earlier `target` is replaced. A crash at any point leaves either the earlier one or none, never a part.
+    An earlier `target` is replaced. A crash at any point leaves either the earlier one or none, never a part. A disk
+    that refuses (OSError) keeps nothing of it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    fill(temporary)
-    for path in temporary.iterdir():
-        _fsync(path)
-    _fsync(temporary)
+    try:
+        fill(temporary)
+        for path in temporary.iterdir():
+            _fsync(path)
+        _fsync(temporary)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a part of a checkpoint is what fills the disk
+        raise
     if target.exists():
         replaced = target.parent / f"{TEMPORARY}replaced-{target.name}-{os.getpid()}"
         target.rename(replaced)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -20,12 +21,18 @@ from services.trainer.io_thread import Io
 
 log = structlog.get_logger()
 
+# Between two attempts to make room in the store, when the disk had none for the checkpoint that takes.
+RELIEVE_AGAIN_S = 30.0
 # A process that has been told to stop does not wait longer than this for a buffer that may be gone already.
 BUFFER_TIMEOUT_S = 5.0
 
 
 class Saver:
-    """One checkpoint at a time: the next waits until the last is on disk. Holds one copy of all state meanwhile."""
+    """One checkpoint at a time: the next waits until the last is on disk. Holds one copy of all state meanwhile.
+
+    A disk that refuses a checkpoint ends nothing: the ones before stay, training goes on, and the next one is tried
+    when it is due. Only at the end of the run, `finish` raises it.
+    """
 
     def __init__(
         self, store: CheckpointStore, buffer: BufferClient, io: Io, epoch: int, config_digest: str, last_step: int
@@ -36,19 +43,23 @@ class Saver:
         self._io = io
         self._epoch = epoch
         self._config_digest = config_digest
-        self._last_step = last_step
+        self._saved_step = last_step
+        self._failure: PolyheadError | None = None
+        """Why the last checkpoint was not written."""
         self._relieved_at = 0
+        self._relieve_after = 0.0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
     def save(self, backend: TorchBackend, version: Version) -> None:
         """Copies the state and returns; the rest happens beside training. Nothing to do if this step has been saved.
 
-        Raises what ended the save before, and FencedError when another trainer has taken over.
+        Raises what ended the save before, but for a disk that refused; and FencedError when another trainer has taken
+        over.
         """
-        if version.step == self._last_step:
+        self._wait()
+        if version.step == self._saved_step:
             return
-        self.finish()
         watermark = self._io.call(self._watermark(version.step))
         state = CheckpointState(
             step=version.step,
@@ -57,7 +68,6 @@ class Saver:
             config_digest=self._config_digest,
             watermark=None if watermark is None else json_format.MessageToDict(watermark),
         )
-        self._last_step = version.step
         self._writing = self._submit(self._write, state, backend.state())
 
     def relieve(self, backend: TorchBackend, version: Version) -> None:
@@ -66,20 +76,25 @@ class Saver:
         Older checkpoints go first, because what the buffer retires can not be replayed from them any more. Before the
         first step there is nothing to give up, and a second call for the same step does nothing.
         """
-        if version.step in (0, self._relieved_at):
+        if version.step in (0, self._relieved_at) or time.monotonic() < self._relieve_after:
             return
+        self._relieve_after = time.monotonic() + RELIEVE_AGAIN_S
         self.save(backend, version)
-        self._relieved_at = version.step
         self._writing = self._submit(self._keep_only, version.step, self._writing)
 
     def finish(self) -> None:
         """Returns when the last checkpoint is on disk and confirmed. Raises what kept it from that."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        self._wait()
+        if self._failure is not None:
+            raise self._failure
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _submit(self, work: Callable[..., None], *arguments: object) -> Future[None]:
         # The context carries what every log line says.
@@ -89,10 +104,13 @@ class Saver:
         """`written` is the save of that very step. It has ended: there is one thread."""
         if written is not None:
             written.result()
+        if step != self._saved_step:
+            return
         try:
             self._store.keep_only(step)
         except OSError as error:
             raise PolyheadError(f"older checkpoints were not removed: {error}", field="run.dir") from error
+        self._relieved_at, self._relieve_after = step, 0.0
         log.info("store_relieved", step=step)
         self._io.call(self._confirm(step))
 
@@ -100,9 +118,11 @@ class Saver:
         try:
             oldest = self._store.save(state, tensors)
         except OSError as error:
-            raise PolyheadError(f"the checkpoint of step {state.step} was not written: {error}", field="run.dir") from (
-                error
-            )
+            failure = PolyheadError(f"the checkpoint of step {state.step} was not written: {error}", field="run.dir")
+            log.error("checkpoint_not_written", step=state.step, reason=str(error))
+            self._failure = failure
+            return
+        self._saved_step, self._failure = state.step, None
         log.info("checkpoint_written", step=state.step, oldest_kept=oldest)
         self._io.call(self._confirm(oldest))
 

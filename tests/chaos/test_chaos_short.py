@@ -1,4 +1,6 @@
-"""One run in which every victim is struck twice, mostly at named points; an outside ledger has the last word."""
+"""One run of two buffers in which every victim is struck twice, and its network and clocks; an outside ledger has the
+last word.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ import pytest
 
 from tests.kit.faults import rivals
 from tests.kit.faults.judge import Verdict
-from tests.kit.faults.rounds import VICTIMS, Round
+from tests.kit.faults.rounds import Round
+from tests.kit.faults.shares import VICTIMS, Shares
 from tests.kit.systems import small_inputs
 
 SEED = 7
+STRIKES = 2
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +25,8 @@ def struck(tmp_path_factory: pytest.TempPathFactory) -> tuple[Round, Verdict]:
     root: Path = tmp_path_factory.mktemp("chaos")
     small_inputs(root / "inputs")
     (root / "round").mkdir()
-    round_ = Round(root / "round", SEED)
-    round_.strike(VICTIMS * 2, time.monotonic() + 200, threading.Event())
+    round_ = Round(root / "round", SEED, Shares(STRIKES, SEED), buffers=2)
+    round_.strike(time.monotonic() + 200, threading.Event())
     return round_, round_.settle()
 
 
@@ -42,7 +46,13 @@ def test_training_advanced_and_the_outside_ledger_saw_it(struck: tuple[Round, Ve
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_every_victim_was_struck(struck: tuple[Round, Verdict], victim: str) -> None:
     round_, _ = struck
-    assert round_.tally.strikes(victim) >= 2
+    assert round_.tally.strikes(victim) >= STRIKES
+
+
+def test_the_network_and_the_clocks_were_struck(struck: tuple[Round, Verdict]) -> None:
+    round_, _ = struck
+    assert round_.tally.links.total() >= STRIKES
+    assert round_.tally.clocks.total() >= STRIKES
 
 
 @pytest.mark.timeout(400)

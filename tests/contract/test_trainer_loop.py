@@ -7,6 +7,7 @@ import shutil
 import orjson
 import pytest
 import torch
+from safetensors.torch import save_file
 from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
@@ -368,15 +369,32 @@ async def test_a_publish_interval_publishes_every_other_step(model, tmp_path):
     assert steps_of(rig.lines("metrics")) == [1, 2, 3, 4, 5]
 
 
-async def test_a_disk_that_refuses_ends_the_run_in_one_line(model, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
+async def test_a_full_disk_costs_a_checkpoint_and_a_run_that_ends_so_says_it(model, tmp_path, monkeypatch):
+    written = []
 
-    monkeypatch.setattr("services.trainer.checkpoint.save_file", refuse)
-    config = make_config(model, tmp_path / "run", steps=10)
+    def write(tensors, path):
+        written.append(int(path.parent.name.split("_")[1].split("-")[0]))
+        if written[-1] in (4, 7):
+            path.write_bytes(b"some of it")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr("services.trainer.checkpoint.save_file", write)
+    confirmed = spy_on_confirmations(monkeypatch)
+    config = make_config(model, tmp_path / "run", steps=7)
     async with running_rig(config, tmp_path) as rig:
-        with pytest.raises(PolyheadError, match=r"run\.dir: the checkpoint of step 2 .* No space left on device"):
+        with (
+            capture_logs() as lines,
+            pytest.raises(PolyheadError, match=r"run\.dir: the checkpoint of step 7 .* No space left on device"),
+        ):
             await asyncio.wait_for(rig.train(), 60)
+        assert (await rig.buffer.get_ledger()).step == 7
+    assert [line["step"] for line in lines if line["event"] == "checkpoint_not_written"] == [4, 7]
+    assert confirmed == [2, 2]
+    assert sorted(path.name for path in (config.run.dir / "checkpoints").glob("*step*")) == [
+        "step_00000002",
+        "step_00000006",
+    ]
 
 
 async def test_a_stop_without_a_buffer_still_saves(model, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -50,6 +51,7 @@ class Run:
                 preexec_fn=partial(die_with_parent, os.getpid()),
             )
         self.seen: set[psutil.Process] = set()
+        self._step = self._read = 0
 
     def look(self) -> list[psutil.Process]:
         """The launcher's descendants now; remembered, so that `left_behind` can look for them."""
@@ -72,7 +74,14 @@ class Run:
         return self.lines("metrics")
 
     def step(self) -> int:
-        return max((line["step"] for line in self.steps()), default=0)
+        """The highest step trained. Only what was written since the last call is read."""
+        with suppress(FileNotFoundError), (self.dir / "metrics.jsonl").open("rb") as file:
+            file.seek(self._read)
+            text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._read += len(whole)
+            self._step = max([self._step, *(json.loads(line)["step"] for line in whole.splitlines())])
+        return self._step
 
     def wait_for(self, what: Callable[[], bool], within_s: float) -> None:
         """Polls `what`, keeping `seen` current. Fails with the launcher's output when it ends or time is up first."""
@@ -156,23 +165,23 @@ class Run:
         return sorted(starts.values(), key=lambda request: request.started_at)
 
     def victim(self, role: str) -> psutil.Process | None:
-        """The process that fills a role now."""
+        """The process that fills a role now; for an engine or router, as soon as the registry knows it."""
         if role == "router" or role.startswith("engine-"):
             return psutil.Process(self.child(role))
-        marks = {
-            "store": "valkey-server",
-            **{name: f"services.{name}" for name in ("buffer", "rollout", "reward", "trainer")},
-        }
+        return next(iter(self.processes(role)), None)
+
+    def processes(self, role: str) -> list[psutil.Process]:
+        """All that fill a role now; "engine" for every engine."""
+        found = []
         for process in self.look():
             try:
-                command, title = process.cmdline(), process.name()
+                ours = role == "engine" or process.ppid() == self.process.pid
+                alive = process.status() != psutil.STATUS_ZOMBIE
+                if ours and alive and _fills(role, process.cmdline(), process.name()):
+                    found.append(process)
             except psutil.Error:
                 continue
-            if any(part.endswith(marks[role]) for part in command) or title.startswith(
-                (f"polyhead-{role}"[:15], marks[role])
-            ):
-                return process
-        return None
+        return found
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.dir / "summary.json").read_text())
@@ -203,6 +212,11 @@ class Request:
     @property
     def sample_id(self) -> str:
         return self.rid.rsplit(".", 2)[0]
+
+
+def _fills(role: str, command: Sequence[str], title: str) -> bool:
+    mark = {"store": "valkey-server", "engine": "services.rollout.engines.torch_engine"}.get(role, f"services.{role}")
+    return any(part.endswith(mark) for part in command) or title.startswith((f"polyhead-{role}"[:15], mark))
 
 
 def surviving(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

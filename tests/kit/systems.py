@@ -36,4 +36,6 @@ def small_train(directory: Path) -> list[str]:
     # Paced, so that an engine is in the middle of samples whenever it is struck.
     paced = ("--rollout.engine.decode_rate", "30", "--rollout.max_inflight", "32", "--buffer.replica_ttl_s", "4")
     ends = ("--num-rollout", "100000", "--save-interval", "5", "--run-dir", str(run_dir))
+    # Struck again and again, and back at once.
+    ends += ("--run.stable_after_s", "4")
     return [*small_flags(directory.parent / "inputs"), *paced, *ends]

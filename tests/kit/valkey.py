@@ -76,6 +76,9 @@ class Valkey:
                 raise RuntimeError((self.directory / "log").read_text())
             time.sleep(0.002)
 
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def kill(self) -> None:
         """SIGKILL, and waits for the end."""
         if self._process is not None:

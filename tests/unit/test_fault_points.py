@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit.faults import matrix, points
-from tests.kit.faults.rounds import VICTIMS, Shares
+from tests.kit.faults.shares import HITS, KINDS, OTHERS, VICTIMS, WHOLE, Shares
 
 CHILD = """
 import os, sys
@@ -38,7 +37,8 @@ def test_every_point_is_a_function_of_its_service(role: str) -> None:
 
 
 def test_the_crash_matrix_names_points_that_exist() -> None:
-    every = {name for victim in VICTIMS for name in matrix.points_of(victim)} | {"rivals"}
+    every = {name for victim in (*VICTIMS, *OTHERS) for name in matrix.points_of(victim)} | {"rivals", "store.full"}
+    every |= {f"stop.{victim}" for victim in VICTIMS if "stop" in KINDS.get(victim, ("stop",))}
     assert {point for stages in matrix.ROWS.values() for at in stages.values() for point in at} <= every
 
 
@@ -54,11 +54,21 @@ def test_an_armed_point_ends_the_process_there_and_the_next_one_goes_on(tmp_path
 
 
 def test_rounds_side_by_side_share_the_points_evenly() -> None:
-    shares, taken = Shares(), Counter[str]()
-    names = matrix.points_of("engine")
-    for number in range(3 * len(names)):
-        taken[shares.take("engine", random.Random(number), Counter())] += 1
-    assert set(taken.values()) == {3}
-    assert shares.missing("engine", 4) == len(names)
-    shares.give_back(names[0])
-    assert shares.missing("engine", 3) == 1
+    shares, taken = Shares(WHOLE, seed=0), Counter[str]()
+    while (strike := shares.take("engine", Counter())) is not None:
+        taken[strike.point or strike.kind] += 1
+    points_of = matrix.points_of("engine")
+    assert taken.total() == WHOLE
+    assert {taken[name] for name in points_of} <= {min(taken[name] for name in points_of) + extra for extra in (0, 1)}
+    assert {"kill", "freeze", "stop"} < taken.keys()
+
+
+def test_a_point_that_nobody_reached_is_given_out_again_until_each_was_hit() -> None:
+    shares, unreached, hit = Shares(WHOLE, seed=1), Counter[str](), Counter[str]()
+    while (strike := shares.take("trainer", unreached)) is not None:
+        if strike.point and not unreached[strike.point]:
+            unreached[strike.point] += 1
+            shares.undo("trainer", strike)
+        else:
+            hit[strike.point] += 1
+    assert all(hit[name] >= HITS for name in matrix.points_of("trainer"))

@@ -45,8 +45,10 @@ def test_an_orderly_run_is_clean() -> None:
     repeated = [generated(outcome="DUPLICATE"), scored(outcome="DUPLICATE")]
     begun = saved("g00000001-000", tokens=TOKENS[:4])
     late = {"step": 1, "epoch": 0, "group_ids": ["g00000007"]}
-    lines = [*LINES, *repeated, begun, pushed(1), pushed(2), pushed(2)]
-    verdict = judge(lines, [*METRICS, late], replace(KEPT, partials={"g00000001-000": TOKENS}))
+    undone = {"step": 2, "epoch": 1, "group_ids": ["g00000001"]}
+    again = {"kind": "recovered", "epoch": 2, "step": 1}
+    lines = [*LINES, *repeated, begun, pushed(1), pushed(2), pushed(2), again]
+    verdict = judge(lines, [*METRICS, late, undone], replace(KEPT, partials={"g00000001-000": TOKENS}))
     assert verdict.clean, str(verdict)
     assert verdict.closed == {"consumed": 1}
     assert verdict.steps == 1

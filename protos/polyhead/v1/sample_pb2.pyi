@@ -143,7 +143,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., sampling_seed: _Optional[int] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("token_ids", "num_tokens", "prompt_length", "loss_mask", "rollout_logprobs", "spans", "first_token_unix_us", "last_token_unix_us")
+    __slots__ = ("token_ids", "num_tokens", "prompt_length", "loss_mask", "rollout_logprobs", "spans", "first_token_unix_us", "last_token_unix_us", "digest")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class Segment(_message.Message):
     SPANS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_UNIX_US_FIELD_NUMBER: _ClassVar[int]
     LAST_TOKEN_UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     token_ids: bytes
     num_tokens: int
     prompt_length: int
@@ -160,7 +161,8 @@ class Segment(_message.Message):
     spans: _containers.RepeatedCompositeFieldContainer[WeightVersionSpan]
     first_token_unix_us: int
     last_token_unix_us: int
-    def __init__(self, token_ids: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., loss_mask: _Optional[bytes] = ..., rollout_logprobs: _Optional[bytes] = ..., spans: _Optional[_Iterable[_Union[WeightVersionSpan, _Mapping]]] = ..., first_token_unix_us: _Optional[int] = ..., last_token_unix_us: _Optional[int] = ...) -> None: ...
+    digest: int
+    def __init__(self, token_ids: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., loss_mask: _Optional[bytes] = ..., rollout_logprobs: _Optional[bytes] = ..., spans: _Optional[_Iterable[_Union[WeightVersionSpan, _Mapping]]] = ..., first_token_unix_us: _Optional[int] = ..., last_token_unix_us: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
 class Score(_message.Message):
     __slots__ = ("reward", "parts", "scorer", "seconds")

@@ -48,6 +48,9 @@ class RunConfig(Section):
     0, the in-house engine and float32 on CPUs."""
     stall_limit_s: Seconds = 300.0
     """If nothing changes state for this long, the run says what it waits for at warning level (I12)."""
+    stable_after_s: Seconds = 20.0
+    """A process that was up for this long is started again at once when it dies. One that dies sooner, eight times in a
+    row, has failed for good."""
 
     @field_validator("name")
     @classmethod
@@ -202,14 +205,27 @@ class LimitsConfig(Section):
 
 
 class BufferConfig(Section):
+    replicas: Positive = 1
+    """Processes on the one store. Calls are spread over them, and go on while one of them is up."""
     address: str = "127.0.0.1:0"
-    """Where it listens; port 0 lets the launcher choose."""
+    """Where it listens; port 0 lets the launcher choose. Of several replicas, a list: host:port,host:port."""
     lease_ttl_s: Seconds = 30.0
     """Rollout and reward leases end after this long without a heartbeat."""
     replica_ttl_s: Seconds = 10.0
     max_attempts: Positive = 5
     """Failures attributed to a sample before it becomes a dead letter."""
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of each replica; one with port 0 stands for all."""
+        return self.address.split(",")
+
+    @model_validator(mode="after")
+    def _addresses_fit(self) -> BufferConfig:
+        if len(self.addresses) not in (1, self.replicas):
+            raise ValueError(f"address names {len(self.addresses)} of {self.replicas} replicas")
+        return self
 
 
 class SamplingConfig(Section):

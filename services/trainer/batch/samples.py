@@ -65,8 +65,8 @@ class TrainSample:
 def decode_groups(groups: Iterable[pb.LeasedGroup], *, vocab_size: int) -> list[TrainSample]:
     """The samples of a TRAIN lease with payloads, groups in the order of the lease.
 
-    Raises InvalidArgumentError, naming the sample, for a payload that does not parse or whose tokens the model does
-    not have. Lengths and spans were checked by the buffer when it accepted the sample.
+    Raises InvalidArgumentError, naming the sample, for a payload that does not parse, is damaged, or whose tokens the
+    model does not have. Lengths and spans were checked by the buffer when it accepted the sample.
     """
     return [_decode(group.group_id, leased, vocab_size) for group in groups for leased in group.samples]
 
@@ -76,6 +76,8 @@ def _decode(group_id: str, leased: pb.LeasedSample, vocab_size: int) -> TrainSam
         message = sample_pb2.Sample.FromString(leased.sample)
     except DecodeError as error:
         raise InvalidArgumentError(f"not a Sample: {error}", field=leased.sample_id) from None
+    if any(map(wire.is_damaged, message.segments)):
+        raise InvalidArgumentError("its tokens are not those that were generated: damaged", field=leased.sample_id)
     segments = tuple(map(_decode_segment, message.segments))
     for segment in segments:
         if segment.token_ids.size and segment.token_ids.max() >= vocab_size:

@@ -75,6 +75,7 @@ class Peer:
         self._left_behind = None
         snapshot.users += 1
         self._task = asyncio.create_task(self._serve(version, snapshot, ended))
+        self._task.add_done_callback(_heard)
 
     def raise_failure(self) -> None:
         """Raises what ended the last push, if it was more than the engine's failure: FencedError."""
@@ -187,6 +188,12 @@ class Peer:
             self._left_behind.add_done_callback(release)
         else:
             release()
+
+
+def _heard(task: asyncio.Task[None]) -> None:
+    """Of several engines whose pushes were refused, one ends the trainer: the others' refusals need no reader."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _serves(engine: pb.Engine, version: Version) -> bool:

@@ -45,6 +45,8 @@ class Kept:
 class Verdict:
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """What did not go as it should, and lost nothing."""
     imbalance: int = 0
     """Accepted minus those in exactly one state."""
     steps: int = 0
@@ -55,11 +57,11 @@ class Verdict:
 
     @property
     def clean(self) -> bool:
-        return not self.lost and not self.doubled and self.imbalance == 0
+        return not (self.lost or self.doubled or self.failed or self.imbalance)
 
     def __str__(self) -> str:
         lines = [f"lost {len(self.lost)}, doubled {len(self.doubled)}, imbalance {self.imbalance}, steps {self.steps}"]
-        return "\n".join([*lines, *self.lost[:20], *self.doubled[:20]])
+        return "\n".join([*lines, *self.lost[:20], *self.doubled[:20], *self.failed[:20]])
 
 
 def judge_run(run: Run, directory: Path) -> Verdict:
@@ -72,7 +74,7 @@ def judge(lines: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any
     """`lines` are the outside ledger's, `metrics` the trainer's, one for each time a step was trained."""
     verdict = Verdict(acknowledged=Counter(line["kind"] for line in lines))
     # A trainer that was frozen while another took over may record its last step late.
-    history = surviving(sorted(metrics, key=lambda line: line["epoch"]))
+    history = surviving(sorted(_kept(metrics, lines), key=lambda line: line["epoch"]))
     verdict.steps = max(history, default=0)
     verdict.closed = Counter(state for states in kept.states.values() for state in states if isinstance(state, str))
     verdict.imbalance = kept.accepted - sum(len(states) == 1 for states in kept.states.values())
@@ -83,6 +85,12 @@ def judge(lines: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any
     _check_batches(lines, history, verdict)
     _check_pushes(lines, verdict)
     return verdict
+
+
+def _kept(metrics: Iterable[Mapping[str, Any]], lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without the steps that a later trainer undid: when a run broke off, it may not have trained them again."""
+    forks = [(line["epoch"], line["step"]) for line in lines if line["kind"] == "recovered"]
+    return [line for line in metrics if not any(epoch > line["epoch"] and step < line["step"] for epoch, step in forks)]
 
 
 def _check_history(history: Mapping[int, Mapping[str, Any]], verdict: Verdict) -> None:

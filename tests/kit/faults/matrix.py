@@ -1,10 +1,10 @@
-"""The rows of the crash matrix that are about kills and freezes, by the points at which they strike (docs/chaos.md)."""
+"""The rows of the crash matrix that a campaign strikes, by the points at which it does (docs/chaos.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.kit.faults import points
+from tests.kit.faults import clocks, links, points
 
 
 def _both(*stems: str) -> tuple[str, ...]:
@@ -49,6 +49,11 @@ ROWS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "during commit": tuple(f"store@{each}" for each in _both("buffer.commit_step")),
         "during recovery": tuple(f"store@{each}" for each in _both("buffer.acquire_epoch", "buffer.recover")),
     },
+    "19 disk full": {"the store's, in the middle of a command": ("store.full",)},
+    "20-23 partitions": {link: tuple(f"{link}.{fault}" for fault in links.CUTS) for link in links.LINKS},
+    "24 bad networks": {
+        fault: tuple(f"{link}.{fault}" for link in links.LINKS) for fault in links.FAULTS if fault not in links.CUTS
+    },
     "25 two trainers": {"the first froze, the second took over": ("rivals",)},
     "31-33 weight push": {
         "sender killed mid-bucket": _both("trainer.push_bucket"),
@@ -56,6 +61,8 @@ ROWS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "engine killed mid-load": ("engine.push_receive.after", *_both("engine.push_load")),
         "engine killed while paused": ("engine.pause.after",),
     },
+    "35 clocks": {role: (f"clock.{role}.ahead", f"clock.{role}.behind") for role in clocks.ROLES},
+    "36 SIGTERM": {role: (f"stop.{role}",) for role in ("store", "buffer", "rollout", "reward", "engine")},
 }
 
 
@@ -68,7 +75,11 @@ def hits(counts: Mapping[str, int]) -> dict[str, dict[str, int]]:
 
 
 def points_of(victim: str) -> list[str]:
-    """Names under which kills at points are counted; the store is killed at those of the buffer."""
+    """Names under which strikes at points are counted; the store is killed at those of the buffer."""
     if victim == "store":
         return [f"store@{name}" for name in points.names("buffer")]
+    if victim == "link":
+        return [f"{link}.{fault}" for link in links.LINKS for fault in links.FAULTS]
+    if victim == "clock":
+        return [f"clock.{role}.{way}" for role in clocks.ROLES for way in ("ahead", "behind")]
     return points.names(victim)

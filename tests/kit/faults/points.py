@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.kit.faults import clocks, links
 from tests.kit.faults.witness import Witness
 
 ENGINE = "services.rollout.engines.torch_engine"
@@ -111,6 +112,8 @@ def install(command: Sequence[str]) -> None:
     if (role := ROLES.get(module)) is None:
         return
     directory = Path(os.environ["FAULT_POINTS"])
+    clocks.install(role, directory)
+    links.install(role, directory)
     seen: dict[str, Callable[..., None]] = {}
     if role == "buffer":
         _wrap("services.buffer.redis_scripts:ScriptRunner.run", role, directory, stems=_SCRIPTS)
@@ -174,7 +177,7 @@ def _reach(directory: Path, point: str | None, when: str) -> None:
     if point is None:
         return
     name = f"{point}.{when}"
-    claimed = directory / "hit" / f"{name}.{time.time_ns()}.{os.getpid()}"
+    claimed = directory / "hit" / f"{name}.{time.monotonic_ns()}.{os.getpid()}"
     try:
         (directory / "armed" / name).rename(claimed)
     except FileNotFoundError:

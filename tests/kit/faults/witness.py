@@ -79,6 +79,9 @@ class Witness:
     def _commitstep(self, request: pb.CommitStepRequest, answer: pb.CommitStepResponse) -> list[dict[str, Any]]:
         return [{"kind": "committed", "epoch": request.epoch, "step": request.step, "ids": sorted(self._fetched)}]
 
+    def _recover(self, request: pb.RecoverRequest, answer: pb.RecoverResponse) -> list[dict[str, Any]]:
+        return [{"kind": "recovered", "epoch": request.epoch, "step": request.step}]
+
     def _confirmcheckpoint(
         self, request: pb.ConfirmCheckpointRequest, answer: pb.ConfirmCheckpointResponse
     ) -> list[dict[str, Any]]:

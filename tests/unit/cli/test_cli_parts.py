@@ -67,9 +67,18 @@ def test_a_run_is_resumed_with_the_data_it_was_begun_with(tmp_path):
         _check_resumable(load(None, {"run.dir": str(tmp_path), "data.prompt_data": "b.jsonl"}))
 
 
-def test_replicas_cannot_share_a_port():
-    with pytest.raises(ConfigError, match=r"rollout.address: .* cannot serve 2 replicas"):
-        _check_addresses(load(None, {"rollout.replicas": 2, "rollout.address": "127.0.0.1:9000"}))
+@pytest.mark.parametrize("role", ["buffer", "rollout", "reward"])
+def test_replicas_cannot_share_a_port(role):
+    with pytest.raises(ConfigError, match=rf"{role}.address: .* cannot serve 2 replicas"):
+        _check_addresses(load(None, {f"{role}.replicas": 2, f"{role}.address": "127.0.0.1:9000"}))
+
+
+def test_each_buffer_replica_may_have_an_address_of_its_own():
+    ports = _free_ports(2)
+    address = ",".join(f"127.0.0.1:{port}" for port in ports)
+    _check_addresses(load(None, {"buffer.replicas": 2, "buffer.address": address}))
+    resolved = _resolve(load(None, {"buffer.replicas": 3}), Path("/tmp"))
+    assert len(set(resolved.buffer.addresses)) == 3
 
 
 def test_engines_on_other_hosts_need_an_address_that_they_can_reach(monkeypatch):

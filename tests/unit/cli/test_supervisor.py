@@ -4,7 +4,7 @@ import sys
 import psutil
 import pytest
 
-from services.cli.supervisor import Child, Supervisor
+from services.cli.supervisor import MAX_RESTARTS, Child, Supervisor
 from services.common.errors import PolyheadError
 from services.common.lifecycle import STOPPED_EARLY
 
@@ -59,11 +59,24 @@ async def test_a_failure_of_its_own_can_be_spared_and_is_not_started_again(tmp_p
         await watcher.end([leader], grace_s=5)
 
 
-async def test_one_that_registers_is_up_when_the_registry_says_that_it_serves(tmp_path, monkeypatch):
-    monkeypatch.setattr("services.cli.supervisor.STABLE_S", -1.0)
+async def test_a_store_without_room_on_its_disk_is_waited_for(tmp_path):
+    watcher, restarted = supervisor()
+    store = child(tmp_path, "store", "print('# AOF write error. Exiting...'); raise SystemExit(1)")
+    store.waits_for = {"AOF write error": "room"}
+    watcher.add(store).process.wait()
+    store.restarts = MAX_RESTARTS
+    watcher._bring_back(store, 1)
+    assert (restarted, store.waiting_for) == ([("store", 1)], "room")
+    store.log_path.write_text("# Bad file format reading the append only file")
+    store.restart_at, store.restarts = 0.0, MAX_RESTARTS
+    with pytest.raises(PolyheadError, match="store failed"):
+        watcher._bring_back(store, 1)
+
+
+async def test_one_that_registers_is_up_when_the_registry_says_that_it_serves(tmp_path):
     watcher, _ = supervisor()
     slow = child(tmp_path, "rollout", "import time; time.sleep(60)")
-    slow.registers = True
+    slow.registers, slow.stable_after_s = True, -1.0
     watcher.add(slow)
     watcher.note_serving({slow.process.pid + 1})
     assert not slow.stable

@@ -73,6 +73,10 @@ def test_any_text_survives_a_round_trip(text: str, table: dict[str, object]) -> 
             "[rollout.engine]\nadmin_key = 'x'",
             "rollout.engine.admin_key: comes from the environment only: POLYHEAD_ROLLOUT",
         ),
+        (
+            "[buffer]\nreplicas = 3\naddress = '127.0.0.1:1,127.0.0.1:2'",
+            "buffer: address names 2 of 3 replicas",
+        ),
         ("store = 3", "store: Input should be a valid dictionary"),
         ("[run\n", "is not valid TOML"),
         ("[run]\ndeterministic = true", "run.deterministic needs staleness.max_staleness = 0, not 4"),

@@ -104,6 +104,7 @@ MALFORMED = [
     (_set(rollout_logprobs=wire.encode_logprobs([-1, np.nan, -1])), "sample.segments[1].rollout_logprobs[1]"),
     (_set(rollout_logprobs=wire.encode_logprobs([-1, -1, -np.inf])), "sample.segments[1].rollout_logprobs[2]"),
     (_set(rollout_logprobs=wire.encode_logprobs([0.5, -1, -1])), "sample.segments[1].rollout_logprobs[0]"),
+    (_set(digest=1), "sample.segments[1].digest"),
     (_spans(), "sample.segments[1].spans"),
     (_spans(span(0, 2)), "sample.segments[1].spans"),
     (_spans(span(0, 4)), "sample.segments[1].spans"),

@@ -61,6 +61,7 @@ async def test_a_group_is_one_request_and_its_samples_are_exact(make_rig, prompt
         assert got.finish_reason == sample_pb2.FINISH_REASON_LENGTH
         assert got.completion == prompter.decode([tokens])[0]
         assert got.behaviour_exact
+        assert all(segment.digest == wire.segment_digest(segment) for segment in got.segments)
         assert got.engine == "fake_engine/1"
         assert got.sampling.max_new_tokens == 10
     assert rig.replica.stats.tokens_generated == 80

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyhead.v1 import sample_pb2
+from services.common import wire
 from services.common.errors import InvalidArgumentError
 from services.common.versions import Version
 from services.trainer.batch.packing import PackItem, pack
@@ -39,6 +40,18 @@ def test_a_payload_that_is_no_sample_names_its_sample():
     groups = make_batch(0, groups=1, size=1)
     groups[0].samples[0].sample = b"\xff\xff"
     with pytest.raises(InvalidArgumentError, match="g00000000-000"):
+        decode_groups(groups, vocab_size=128)
+
+
+def test_a_flipped_bit_in_a_stored_payload_names_its_sample():
+    groups = make_batch(0, groups=1, size=1)
+    sample = sample_pb2.Sample.FromString(groups[0].samples[0].sample)
+    sample.segments[0].digest = wire.segment_digest(sample.segments[0])
+    groups[0].samples[0].sample = sample.SerializeToString()
+    assert len(decode_groups(groups, vocab_size=128)) == 1
+    tokens = sample.segments[0].token_ids
+    groups[0].samples[0].sample = groups[0].samples[0].sample.replace(tokens, bytes([tokens[0] ^ 1]) + tokens[1:])
+    with pytest.raises(InvalidArgumentError, match=r"g00000000-000: .*damaged"):
         decode_groups(groups, vocab_size=128)
 
 
