@@ -26,35 +26,46 @@ from services.buffer.records import (
     Waiting,
     WatermarkRecord,
 )
+from services.common.splice import Spliced
 
 _SUBMITTED = 1 << 63
 """Submitted groups have no place in the data set; theirs is made of their order, and no data set reaches so far."""
 
 
-def fill_group(message: pb.LeasedGroup, group: LeasedGroup, group_size: int) -> None:
-    message.group_id = group_id(group.order)
-    message.group_size = group_size
-    message.order = group.order
-    message.prompt_ordinal = _SUBMITTED | group.order if group.ordinal == NO_ORDINAL else group.ordinal
-    message.staleness = max(0, group.staleness)
-    message.judge = group.judge
+def leased_group(group: LeasedGroup, group_size: int) -> Spliced:
+    """A LeasedGroup. What the store holds serialized goes into it as it is."""
+    head = pb.LeasedGroup(
+        group_id=group_id(group.order),
+        group_size=group_size,
+        order=group.order,
+        prompt_ordinal=_SUBMITTED | group.order if group.ordinal == NO_ORDINAL else group.ordinal,
+        staleness=max(0, group.staleness),
+        judge=group.judge,
+    )
+    message = Spliced(head)
     if group.prompt:
-        message.prompt.MergeFromString(group.prompt)
+        message.append(pb.LeasedGroup.PROMPT_FIELD_NUMBER, group.prompt)
     for sample in group.samples:
-        _fill_sample(message.samples.add(), group.order, sample)
+        message.append(pb.LeasedGroup.SAMPLES_FIELD_NUMBER, _leased_sample(group.order, sample))
+    return message
 
 
-def _fill_sample(message: pb.LeasedSample, order: int, sample: LeasedSample) -> None:
-    message.sample_id = sample_id(order, sample.index)
-    message.index = sample.index
-    message.lease_id = sample.lease_id
-    message.attempt = sample.attempt
-    _fill_record(message.record, sample.facts)
+def _leased_sample(order: int, sample: LeasedSample) -> Spliced:
+    head = pb.LeasedSample(
+        sample_id=sample_id(order, sample.index),
+        index=sample.index,
+        lease_id=sample.lease_id,
+        attempt=sample.attempt,
+    )
+    _fill_record(head.record, sample.facts)
+    message = Spliced(head)
     for delta in partials.split(sample.partial):
-        message.partial.add().MergeFromString(delta)
-    message.sample = sample.payload
+        message.append(pb.LeasedSample.PARTIAL_FIELD_NUMBER, delta)
+    if sample.payload:
+        message.append(pb.LeasedSample.SAMPLE_FIELD_NUMBER, sample.payload)
     if sample.score:
-        message.score.MergeFromString(sample.score)
+        message.append(pb.LeasedSample.SCORE_FIELD_NUMBER, sample.score)
+    return message
 
 
 def _fill_record(record: sample_pb2.SampleIndex, facts: SampleFacts) -> None:
@@ -80,16 +91,20 @@ def results(samples: Iterable[Extension | Generated | Scored | Released], report
         )
 
 
-def fetched(sample_ids: Sequence[str], records: Sequence[Fetched]) -> pb.FetchResponse:
-    response = pb.FetchResponse()
+def fetched(sample_ids: Sequence[str], records: Sequence[Fetched]) -> Spliced:
+    """A FetchResponse."""
+    response = Spliced(pb.FetchResponse())
     for each, record in zip(sample_ids, records, strict=True):
-        message = response.samples.add(sample_id=each, state=_enum(record.state), sample=record.payload)
+        message = Spliced(pb.FetchedSample(sample_id=each, state=_enum(record.state)))
+        if record.payload:
+            message.append(pb.FetchedSample.SAMPLE_FIELD_NUMBER, record.payload)
         for delta in partials.split(record.partial):
-            message.partial.add().MergeFromString(delta)
+            message.append(pb.FetchedSample.PARTIAL_FIELD_NUMBER, delta)
         if record.score:
-            message.score.MergeFromString(record.score)
+            message.append(pb.FetchedSample.SCORE_FIELD_NUMBER, record.score)
         if record.prompt:
-            message.prompt.MergeFromString(record.prompt)
+            message.append(pb.FetchedSample.PROMPT_FIELD_NUMBER, record.prompt)
+        response.append(pb.FetchResponse.SAMPLES_FIELD_NUMBER, message)
     return response
 
 

@@ -25,6 +25,7 @@ from services.common.blobs import Blobs
 from services.common.config.models import BufferConfig
 from services.common.errors import InvalidArgumentError, LimitError, PolyheadError, UnavailableError
 from services.common.rpc import MIB
+from services.common.splice import Spliced
 from services.common.versions import Version
 
 log = structlog.get_logger()
@@ -64,7 +65,7 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         self._wakeups.wake(sample_pb2.STAGE_GENERATE)
         return pb.SubmitResponse(group_ids=[group_id(order) for order in orders])
 
-    async def Lease(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseResponse:
+    async def Lease(self, request: pb.LeaseRequest, context: Any) -> Spliced:
         validation.check_lease(request)
         request.max_samples = min(request.max_samples, self._config.limits.samples_per_rpc)
         clock = asyncio.get_running_loop().time
@@ -159,23 +160,24 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
             max_bytes=max(0, self._answer_bytes - _size(groups)),
         )
 
-    def _lease_response(self, request: pb.LeaseRequest, lease: records.Lease) -> pb.LeaseResponse:
+    def _lease_response(self, request: pb.LeaseRequest, lease: records.Lease) -> Spliced:
         response = pb.LeaseResponse(batch_lease_id=lease.batch_lease_id)
-        for group in lease.groups:
-            convert.fill_group(response.groups.add(), group, self._group_size)
         if not lease.groups and lease.waiting is not None:
             waiting = self._reason(request.stage, lease.waiting)
             response.waiting_for.CopyFrom(convert.waiting_for(request.stage, waiting))
         if request.stage != sample_pb2.STAGE_TRAIN:
             response.lease_ttl.CopyFrom(self._lease_ttl)
-        return response
+        answer = Spliced(response)
+        for group in lease.groups:
+            answer.append(pb.LeaseResponse.GROUPS_FIELD_NUMBER, convert.leased_group(group, self._group_size))
+        return answer
 
     def _reason(self, stage: int, waiting: records.Waiting) -> records.Waiting:
         """What is behind a reason of the store, which does not know why no group is admitted."""
         closed_for_memory = stage == sample_pb2.STAGE_TRAIN and not self._watch.admit
         return policy.for_memory(waiting) if closed_for_memory else waiting
 
-    async def Fetch(self, request: pb.FetchRequest, context: Any) -> pb.FetchResponse:
+    async def Fetch(self, request: pb.FetchRequest, context: Any) -> Spliced:
         ids = check_count(request.sample_ids, self._config.limits, "sample_ids")
         refs = [parse_sample_id(each, f"sample_ids[{number}]") for number, each in enumerate(ids)]
         found = await self._store.fetch(refs, prompts=request.include_prompt)
@@ -212,16 +214,15 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
         self._wake(report.ready_groups, report.closed_groups)
         return pb.ReleaseResponse(results=convert.results(samples, report))
 
-    async def ListPartials(self, request: pb.ListPartialsRequest, context: Any) -> pb.ListPartialsResponse:
+    async def ListPartials(self, request: pb.ListPartialsRequest, context: Any) -> Spliced:
         most = min(request.max_groups or policy.MAX_PARTIALS, policy.MAX_PARTIALS)
-        response = pb.ListPartialsResponse()
-        size = 0
-        for group in await self._store.partials(most):
-            size += len(group.prompt) + sum(len(sample.score) for sample in group.samples)
-            if response.groups and size > self._answer_bytes:
+        answer = Spliced(pb.ListPartialsResponse())
+        for number, group in enumerate(await self._store.partials(most)):
+            message = convert.leased_group(group, self._group_size)
+            if number and answer.size + message.size > self._answer_bytes:
                 break
-            convert.fill_group(response.groups.add(), group, self._group_size)
-        return response
+            answer.append(pb.ListPartialsResponse.GROUPS_FIELD_NUMBER, message)
+        return answer
 
     async def PreferGroups(self, request: pb.PreferGroupsRequest, context: Any) -> pb.PreferGroupsResponse:
         await self._store.prefer(validation.preferred(request))

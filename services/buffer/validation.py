@@ -128,13 +128,14 @@ def generated(request: pb.CompleteRequest, limits: LimitsConfig, blobs: Blobs | 
     for number, each in enumerate(check_count(request.samples, limits, "samples")):
         field = f"samples[{number}]"
         ref, lease_id = _leased(each, field)
-        sample = parsed(each.sample, limits, field)
+        data = each.sample  # a copy each time
+        sample = parsed(data, limits, field)
         if sample.sample_id != each.sample_id or sample.index != ref.index or sample.group_id != group_id(ref.order):
             raise InvalidArgumentError(
                 f"is {sample.sample_id!r}, number {sample.index} of {sample.group_id!r}", field=f"{field}.sample"
             )
         digests = check_blobs(sample, blobs, field)
-        found.append(Generated(ref, lease_id, *sample_facts(sample), each.sample, digests))
+        found.append(Generated(ref, lease_id, *sample_facts(sample), data, digests))
     return found
 
 

@@ -15,6 +15,7 @@ from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import buffer_pb2_grpc, sample_pb2
 from services.common import rpc
 from services.common.errors import LimitError, PolyheadError, UnavailableError, from_rpc_error
+from services.common.splice import Spliced
 from services.common.versions import Version
 
 CALL_TIMEOUT_S = 10.0
@@ -104,7 +105,10 @@ class BufferClient:
     async def complete(
         self, stage: sample_pb2.Stage, replica_id: str, samples: Sequence[pb.CompletedSample]
     ) -> pb.CompleteResponse:
-        return await self._call("Complete", pb.CompleteRequest(stage=stage, replica_id=replica_id, samples=samples))
+        request = Spliced(pb.CompleteRequest(stage=stage, replica_id=replica_id))
+        for each in samples:
+            request.append(pb.CompleteRequest.SAMPLES_FIELD_NUMBER, each.SerializeToString())
+        return await self._call("Complete", request, biggest="samples")
 
     async def release(
         self, stage: sample_pb2.Stage, replica_id: str, samples: Sequence[pb.ReleasedSample]
@@ -166,10 +170,14 @@ class BufferClient:
     async def import_groups(self, request_id: str, groups: Sequence[pb.SampleGroup]) -> pb.ImportResponse:
         return await self._call("Import", pb.ImportRequest(request_id=request_id, groups=groups))
 
-    async def _call(self, verb: str, request: Message, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        if (size := request.ByteSize()) > self._max_bytes:
+    async def _call(
+        self, verb: str, request: Message | Spliced, timeout_s: float = CALL_TIMEOUT_S, biggest: str = ""
+    ) -> Any:
+        """`biggest` is the field that makes a spliced request big."""
+        size = request.size if isinstance(request, Spliced) else request.ByteSize()
+        if size > self._max_bytes:
             over = f"{size} bytes in one call, at most {self._max_bytes}"
-            raise LimitError(over, field=f"{verb} {_biggest(request)}")
+            raise LimitError(over, field=f"{verb} {_biggest(request) if isinstance(request, Message) else biggest}")
         method = getattr(self._stub, verb)
         try:
             async for attempt in stamina.retry_context(

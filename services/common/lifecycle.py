@@ -16,6 +16,7 @@ import structlog
 
 from services.common.config import Config, load
 from services.common.errors import PolyheadError
+from services.common.process import keep_freed_memory
 from services.common.telemetry import configure_logging
 
 log = structlog.get_logger()
@@ -50,6 +51,7 @@ def run_service(role: str, serve: Serve) -> int:
         config = load(arguments.config)
         configure_logging(role, arguments.index)
         _set_title(role, arguments.index)
+        keep_freed_memory()
         return asyncio.run(_serve(role, arguments.index, config, serve)) or 0
     except PolyheadError as error:
         log.error("ended", error=type(error).__name__, reason=str(error))

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.common.errors import ConfigError, InvalidArgumentError, LimitError, PolyheadError, to_status
 from services.common.parts import check_parts
+from services.common.splice import serializer
 
 log = structlog.get_logger()
 
@@ -35,6 +36,8 @@ _TRANSPORT = [
     # A service that was restarted is back within a second or two; gRPC's default backs off up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Python copies a message once more for each frame: of the default size a megabyte would be 64 of them.
+    ("grpc.http2.max_frame_size", 16 * MIB - 1),
 ]
 _SPREAD = '{"loadBalancingConfig": [{"round_robin": {}}]}'
 
@@ -57,42 +60,53 @@ class _Refused:
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Turns typed errors into gRPC statuses, and malformed requests into INVALID_ARGUMENT."""
 
+    def __init__(self) -> None:
+        # A handler is the same for all calls of its method, and making one takes as long as parsing a request.
+        self._handlers: dict[str, Any] = {}
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
-            return handler
-        inner, parse, method = handler.unary_unary, handler.request_deserializer, handler_call_details.method
-        # What generated code gives is the class method of the message.
-        descriptor = parse.__self__.DESCRIPTOR
+        method = handler_call_details.method
+        if method not in self._handlers:
+            handler = await continuation(handler_call_details)
+            if handler is None:  # any text may be asked for: it is not remembered
+                return None
+            self._handlers[method] = handler if handler.unary_unary is None else _typed(handler, method)
+        return self._handlers[method]
 
-        def deserialize(data: bytes) -> Any:
-            try:
-                check_parts(data, descriptor, "request")
-                return parse(data)
-            except LimitError as error:
-                return _Refused(error)
-            except DecodeError as error:
-                return _Refused(InvalidArgumentError(f"cannot be parsed: {error}", field="request"))
 
-        async def behaviour(request: Any, context: Any) -> Any:
-            try:
-                if isinstance(request, _Refused):
-                    raise request.error
-                return await inner(request, context)
-            except PolyheadError as error:
-                details, metadata = to_status(error)
-                await context.abort(error.code, details, metadata)
-            except (grpc.aio.AbortError, grpc.aio.AioRpcError):
-                raise
-            except Exception:
-                log.exception("rpc_failed", method=method)
-                raise
+def _typed(handler: Any, method: str) -> Any:
+    inner, parse = handler.unary_unary, handler.request_deserializer
+    # What generated code gives is the class method of the message.
+    descriptor = parse.__self__.DESCRIPTOR
 
-        return grpc.unary_unary_rpc_method_handler(behaviour, deserialize, handler.response_serializer)
+    def deserialize(data: bytes) -> Any:
+        try:
+            check_parts(data, descriptor, "request")
+            return parse(data)
+        except LimitError as error:
+            return _Refused(error)
+        except DecodeError as error:
+            return _Refused(InvalidArgumentError(f"cannot be parsed: {error}", field="request"))
+
+    async def behaviour(request: Any, context: Any) -> Any:
+        try:
+            if isinstance(request, _Refused):
+                raise request.error
+            return await inner(request, context)
+        except PolyheadError as error:
+            details, metadata = to_status(error)
+            await context.abort(error.code, details, metadata)
+        except (grpc.aio.AbortError, grpc.aio.AioRpcError):
+            raise
+        except Exception:
+            log.exception("rpc_failed", method=method)
+            raise
+
+    return grpc.unary_unary_rpc_method_handler(behaviour, deserialize, serializer(handler.response_serializer))
 
 
 def channel(address: str, *, message_mb: int = 64) -> grpc.aio.Channel:
@@ -111,8 +125,10 @@ def channel(address: str, *, message_mb: int = 64) -> grpc.aio.Channel:
     plain = opened.unary_unary
 
     # Not an interceptor: that costs 0.15 ms a call, half as much as the call itself.
-    def unary_unary(method: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        call = plain(method, *args, **kwargs)
+    def unary_unary(
+        method: str, request_serializer: Callable[[Any], bytes], *args: Any, **kwargs: Any
+    ) -> Callable[..., Any]:
+        call = plain(method, serializer(request_serializer), *args, **kwargs)
 
         def with_deadline(request: Any, *, timeout: float | None = None, **options: Any) -> Any:
             if timeout is None:

@@ -21,6 +21,7 @@ MASK_DTYPE = np.dtype("u1")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_REFS = 64
+_ABOVE_ZERO = 1e-4
 _MAX_REF_NAME = 128
 _MAX_SEGMENTS = 1024
 _MAX_SPANS = 4096
@@ -140,8 +141,9 @@ def check_spans(spans: Sequence[sample_pb2.WeightVersionSpan], start: int, end: 
 
 def check_logprobs(logprobs: NDArray[np.float32], field: str) -> None:
     """Log-probabilities are finite and at most 0 (a rounding error of 1e-4 is let pass)."""
-    bad = ~np.isfinite(logprobs) | (logprobs > 1e-4)
-    if bad.any():
+    # Two passes without a temporary array; a NaN makes either comparison false.
+    if logprobs.size and not (logprobs.max() <= _ABOVE_ZERO and logprobs.min() > -np.inf):
+        bad = ~np.isfinite(logprobs) | (logprobs > _ABOVE_ZERO)
         at = int(bad.argmax())
         raise InvalidArgumentError(f"{logprobs[at]} is not a log-probability", field=f"{field}[{at}]")
 
