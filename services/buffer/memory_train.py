@@ -158,10 +158,15 @@ def _retire_steps(state: MemoryState, last: int) -> int:
     """Retires what the steps up to `last` consumed. Returns the number of samples."""
     retired = 0
     for step in sorted(step for step in state.batches if state.retired_step < step <= last):
-        for order in state.batches.pop(step).orders:
-            retired += _retire_consumed(state, state.groups[order])
+        for group in _kept(state, state.batches.pop(step)):
+            retired += _retire_consumed(state, group)
     state.retired_step = max(state.retired_step, last)
     return retired
+
+
+def _kept(state: MemoryState, batch: Batch) -> list[GroupRow]:
+    """The groups of a batch, but for those that a checkpoint's watermark has retired."""
+    return [state.groups[order] for order in batch.orders if order in state.groups]
 
 
 def _retire_consumed(state: MemoryState, group: GroupRow) -> int:
@@ -224,7 +229,7 @@ def _undo_lease(state: MemoryState) -> int:
 def _undo_commits(state: MemoryState, step: int) -> int:
     returned = 0
     for at in range(step + 1, state.step + 1):
-        for group in (state.groups[order] for order in state.batches[at].orders):
+        for group in _kept(state, state.batches[at]):
             rows = [row for row in group.samples if row.state == CONSUMED]
             for row in rows:
                 row.state = READY
@@ -265,8 +270,8 @@ def _drop_late_replays(state: MemoryState) -> None:
     if state.params.on_stale == "mask":
         return
     for at in sorted(state.batches):
-        for group in (state.groups.get(order) for order in state.batches[at].orders):
-            if group is not None and group.bound_step == at and state.deadline(group) < at:
+        for group in _kept(state, state.batches[at]):
+            if group.bound_step == at and state.deadline(group) < at:
                 state.drop(group, sample_pb2.DROP_REASON_STALE)
 
 
