@@ -1,7 +1,7 @@
 """Rank 1 of a weight group, as a process of its own: ``weight_group_peer.py PORT BYTES TIMEOUT``.
 
-Says "started" when it is about to join and "joined" when it has, receives one broadcast for each line on its standard input and answers with the sum of the
-bytes it got, and leaves at the end of its input.
+Says "started" when it is about to join and "joined" when it has, receives one broadcast for each line on its standard
+input and answers with the sum of the bytes it got, and leaves at the end of its input.
 """
 
 from __future__ import annotations
