@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.xdist_group("demo"),
 ]
 
-STEPS = 180
-KILLS = {"engine-0": 30, "router": 60}
+STEPS = 120
+KILLS = {"engine-0": 20, "router": 40}
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ def manifest(buckets: int) -> weights_pb2.WeightManifest:
     )
 
 
-async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     """Waits for a condition; fails when it does not come."""
     deadline = asyncio.get_running_loop().time() + within_s
     while not condition():

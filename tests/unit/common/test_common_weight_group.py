@@ -35,6 +35,8 @@ def peer(port: int, timeout_s: float) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.DEVNULL,
     )
     try:
+        # Its imports are no part of any time limit.
+        assert hear(process) == "started"
         yield process
     finally:
         process.kill()
