@@ -121,7 +121,9 @@ class Store(ABC):
 
     @abstractmethod
     async def complete_score(self, samples: Sequence[Scored]) -> Report:
-        """SCORING to SCORED; a group whose samples are all scored becomes READY or is dropped by the filter."""
+        """SCORING to SCORED; a group whose samples are all scored becomes READY, or is dropped by the filter: at once,
+        or where `policy.speculative` says so with the commit of a step that came to it.
+        """
 
     @abstractmethod
     async def partials(self, max_groups: int) -> list[LeasedGroup]:
@@ -141,7 +143,9 @@ class Store(ABC):
 
     @abstractmethod
     async def publish_version(self, version: Version) -> None:
-        """Records that every serving replica has `version`: the floor of what is leased from now on."""
+        """Records that every serving replica has `version`: the floor of what is leased from now on. Groups that no
+        later step may train are closed, and issued again.
+        """
 
     @abstractmethod
     async def watermark(self, epoch: int, step: int) -> WatermarkRecord:

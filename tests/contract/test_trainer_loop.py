@@ -16,7 +16,6 @@ from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
 from services.common.errors import FencedError, LimitError, PolyheadError, TrainingDivergedError, UnavailableError
 from services.common.versions import Version
-from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.checkpoint import CheckpointStore
 from services.trainer.history import record_fork
 from tests.kit.tiny_model import build_tiny_qwen3
@@ -89,52 +88,6 @@ async def test_a_stopped_run_goes_on_at_the_next_step(model, tmp_path):
     resumed = [push["version"] for push in rig.lines("pushes") if push["version"].startswith("e2.")]
     assert resumed[0] == f"e2.s{stopped_at}"
     assert (config.run.dir / "hf" / "model.safetensors").exists()
-
-
-async def test_a_killed_trainer_replays_the_recorded_batches(model, tmp_path, monkeypatch):
-    config = make_config(model, tmp_path / "run", steps=6)
-    config.trainer.checkpoint.save_interval = 2
-    batches = []
-    train = TorchBackend.train
-
-    def recording(self, micro_batches):
-        batches.append([batch.targets.tolist() for batch in micro_batches])
-        if len(batches) == 4:
-            raise KeyboardInterrupt  # stands for kill -9: nothing is saved on the way out
-        return train(self, micro_batches)
-
-    monkeypatch.setattr(TorchBackend, "train", recording)
-    async with running_rig(config, tmp_path) as rig:
-        with pytest.raises(KeyboardInterrupt):
-            await asyncio.wait_for(asyncio.wrap_future(in_thread(rig)), 60)
-        assert CheckpointStore(config.run.dir, 2).steps() == [2]
-        await asyncio.wait_for(rig.train(), 60)
-        ledger = await rig.buffer.get_ledger()
-    assert steps_of(rig.lines("metrics")) == [1, 2, 3, 3, 4, 5, 6]
-    # Step 3 was committed and undone by the recovery: its batch comes again, token for token.
-    assert batches[4] == batches[2]
-    assert (ledger.step, ledger.imbalance) == (6, 0)
-
-
-def in_thread(rig):
-    """`rig.train` on a plain thread: a KeyboardInterrupt must not reach the test's loop."""
-    import concurrent.futures
-    import threading
-
-    from services.trainer.trainer import train
-
-    future = concurrent.futures.Future()
-
-    def run():
-        try:
-            train(rig.config, rig._io, rig.buffer, rig.status, "trainer-0")
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 async def test_a_refused_commit_ends_the_trainer(model, tmp_path, monkeypatch):

@@ -37,7 +37,6 @@ from tests.kit.trainer_replica import FakeReplica
 
 STEPS = 50
 GROUPS = 2 * STEPS
-MANY = 1 << 10
 # What a line of metrics.jsonl says of the step rather than of the time and the trainer.
 SAME = ("prompt_ordinals", "loss", "grad_norm", "lr", "entropy", "ratio_mean", "clip_fraction", "trained_tokens")
 
@@ -45,7 +44,7 @@ SAME = ("prompt_ordinals", "loss", "grad_norm", "lr", "entropy", "ratio_mean", "
 def configured(directory: Path, name: str, store_url: str) -> Config:
     """Every group of the run is admitted at once, so that all of them are of one age, whatever is undone."""
     return Config(
-        run={"dir": directory / name, "name": name, "num_rollout": STEPS, "deterministic": False},
+        run={"dir": directory / name, "name": name, "num_rollout": STEPS},
         model={"hf_checkpoint": directory / "model"},
         data={"prompt_data": str(directory / "prompts.jsonl")},
         batch={"rollout_batch_size": 2, "n_samples_per_prompt": 3},

@@ -218,9 +218,13 @@ def _receivers(rig: Rig) -> list[WeightReceiver]:
     ]
 
 
-def changed(config: Config, *, sampling: dict[str, Any] | None = None, **settings: Any) -> Config:
+def changed(
+    config: Config, *, sampling: dict[str, Any] | None = None, deterministic: bool = False, **settings: Any
+) -> Config:
     """A copy with other rollout settings."""
     tree = config.model_dump()
+    if deterministic:
+        tree["run"]["deterministic"], tree["staleness"]["max_staleness"] = True, 0
     tree["rollout"] |= settings
     tree["rollout"]["sampling"] |= sampling or {}
     return Config.model_validate(tree)

@@ -208,6 +208,19 @@ async def test_a_request_that_the_engine_ended_is_resumed(make_rig):
     assert len({rid for request in rig.engine.requests for rid in request["rid"]}) == 12
 
 
+async def test_in_a_deterministic_run_nothing_is_resumed(make_rig):
+    rig = await make_rig(deterministic=True)
+    rig.engine.abort_all_after = 4
+    held = rig.buffer.add_group(PROMPT, 4)
+    await until(lambda: len(rig.engine.requests) > 1)
+    rig.engine.abort_all_after = None
+    await until(lambda: done(*held))
+    assert all(completion(sample.sample) == expected_tokens(sample, 10) for sample in held)
+    assert {params["max_new_tokens"] for each in rig.engine.requests for params in each["sampling_params"]} == {10}
+    assert {sample.saved for sample in held} == {0}
+    assert rig.replica.stats.discarded["begun_again"] == 16 * (len(rig.engine.requests) - 1)
+
+
 async def test_spans_may_come_with_the_last_event_only(make_rig):
     rig = await make_rig()
     rig.engine.spans_in_every_event = False
