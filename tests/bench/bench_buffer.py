@@ -99,6 +99,44 @@ def limits(figures: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def table(figures: dict[str, Any]) -> str:
+    """The figures beside their limits, for the documentation."""
+    in_memory, cpu, scripts = figures["in_memory"], figures["cpu_ms_per_sample"], figures["scripts_cpu_ms_per_sample"]
+    limit = figures["limits"]
+    rows = [
+        ("samples a second, prompt to commit", figures["samples_per_s"], "1,000 where an fsync takes ≤ 1 ms"),
+        ("the same, the store's file on a tmpfs", in_memory["samples_per_s"], "1,000"),
+        ("ratio to the scripts alone", figures["ratio_to_scripts"], "≥ 0.60"),
+        ("the same, the store's file on a tmpfs", in_memory["ratio_to_scripts"], "≥ 0.60"),
+        (
+            "p99 of Lease at half load",
+            f"{figures['lease_p99_ms']} ms",
+            f"≤ 3 × fsync p99 + 5 = {limit['lease_p99_ms']} ms",
+        ),
+        ("fsync, p50 / p99", f"{figures['fsync_p50_ms']} / {figures['fsync_p99_ms']} ms", ""),
+        ("CPU a sample: clients / buffer / store", " / ".join(f"{cpu[name]:.2f}" for name in cpu) + " ms", ""),
+        (
+            "the same of the scripts: clients / store",
+            " / ".join(f"{scripts[name]:.2f}" for name in scripts) + " ms",
+            "",
+        ),
+        ("samples a second, Ray actor with a list", figures.get("ray_actor_samples_per_s", "–"), ""),
+        ("samples a second, Ray's object store", figures.get("ray_store_samples_per_s", "–"), ""),
+        ("buffer killed: start to first lease", f"{figures['recovery_s']} s", "≤ 5 s"),
+        ("new trainer: AcquireEpoch to first lease", f"{figures['takeover_s']} s", "≤ 2 s"),
+        ("store's memory over payload", figures["bytes_per_payload_byte"], "≤ 1.3"),
+        ("the same when all is retired", figures["bytes_per_payload_byte_retired"], ""),
+        (
+            f"{figures['waiting_leases']:,} waiting leases",
+            f"{figures['waiting_leases_core_pct']}% of a core, {figures['waiting_leases_mb']} MB",
+            "≤ 2%, ≤ 500 MB",
+        ),
+        ("leases that an arrival makes look", figures["woken_per_arrival"], "1"),
+    ]
+    lines = ["| figure | measured | asked |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} | {asked} |" for name, value, asked in rows)]) + "\n"
+
+
 async def _waiting() -> dict[str, float]:
     with scene(appendfsync="always") as place:
         return await measure_waiting(place)
@@ -123,7 +161,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of each side")
     parser.add_argument("--steps", type=int, default=60, help="of 64 samples, in a round")
     parser.add_argument("--without-ray", action="store_true")
+    parser.add_argument("--table", type=Path, help="only print what an earlier --json FILE says, as a table")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())), end="")
+        return 0
     stamina.instrumentation.set_on_retry_hooks([])
     load_before = os.getloadavg()[0] / (os.cpu_count() or 1)
     try:
