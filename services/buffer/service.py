@@ -125,8 +125,8 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
             lease = await self._lease_generate(request)
         if lease.closed_groups:
             self._wakeups.wake(sample_pb2.STAGE_GENERATE)
-        if lease.groups and _count(lease.groups) == request.max_samples:
-            self._wakeups.wake(request.stage)  # there may be more than this caller wanted
+        if lease.groups and lease.left_over:
+            self._wakeups.wake(request.stage)
         return lease
 
     async def _lease_generate(self, request: pb.LeaseRequest) -> records.Lease:
@@ -139,14 +139,14 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
                 groups += lease.groups
                 closed += lease.closed_groups
                 if not lease.wanted or self._source is None:
-                    return records.Lease(groups, lease.waiting, closed_groups=closed)
+                    return records.Lease(groups, lease.waiting, closed_groups=closed, left_over=lease.left_over)
                 prompts = [IssuedPrompt(at, self._source.prompt(at).SerializeToString()) for at in lease.wanted]
                 await self._store.issue(lease.cursor, prompts)
         except PolyheadError as error:
             if not groups:
                 raise
             log.warning("lease_cut_short", groups=len(groups), reason=str(error))
-            return records.Lease(groups, closed_groups=closed)
+            return records.Lease(groups, closed_groups=closed, left_over=True)
 
     async def _lease_generate_turn(self, request: pb.LeaseRequest, groups: Sequence[LeasedGroup]) -> records.Lease:
         """What is still wanted beside `groups`, which earlier turns of the same request have leased."""

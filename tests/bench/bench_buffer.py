@@ -1,9 +1,17 @@
-"""What the buffer costs and how fast it is, over gRPC on a Valkey with its file on disk. `polyhead bench buffer`.
+"""What the buffer costs and how fast it is, each figure beside its limit. `polyhead bench buffer`.
 
-* `samples_per_s`, `ratio_to_scripts`: 8k-token samples from prompt to commit, beside the same scripts without gRPC
-  (`buffer_flow.py`); `lease_p99_ms` beside `fsync_p99_ms` of this disk.
-* `waiting_leases_*`, `answered_per_arrival`: ten thousand leases that wait (`buffer_waiting.py`).
-* `small_samples`: CPU and wall time of a step of 64 short samples by verb; CPU times are the kernel's.
+* `samples_per_s`, `ratio_to_scripts`: 8k-token samples from the prompt to the commit, through gRPC and through the
+  same scripts alone, in turn on one store (`buffer_flow.py`, `buffer_load.py`); medians of the rounds. Both sides have
+  the same three client processes; what only the first has is the buffer's process.
+* `lease_p99_ms`: of the leases that got something, all stages, at half of that rate; beside it what an append of one
+  call's payloads and its fsync take on this disk while it is idle, before and after.
+* `in_memory`: the first again with the store's file on a tmpfs, where an fsync is free: what the processors allow.
+* `ray_actor_samples_per_s`, `ray_store_samples_per_s`: the same flow through a Ray actor and through Ray's object
+  store, which hold samples in memory only (`buffer_ray.py`).
+* `recovery_s`, `takeover_s`, `bytes_per_payload_byte`: with ten thousand live samples (`buffer_recovery.py`).
+* `waiting_leases_*`: ten thousand leases that wait, and whom an arrival wakes (`buffer_waiting.py`).
+
+A machine with other work to do gives other figures, and `conditions` says how much it had (`load_before`, per core).
 """
 
 from __future__ import annotations
@@ -13,245 +21,178 @@ import asyncio
 import json
 import os
 import platform
-import subprocess
+import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import grpc
 import numpy as np
-import psutil
 import stamina.instrumentation
 
-from polyhead.v1 import buffer_pb2 as pb
-from polyhead.v1 import sample_pb2
-from services.buffer.redis_store import RedisStore
-from services.common import wire
-from services.common.buffer_client import BufferClient
-from services.common.process import free_port
-from services.common.versions import Version
-from tests.bench.buffer_flow import COMPLETION, PROMPT, Side, ThroughGrpc, ThroughScripts, Timings, fsync_ms
+from services.common.errors import PolyheadError
+from tests.bench import buffer_load
+from tests.bench.buffer_flow import BATCH, COMPLETION, PROMPT, ThroughGrpc, ThroughScripts
+from tests.bench.buffer_load import Load, fsync_ms, p99
+from tests.bench.buffer_ray import measure_ray
+from tests.bench.buffer_recovery import measure_recovery
+from tests.bench.buffer_scene import Scene, scene
 from tests.bench.buffer_waiting import measure_waiting
-from tests.kit.valkey import Valkey, running
 
-GROUPS, GROUP_SIZE, PROMPT_TOKENS, COMPLETION_TOKENS = 8, 8, 12, 12
-# Of long samples: how many share a call, and steps before measuring.
-BATCH, WARM_UP = 16, 3
-
-CONFIG = """
-[run]
-name = "bench"
-[data]
-prompt_data = "{data}"
-[batch]
-rollout_batch_size = {groups}
-n_samples_per_prompt = {size}
-[store]
-url = "{store}"
-[buffer]
-address = "{address}"
-"""
+_TMPFS = Path("/dev/shm")
 
 
-def make_sample(leased: pb.LeasedSample, group: pb.LeasedGroup, version: Version) -> bytes:
-    segment = sample_pb2.Segment(
-        token_ids=wire.encode_tokens(range(PROMPT_TOKENS + COMPLETION_TOKENS)),
-        num_tokens=PROMPT_TOKENS + COMPLETION_TOKENS,
-        prompt_length=PROMPT_TOKENS,
-        loss_mask=wire.encode_mask([1] * COMPLETION_TOKENS),
-        rollout_logprobs=wire.encode_logprobs([-0.5] * COMPLETION_TOKENS),
-        spans=[sample_pb2.WeightVersionSpan(version=version.to_proto(), start=0, end=COMPLETION_TOKENS)],
-    )
-    sample = sample_pb2.Sample(
-        sample_id=leased.sample_id,
-        group_id=group.group_id,
-        index=leased.index,
-        prompt=group.prompt,
-        segments=[segment],
-        completion="the answer is 7",
-        finish_reason=sample_pb2.FINISH_REASON_STOP,
-    )
-    return sample.SerializeToString()
+def measure_flow(directory: Path | None, rounds: int, steps: int, *, half_load: bool) -> dict[str, Any]:
+    """The two sides in turn; then, with `half_load`, leases at half of the gRPC side's rate."""
+    with scene(directory, appendfsync="always") as place:
+        fsync = fsync_ms(place.directory)
+        pairs = [_pair(place, steps, number) for number in range(rounds)]
+        ratios = [through_grpc.samples_per_s / scripts.samples_per_s for through_grpc, scripts in pairs]
+        samples_per_s = statistics.median(through_grpc.samples_per_s for through_grpc, _ in pairs)
+        figures: dict[str, Any] = {
+            "samples_per_s": round(samples_per_s),
+            "scripts_samples_per_s": round(statistics.median(scripts.samples_per_s for _, scripts in pairs)),
+            "ratio_to_scripts": round(statistics.median(ratios), 3),
+            "ratio_of_each_round": [round(ratio, 3) for ratio in ratios],
+            "cpu_ms_per_sample": _median_cpu([through_grpc for through_grpc, _ in pairs]),
+            "scripts_cpu_ms_per_sample": _median_cpu([scripts for _, scripts in pairs]),
+        }
+        if half_load:
+            half = _through_grpc(place, steps, rate=samples_per_s / 2)
+            figures["half_load_samples_per_s"] = round(half.samples_per_s)
+            figures["lease_p50_ms"] = round(float(np.median(half.leases_ms)), 2)
+            figures["lease_p99_ms"] = p99(half.leases_ms)
+            fsync += fsync_ms(place.directory)
+        figures["fsync_p50_ms"] = round(float(np.median(fsync)), 2)
+        figures["fsync_p99_ms"] = p99(fsync)
+        return figures
 
 
-class Step:
-    """One training step as all three services would make it, with the time of each verb."""
-
-    def __init__(self, client: BufferClient, chunk: int) -> None:
-        self._client = client
-        self._chunk = chunk
-        self.seconds: dict[str, float] = {}
-
-    async def _timed(self, name: str, call: object) -> object:
-        began = time.perf_counter()
-        answer = await call  # type: ignore[misc]
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-        return answer
-
-    async def run(self, epoch: int, step: int) -> None:
-        version = Version(epoch, step - 1)
-        for _ in range(GROUPS * GROUP_SIZE // self._chunk):
-            await self._generate(version)
-            await self._score()
-        lease = await self._timed(
-            "lease_train", self._client.lease(sample_pb2.STAGE_TRAIN, "t", epoch=epoch, step=step)
-        )
-        await self._timed("commit", self._client.commit_step(epoch, step, lease.batch_lease_id))  # type: ignore[attr-defined]
-        await self._timed("publish", self._client.publish_version(Version(epoch, step)))
-
-    async def _generate(self, version: Version) -> None:
-        lease = await self._timed(
-            "lease_generate",
-            self._client.lease(
-                sample_pb2.STAGE_GENERATE, "r", max_samples=self._chunk, weight_version=version, include_payload=True
-            ),
-        )
-        samples = [
-            pb.CompletedSample(sample_id=s.sample_id, lease_id=s.lease_id, sample=make_sample(s, group, version))
-            for group in lease.groups  # type: ignore[attr-defined]
-            for s in group.samples
-        ]
-        await self._timed("complete_generate", self._client.complete(sample_pb2.STAGE_GENERATE, "r", samples))
-
-    async def _score(self) -> None:
-        lease = await self._timed(
-            "lease_score", self._client.lease(sample_pb2.STAGE_SCORE, "s", max_samples=self._chunk)
-        )
-        samples = [
-            pb.CompletedSample(
-                sample_id=s.sample_id, lease_id=s.lease_id, score=sample_pb2.Score(reward=s.index % 2, scorer="exact")
-            )
-            for group in lease.groups  # type: ignore[attr-defined]
-            for s in group.samples
-        ]
-        await self._timed("complete_score", self._client.complete(sample_pb2.STAGE_SCORE, "s", samples))
+def _pair(place: Scene, steps: int, number: int) -> tuple[Load, Load]:
+    watched = {"store": place.server.pid}
+    scripts = partial(ThroughScripts, place.server.url, f"scripts{number}")
+    return _through_grpc(place, steps), buffer_load.run(scripts, steps, watched)
 
 
-async def measure(address: str, steps: int, chunk: int, pids: dict[str, int]) -> dict[str, object]:
-    async with BufferClient(address) as client:
-        epoch = (await client.acquire_epoch("bench")).epoch
-        await client.recover(epoch, 0)
-        await client.publish_version(Version(epoch, 0))
-        step = Step(client, chunk)
-        for number in range(1, 6):
-            await step.run(epoch, number)
-        step.seconds.clear()
-        before, began = {name: _cpu(pid) for name, pid in pids.items()}, time.perf_counter()
-        for number in range(6, 6 + steps):
-            await step.run(epoch, number)
-        wall = time.perf_counter() - began
-        cpu = {f"{name}_cpu_ms_per_step": (_cpu(pid) - before[name]) * 1e3 / steps for name, pid in pids.items()}
-        ledger = await client.get_ledger()
-    figures = {
-        "wall_ms_per_step": wall * 1e3 / steps,
-        **cpu,
-        **{f"{name}_ms": seconds * 1e3 / steps for name, seconds in step.seconds.items()},
-    }
+def _through_grpc(place: Scene, steps: int, rate: float = 0.0) -> Load:
+    watched = {"buffer": place.pid, "store": place.server.pid}
+    return buffer_load.run(partial(ThroughGrpc, place.address), steps, watched, rate)
+
+
+def _median_cpu(loads: list[Load]) -> dict[str, float]:
+    return {name: round(statistics.median(load.cpu_ms[name] for load in loads), 3) for name in loads[0].cpu_ms}
+
+
+def limits(figures: dict[str, Any]) -> dict[str, float]:
+    """What each figure should not pass, or not fall below (`samples_per_s`, `ratio_to_scripts`)."""
     return {
-        "steps": steps,
-        "chunk": chunk,
-        "imbalance": ledger.imbalance,
-        "samples_per_s": round(steps * GROUPS * GROUP_SIZE / wall),
-        **{name: round(value, 2) for name, value in figures.items()},
+        "ratio_to_scripts": 0.6,
+        "samples_per_s": 1000,  # asked where an fsync takes no more than 1 ms
+        "lease_p99_ms": round(3 * figures["fsync_p99_ms"] + 5, 2),
+        "recovery_s": 5,
+        "takeover_s": 2,
+        "bytes_per_payload_byte": 1.3,
+        "waiting_leases_core_pct": 2,
+        "waiting_leases_mb": 500,
+        "woken_per_arrival": 1,
     }
 
 
-def _cpu(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
+def table(figures: dict[str, Any]) -> str:
+    """The figures beside their limits, for the documentation."""
+    in_memory, cpu, scripts = figures["in_memory"], figures["cpu_ms_per_sample"], figures["scripts_cpu_ms_per_sample"]
+    limit = figures["limits"]
+    rows = [
+        ("samples a second, prompt to commit", figures["samples_per_s"], "1,000 where an fsync takes ≤ 1 ms"),
+        ("the same, the store's file on a tmpfs", in_memory["samples_per_s"], "1,000"),
+        ("ratio to the scripts alone", figures["ratio_to_scripts"], "≥ 0.60"),
+        ("the same, the store's file on a tmpfs", in_memory["ratio_to_scripts"], "≥ 0.60"),
+        (
+            "p99 of Lease at half load",
+            f"{figures['lease_p99_ms']} ms",
+            f"≤ 3 × fsync p99 + 5 = {limit['lease_p99_ms']} ms",
+        ),
+        ("fsync, p50 / p99", f"{figures['fsync_p50_ms']} / {figures['fsync_p99_ms']} ms", ""),
+        ("CPU a sample: clients / buffer / store", " / ".join(f"{cpu[name]:.2f}" for name in cpu) + " ms", ""),
+        (
+            "the same of the scripts: clients / store",
+            " / ".join(f"{scripts[name]:.2f}" for name in scripts) + " ms",
+            "",
+        ),
+        ("samples a second, Ray actor with a list", figures.get("ray_actor_samples_per_s", "–"), ""),
+        ("samples a second, Ray's object store", figures.get("ray_store_samples_per_s", "–"), ""),
+        ("buffer killed: start to first lease", f"{figures['recovery_s']} s", "≤ 5 s"),
+        ("new trainer: AcquireEpoch to first lease", f"{figures['takeover_s']} s", "≤ 2 s"),
+        ("store's memory over payload", figures["bytes_per_payload_byte"], "≤ 1.3"),
+        ("the same when all is retired", figures["bytes_per_payload_byte_retired"], ""),
+        (
+            f"{figures['waiting_leases']:,} waiting leases",
+            f"{figures['waiting_leases_core_pct']}% of a core, {figures['waiting_leases_mb']} MB",
+            "≤ 2%, ≤ 500 MB",
+        ),
+        ("leases that an arrival makes look", figures["woken_per_arrival"], "1"),
+    ]
+    lines = ["| figure | measured | asked |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} | {asked} |" for name, value, asked in rows)]) + "\n"
 
 
-async def compare(address: str, url: str, pid: int, rounds: int) -> dict[str, object]:
-    """8k-token samples through gRPC and through the scripts alone, in turn."""
-    store = RedisStore(url, run_name="scripts")
-    async with BufferClient(address) as client:
-        sides: list[Side] = [ThroughGrpc(client, BATCH), ThroughScripts(store, BATCH)]
-        for side in sides:
-            await side.begin()
-        for number in range(1, WARM_UP + 1):
-            for side in sides:
-                await side.step(number)
-        for side in sides:
-            side.timings = Timings()
-        cpu = _cpu(pid)
-        for number in range(WARM_UP + 1, WARM_UP + 1 + rounds):
-            for side in sides:
-                await side.step(number)
-        cpu = _cpu(pid) - cpu
-        ledger = await client.get_ledger()
-    await store.close()
-    grpc_side, scripts = (side.timings for side in sides)
-    return {
-        "samples_per_s": round(grpc_side.samples / grpc_side.seconds),
-        "scripts_samples_per_s": round(scripts.samples / scripts.seconds),
-        "ratio_to_scripts": round(scripts.seconds / grpc_side.seconds, 3),
-        "lease_p99_ms": round(1e3 * float(np.percentile(grpc_side.leases_s, 99)), 2),
-        "buffer_cpu_ms_per_sample": round(1e3 * cpu / grpc_side.samples, 3),
-        "payload_bytes": sides[0].payload_bytes,
-        "imbalance": ledger.imbalance,
-    }
+async def _waiting() -> dict[str, float]:
+    with scene(appendfsync="always") as place:
+        return await measure_waiting(place)
 
 
-@contextmanager
-def started(appendfsync: Literal["always", "everysec"], **store: Any) -> Iterator[tuple[str, Valkey, int]]:
-    """A new store and a buffer before it: its address, the server, the buffer's pid."""
-    with running(appendfsync=appendfsync, **store) as server, tempfile.TemporaryDirectory() as directory:
-        data = Path(directory) / "data.jsonl"
-        data.write_text("".join(json.dumps({"input": f"{n} + 1 ="}) + "\n" for n in range(100)))
-        address = f"127.0.0.1:{free_port()}"
-        config = Path(directory) / "run.toml"
-        config.write_text(CONFIG.format(data=data, groups=GROUPS, size=GROUP_SIZE, store=server.url, address=address))
-        command = [sys.executable, "-m", "services.buffer", "-c", str(config)]
-        buffer = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ".:protos"}, stderr=subprocess.DEVNULL)
-        try:
-            grpc.channel_ready_future(grpc.insecure_channel(address)).result(timeout=20)
-            yield address, server, buffer.pid
-        finally:
-            buffer.terminate()
-            buffer.wait()
+def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    figures = measure_flow(None, arguments.rounds, arguments.steps, half_load=True)
+    if _TMPFS.is_dir():
+        figures["in_memory"] = measure_flow(_TMPFS, arguments.rounds, arguments.steps, half_load=False)
+    if not arguments.without_ray:
+        figures |= measure_ray(arguments.steps)
+
+    async def in_one_loop() -> dict[str, float]:  # gRPC does not outlive the loop it was first used in
+        return await measure_recovery() | await _waiting()
+
+    return figures | asyncio.run(in_one_loop())
 
 
-async def measure_all(arguments: argparse.Namespace) -> dict[str, object]:
-    """In one event loop: gRPC does not outlive the one it was first used in."""
-    figures: dict[str, object] = {}
-    with started(arguments.appendfsync, max_memory_mb=2048) as (address, server, pid):
-        fsync = fsync_ms(server.directory)
-        figures |= await compare(address, server.url, pid, arguments.rounds)
-        figures |= {"fsync_p50_ms": fsync["p50"], "fsync_p99_ms": fsync["p99"]}
-    with started(arguments.appendfsync) as (address, _, pid):
-        figures |= await measure_waiting(address, pid)
-    with started(arguments.appendfsync) as (address, server, pid):
-        pids = {"buffer": pid, "store": server.pid}
-        figures["small_samples"] = await measure(address, arguments.steps, arguments.chunk, pids)
-    return figures
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="polyhead bench buffer", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--steps", type=int, default=100, help="of 64 small samples")
-    parser.add_argument("--rounds", type=int, default=30, help="of 64 long samples, each side")
-    parser.add_argument("--chunk", type=int, default=64, help="small samples per call")
-    parser.add_argument("--appendfsync", choices=["always", "everysec"], default="always")
+    parser.add_argument("--rounds", type=int, default=5, help="of each side")
+    parser.add_argument("--steps", type=int, default=60, help="of 64 samples, in a round")
+    parser.add_argument("--without-ray", action="store_true")
+    parser.add_argument("--table", type=Path, help="only print what an earlier --json FILE says, as a table")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())), end="")
+        return 0
     stamina.instrumentation.set_on_retry_hooks([])
-    figures = asyncio.run(measure_all(arguments))
+    load_before = os.getloadavg()[0] / (os.cpu_count() or 1)
+    try:
+        figures = measure_all(arguments)
+    except PolyheadError as error:
+        print(f"polyhead bench buffer: {error}", file=sys.stderr)
+        return error.exit_code
+    figures["limits"] = limits(figures)
     figures["conditions"] = {
-        "store": f"Valkey, AOF {arguments.appendfsync}",
-        "long_samples": f"{PROMPT} + {COMPLETION} tokens, {BATCH} to a call",
-        "processes": "one client, one buffer, one store",
+        "load_before": round(load_before, 2),
+        "store": "Valkey, unix socket, AOF always",
+        "samples": f"{PROMPT} + {COMPLETION} tokens, {BATCH} to a call",
+        "processes": "three clients, one buffer, one store",
+        "rounds": arguments.rounds,
+        "steps": arguments.steps,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
+        "grpc": grpc.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
     }
     content = json.dumps(figures, indent=1) + "\n"
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(content)
     print(content, end="")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -264,6 +264,31 @@ async def test_one_arrival_is_passed_on_until_all_is_taken(
     assert sorted(group.order for response in taken for group in response.groups) == [0, 1, 2, 3]
 
 
+async def test_one_sample_that_arrives_makes_one_waiting_lease_look(
+    client: BufferClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.buffer.wakeups.RECHECK_S", 30.0)
+    looks, plain = [], RedisStore.lease_score
+
+    async def counted(store: RedisStore, replica_id: str, *args: object, **kwargs: object) -> object:
+        looks.append(replica_id)
+        return await plain(store, replica_id, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RedisStore, "lease_score", counted)
+    await start_trainer(client)
+    leased = await generate(client)
+    waiting = [asyncio.create_task(client.lease(SCORE, f"s{n}", max_samples=1, wait_s=20)) for n in range(3)]
+    while len(looks) < 3:
+        await asyncio.sleep(0.01)
+    await client.complete(GENERATE, "r", completed(leased)[:1])
+    done, _ = await asyncio.wait(waiting, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+    assert [len(each.result().groups) for each in done] == [1]
+    await client.get_ledger()
+    assert len(looks) == 4
+    for each in waiting:
+        each.cancel()
+
+
 async def test_a_caller_that_hangs_up_leaves_nothing_leased(client: BufferClient) -> None:
     await start_trainer(client)
     for _ in range(5):

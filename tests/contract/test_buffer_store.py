@@ -344,6 +344,20 @@ async def test_scoring_leases_carry_prompt_and_payload(start: Start, store: Stor
     assert (await store.lease_score("s", 3, payload=False)).groups[0].samples[0].payload == b""
 
 
+async def test_a_lease_tells_whether_another_would_get_something(start: Start, store: Store) -> None:
+    driver = await start()
+    lease = await driver.generate_lease(3)
+    assert lease.left_over
+    rest = await driver.generate_lease(5)
+    assert (len(refs(rest)), rest.left_over) == (5, False)
+    await store.complete_generate(driver.generated(lease))
+    assert (await store.lease_score("s", 2, payload=False, request_id="a")).left_over
+    assert (await store.lease_score("s", 2, payload=False, request_id="a")).left_over
+    assert not (await store.lease_score("s", 2, payload=False, request_id="b")).left_over
+    small = await store.lease_generate("r", 1, driver.version, admit=False)
+    assert not small.left_over
+
+
 async def test_scores_are_idempotent_and_late_ones_refused(start: Start, store: Store) -> None:
     driver = await start()
     await driver.generate(2)

@@ -1,11 +1,11 @@
 -- ARGV[1]: {replica_id, max_samples, epoch, step, admit, request_id, more, max_bytes}; `more`: a later turn of the
--- request. Blobs: per group its prompt, then per sample partial, ''.
+-- request. Blobs: per group its prompt, then per sample partial, ''. Answers last whether something is left over.
 local owner, left, epoch, step, admit, request_id, more, most = unpack(cmsgpack.unpack(ARGV[1]))
 take_back_expired(GENERATE)
 reindex()
 local out = new_handout(GENERATE, owner, left, most, false)
 if not more and put_again(out, request_id) then
-  return answer({ out.groups, {}, closed_groups, M.cursor, {} }, out.blobs)
+  return answer({ out.groups, {}, closed_groups, M.cursor, {}, true }, out.blobs)
 end
 local refused = refuses(epoch, step)
 if refused then return answer({ {}, refused, closed_groups, M.cursor, {} }) end
@@ -41,5 +41,7 @@ if missing > 0 then
   end
 end
 remember(out, request_id, more)
+reindex()
+local left_over = out.full or call('ZCARD', P .. 'pending') > 0 or (out.left == 0 and room > 0)
 local waiting = #out.groups == 0 and why_no_generate(epoch, step, admit) or {}
-return answer({ out.groups, waiting, closed_groups, M.cursor, wanted }, out.blobs)
+return answer({ out.groups, waiting, closed_groups, M.cursor, wanted, left_over }, out.blobs)

@@ -1,5 +1,5 @@
 -- ARGV[1]: {replica_id, max_samples, payload, request_id, max_bytes}. Blobs: per group its prompt, then per sample '',
--- payload; in a group to be judged per sample payload, score.
+-- payload; in a group to be judged per sample payload, score. Answers last whether something is left over.
 local owner, left, payload, request_id, most = unpack(cmsgpack.unpack(ARGV[1]))
 take_back_expired(SCORE)
 reindex()
@@ -12,5 +12,7 @@ if not put_again(out, request_id) then
   end
   remember(out, request_id, false)
 end
+reindex()
+local left_over = call('ZCARD', P .. 'scorable') > 0
 local waiting = #out.groups == 0 and why_no_score() or {}
-return answer({ out.groups, waiting, closed_groups, 0, {} }, out.blobs)
+return answer({ out.groups, waiting, closed_groups, 0, {}, left_over }, out.blobs)
