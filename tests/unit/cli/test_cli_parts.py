@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from services.cli.demo.common import prepare_directory
 from services.cli.lock import holder, sole_launcher
 from services.cli.observe import JsonLines
 from services.cli.preflight import _check_addresses, _check_collective, _check_resumable
+from services.cli.run import _free_ports, _resolve
 from services.common.config import dump, load
 from services.common.errors import ConfigError
 
