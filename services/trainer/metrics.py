@@ -54,9 +54,16 @@ def batch_metrics(
         "completion_tokens": sum(completions),
         "prompt_tokens": prompts,
         "mean_completion_length": sum(completions) / count,
+        "completion_lengths": _by_power_of_two(completions),
         "truncated_fraction": truncated / count,
         "multi_span_samples": sum(any(len(segment.spans) > 1 for segment in sample.segments) for sample in samples),
     }
+
+
+def _by_power_of_two(lengths: Sequence[int]) -> dict[str, int]:
+    """How many lengths are at most a power of two and above the one before it, by that power."""
+    counts = Counter(1 << max(length - 1, 0).bit_length() for length in lengths)
+    return {str(bound): counts[bound] for bound in sorted(counts)}
 
 
 def training_metrics(results: Sequence[StepResult]) -> dict[str, Any]:

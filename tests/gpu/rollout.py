@@ -170,13 +170,13 @@ def main() -> None:
             print(f"{row} failed: {error}", flush=True)
             failed = True
             continue
-        merged[row] = {**figures, "wall_s": round(time.monotonic() - began, 1), "host": _host()}
+        merged[row] = {**figures, "wall_s": round(time.monotonic() - began, 1), "host": host()}
         options.out.write_text(json.dumps(merged, indent=2) + "\n")
         print(f"{row}: {time.monotonic() - began:.0f} s", flush=True)
     sys.exit(failed)
 
 
-def _host() -> dict[str, str]:
+def host() -> dict[str, str]:
     import sglang
     import transformers
 

@@ -51,7 +51,7 @@ class Valkey:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError((self.directory / "log").read_text())
-            time.sleep(0.01)
+            time.sleep(0.002)
 
     def runs(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -77,7 +77,8 @@ class Bookkeeping:
     """A checkpoint overruled the store: some samples count as trained that no batch held."""
     in_time: bool = True
     """Nothing happened that makes a group too old before a step could train it."""
-    admitting: bool = False
+    live: set[int] = field(default_factory=set)
+    """Groups that were ever seen to be live."""
 
     def sample(self, ref: SampleRef) -> Known:
         return self.samples.setdefault(ref, Known())
@@ -88,7 +89,7 @@ class Bookkeeping:
         for group in lease.groups:
             if stage == _GENERATE and group.order not in self.admitted:
                 self.admitted.add(group.order)
-                self.births[group.order], self.admitting = self.published, True
+                self.births[group.order] = self.published
             for each in group.samples:
                 ref = SampleRef(group.order, each.index)
                 self._on_leased(stage, ref, each)
@@ -193,7 +194,7 @@ class Bookkeeping:
             if order in self.admitted:
                 continue
             self.admitted.add(order)
-            self.births[order], self.admitting = self.published, True
+            self.births[order] = self.published
             for index, each in enumerate(group.samples):
                 known = self.sample(SampleRef(order, index))
                 known.versions, known.payload = each.versions, stamped(each.payload, order, index)
@@ -289,9 +290,10 @@ class Bookkeeping:
         beside = found.trained & ~trained
         assert found.trained & trained == trained, "a sample of a surviving step does not count as trained"
         assert not beside or self.adopted, "a sample counts as trained that no surviving step holds"
-        if self.admitting:
+        # Read off the store: the answer that admitted a group may have been lost.
+        if not self.live.issuperset(found.indexes["live"]):
             assert ledger.live_groups <= ledger.live_groups_limit, "a group was admitted beyond the bound"
-            self.admitting = False
+        self.live.update(found.indexes["live"], found.indexes["bound"])
         if self.in_time and self.params.on_stale == "wait" and not self.params.surplus_groups:
             late = [each for each in ledger.counts if each.drop_reason == sample_pb2.DROP_REASON_STALE]
             assert not late, "a group was dropped as too old, though nothing but its length can be the cause"

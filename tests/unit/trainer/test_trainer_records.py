@@ -105,6 +105,7 @@ def test_a_metrics_line_has_every_documented_key():
             "completion_tokens",
             "prompt_tokens",
             "mean_completion_length",
+            "completion_lengths",
             "truncated_fraction",
         ),
         *("multi_span_samples", "overlap_tokens", "wait_s", "train_s", "commit_s", "publish_wait_s", "step_s"),
