@@ -6,6 +6,7 @@ A little system goes round and round through fault proxies; what its clients wer
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -132,12 +133,17 @@ async def strike(server: valkey.Valkey, base: Config, between: str, fault: str) 
 async def test_nothing_is_lost_or_doubled_whatever_the_network_does(config: Config, tmp_path: Path) -> None:  # noqa: F811
     """Rows 20 to 24 of the crash matrix. All at once: most of the time is waiting."""
     config.buffer.lease_ttl_s = LEASE_S
+    unheard: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(str(context)))
     faults = [fault for fault in FAULTS if fault != "cut-long"]
     with valkey.running(appendfsync="always") as server:
         async with asyncio.TaskGroup() as tasks:
             for between in ("clients", "store"):
                 for fault in faults:
                     tasks.create_task(strike(server, config, between, fault))
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not unheard
 
 
 async def test_a_call_through_a_dead_network_ends_with_its_deadline(config: Config) -> None:  # noqa: F811

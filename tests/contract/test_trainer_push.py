@@ -1,6 +1,7 @@
 """Publication: every engine gets the weights, whatever happens to another one."""
 
 import asyncio
+import gc
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from polyhead.v1 import buffer_pb2 as pb
-from services.common.errors import UnavailableError
+from services.common.errors import FencedError, UnavailableError
 from services.common.versions import Version
 from services.trainer.weights import publisher as publisher_module
 from services.trainer.weights.publisher import Publisher
@@ -145,6 +146,25 @@ async def test_a_push_refused_before_its_first_byte_is_tried_again(tmp_path):
     assert "did not become quiet" in push.lines[0]["error"]
     # A new group: the old one is forgotten at both ends.
     assert engine.calls.count("JoinWeightGroup") == 2
+
+
+async def test_of_several_refusals_as_superseded_one_ends_the_trainer_and_the_others_are_no_news(tmp_path):
+    unheard = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(str(context)))
+
+    async def refused():
+        async with pushing(tmp_path, 3) as push:
+            await until_listed(push.rig)
+            for replica in push.rig.replicas:
+                replica.fence = 7
+            await push.offer(make_weights(0))
+            await until(lambda: push.failures)
+        return push.failures
+
+    assert isinstance((await refused())[0], FencedError)
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not unheard
 
 
 async def test_a_commit_whose_answer_is_lost_is_found_out_and_not_pushed_again(tmp_path):

@@ -53,6 +53,9 @@ class Links:
         self._on_all(link, Proxy.heal)
 
     def close(self) -> None:
+        """A second time is no harm."""
+        if self._loop.is_closed():
+            return
         for proxies in self._proxies.values():
             for proxy in proxies:
                 asyncio.run_coroutine_threadsafe(proxy.close(), self._loop).result(10)

@@ -159,8 +159,9 @@ class Round:
                 yield
             if (strike := self._shares.take(victim, self._unreached)) is None:
                 return
-            self._left -= 1
-            self._since_step += 1
+            if victim != "clock":
+                self._left -= 1
+                self._since_step += 1
             done = False
             try:
                 done = yield from self._carry_out(victim, strike.kind, strike.point)
