@@ -126,9 +126,9 @@ def channel(address: str, *, message_mb: int = 64) -> grpc.aio.Channel:
 
     # Not an interceptor: that costs 0.15 ms a call, half as much as the call itself.
     def unary_unary(
-        method: str, request_serializer: Callable[[Any], bytes], *args: Any, **kwargs: Any
+        method: str, request_serializer: Callable[[Any], bytes] | None = None, *args: Any, **kwargs: Any
     ) -> Callable[..., Any]:
-        call = plain(method, serializer(request_serializer), *args, **kwargs)
+        call = plain(method, request_serializer and serializer(request_serializer), *args, **kwargs)
 
         def with_deadline(request: Any, *, timeout: float | None = None, **options: Any) -> Any:
             if timeout is None:
