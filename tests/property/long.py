@@ -32,19 +32,16 @@ def main() -> int:
         f"{asked.histories} histories x <= {asked.commands} commands, seed {base}, {asked.workers} workers", flush=True
     )
     parts = [(base + at, min(PART, asked.histories - at * PART)) for at in range(-(-asked.histories // PART))]
-    seen, failures = _play(parts, asked.commands, asked.workers, began, asked.histories)
+    seen, failures = _play(parts, asked, began)
     summary = {
         "seed": base,
         "histories": seen["histories"],
         "commands": seen["commands"],
         "seconds": round(time.monotonic() - began, 1),
         "workers": asked.workers,
-        "failed_seeds": sorted(number for number, _ in failures),
+        "failed_seeds": sorted(failures),
         "seen": dict(sorted(seen.items())),
     }
-    for number, text in failures:
-        again = f"--seed {number} --histories {PART} --commands {asked.commands} --workers 1"
-        print(f"\nFAILED with seed {number}; again: python -m tests.property.long {again}\n{text}")
     print(json.dumps(summary, indent=2))
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
@@ -58,30 +55,31 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--commands", type=int, default=100, help="at most, per history")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, help="a random one by default")
+    parser.add_argument("--shrink", action="store_true", help="look for the shortest history that fails: minutes each")
     parser.add_argument("--json", type=Path, help="where the summary is written")
     return parser.parse_args()
 
 
-def _play(
-    parts: list[tuple[int, int]], commands: int, workers: int, began: float, histories_in_all: int
-) -> tuple[Counter[str], list[tuple[int, str]]]:
-    """What happened, and per failed part its seed and what it said."""
+def _play(parts: list[tuple[int, int]], asked: argparse.Namespace, began: float) -> tuple[Counter[str], list[int]]:
+    """What happened, and the seeds of the parts that failed."""
     spawn = multiprocessing.get_context("spawn")
     todo, told = spawn.Queue(), spawn.Queue()
-    for part in [*parts, *[None] * workers]:
+    for part in [*parts, *[None] * asked.workers]:
         todo.put(part)
-    processes = [spawn.Process(target=_work, args=(todo, told, commands), daemon=True) for _ in range(workers)]
+    arguments = (todo, told, asked.commands, asked.shrink)
+    processes = [spawn.Process(target=_work, args=arguments, daemon=True) for _ in range(asked.workers)]
     for process in processes:
         process.start()
     seen: Counter[str] = Counter()
-    failures: list[tuple[int, str]] = []
+    failures: list[int] = []
     played, left, shown = 0, len(parts), time.monotonic()
     while left:
         try:
             what, value = told.get(timeout=5.0)
         except Empty:
             if not any(process.is_alive() for process in processes):
-                failures.append((-1, "the workers died"))
+                print("the workers died")
+                failures.append(-1)
                 break
             continue
         if what == "history":
@@ -91,24 +89,27 @@ def _play(
             if what == "seen":
                 seen.update(value)
             else:
-                failures.append(value)
-                print(f"seed {value[0]} failed", flush=True)
+                number, text = value
+                failures.append(number)
+                again = f"--seed {number} --histories {PART} --commands {asked.commands} --workers 1 --shrink"
+                print(f"FAILED with seed {number}; again: python -m tests.property.long {again}\n{text}", flush=True)
         if time.monotonic() - shown > _PROGRESS_S:
             shown = time.monotonic()
             rate = played / (shown - began)
-            rest = max(0, histories_in_all - played) / rate if rate else 0.0
+            rest = max(0, asked.histories - played) / rate if rate else 0.0
             print(f"{played} histories, {rate:.2f}/s, {len(failures)} failed, about {rest:.0f} s left", flush=True)
     for process in processes:
         process.join(timeout=10.0)
     return seen, failures
 
 
-def _work(todo: Queue[Any], told: Queue[Any], commands: int) -> None:
+def _work(todo: Queue[Any], told: Queue[Any], commands: int, shrink: bool) -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr), cache_logger_on_first_use=True)
     while (part := todo.get()) is not None:
         number, count = part
         try:
-            told.put(("seen", histories.run(number, count, commands, lambda: told.put(("history", 1)))))
+            seen = histories.run(number, count, commands, lambda: told.put(("history", 1)), shrink=shrink)
+            told.put(("seen", seen))
         except BaseException:  # a worker goes on with the next part whatever became of this one
             told.put(("failed", (number, traceback.format_exc())))
 
