@@ -15,6 +15,7 @@ import xxhash
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import rollout_pb2 as rpb
 from polyhead.v1 import sample_pb2
+from services.common.splice import Spliced
 
 # A repeated call that had been carried out is as good as the first.
 _DONE = (pb.OUTCOME_OK, pb.OUTCOME_DUPLICATE)
@@ -30,6 +31,8 @@ class Witness:
 
     def acknowledged(self, verb: str, request: Any, *rest: Any) -> None:
         """`rest` ends with the answer."""
+        if isinstance(request, Spliced):
+            request = pb.CompleteRequest.FromString(request.serialized())
         if (note := getattr(self, f"_{verb.lower()}", None)) is not None:
             for line in note(request, rest[-1]):
                 self._write(line)
