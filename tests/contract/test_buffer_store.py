@@ -873,6 +873,20 @@ async def test_the_ledger_says_what_each_stage_waits_for(start: Start, store: St
     assert waiting[1] == Waiting("bound", (4, 4))
 
 
+async def test_nobody_waits_for_a_group_that_a_recovery_made_too_old(start: Start, store: Store) -> None:
+    driver = await start()
+    for step in (1, 2, 3):
+        await driver.generate(4)
+        await driver.score()
+        await driver.train(step)
+        await driver.publish(step)
+    await driver.fill()
+    epoch, _ = await store.acquire_epoch()
+    await store.recover(epoch, 0, None)
+    # All that is left over from the undone steps is past every deadline: the next lease closes it.
+    assert 3 not in (await store.ledger(admit=True)).waiting
+
+
 async def test_lengths_are_summed_by_state(start: Start, store: Store) -> None:
     driver = await start(drop_zero_variance=True, batch_groups=1)
     await store.complete_generate(driver.generated(await driver.generate_lease(2), tokens=10))

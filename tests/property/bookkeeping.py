@@ -145,7 +145,9 @@ class Bookkeeping:
             self._note_age(each.ref.order, each.versions)
 
     def _note_age(self, order: int, versions: Ranges) -> None:
-        if any(Version(epoch, low) < self.births[order] for epoch, low, _ in versions):
+        """Tokens older than the group, or of steps that are yet to come and may be undone, make it late."""
+        ends = [(Version(epoch, low), Version(epoch, high)) for epoch, low, high in versions]
+        if any(low < self.births[order] or high.step > self.step for low, high in ends):
             self.in_time = False
 
     def on_scored(self, rows: Sequence[Scored], report: Report) -> None:

@@ -76,7 +76,7 @@ end
 -- The orders of the next step's groups in position order, or nil and the reason.
 local function plan_batch()
   local step, place_of = M.step + 1, places()
-  local chosen, recorded, last_due, left_over = {}, {}, 0, surplus(step, place_of)
+  local chosen, recorded, last_due, left_over = {}, {}, -math.huge, surplus(step, place_of)
   local raw = call('GET', P .. 'batch:' .. step)
   if raw then recorded = cmsgpack.unpack(raw).orders end
   for _, order in ipairs(recorded) do
