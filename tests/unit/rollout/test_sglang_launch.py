@@ -14,8 +14,8 @@ from services.common.config import Config
 from services.common.errors import ConfigError
 from services.rollout.engines import sglang_launch
 from services.rollout.engines.launch import engine_command
-from services.rollout.engines.receiver import LOAD, PLUGIN_DIRECTORY, START
 from services.rollout.engines.python_module import module_command, secret_arguments
+from services.rollout.engines.receiver import LOAD, PLUGIN_DIRECTORY, START
 
 
 def configured(base: Config, **engine: Any) -> Config:
