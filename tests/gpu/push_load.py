@@ -1,5 +1,7 @@
 """Streaming requests and when their tokens came: ``push_load.py URL KEY``, with JSON lines on both sides.
 
+An answer has the "id" of its command.
+
 {"start": {"first", "requests", "length", "prompt", "vocab"}} is answered by {} when each has some tokens,
 {"finish": true} by {"requests": [{"arrivals": [[seconds, tokens], ...], "end"}]} when all have ended. Seconds are of
 the machine's monotonic clock, which all of its processes share.
@@ -65,7 +67,7 @@ async def main(url: str, key: str) -> None:
             else:
                 await asyncio.gather(*tasks)
                 answer = {"requests": [{"arrivals": each.arrivals, "end": each.end} for each in streams]}
-            print(json.dumps(answer), flush=True)
+            print(json.dumps({**answer, "id": command["id"]}), flush=True)
 
 
 def _request(

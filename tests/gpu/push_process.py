@@ -18,6 +18,7 @@ class JsonProcess:
 
     def __init__(self, process: asyncio.subprocess.Process, name: str) -> None:
         self._process, self._name = process, name
+        self._asked = 0
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -43,8 +44,13 @@ class JsonProcess:
 
     async def ask(self, question: Mapping[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question).encode() + b"\n")
-        return await self.answer(timeout_s)
+        self._asked += 1
+        self._process.stdin.write(json.dumps({**question, "id": self._asked}).encode() + b"\n")
+        async with asyncio.timeout(timeout_s):
+            while True:
+                answer = await self.answer(timeout_s)
+                if answer.pop("id") == self._asked:  # an earlier one may come late
+                    return answer
 
     async def answer(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """The next line; what is none of the conversation is passed over."""

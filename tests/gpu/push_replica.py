@@ -2,8 +2,8 @@
 the worker. ``push_replica.py CONFIG``; the requests come from elsewhere, straight to the engine.
 
 Says {"address", "url", "key"} when the engine generates. Then a JSON object a line on standard input, each answered by
-one: {"staging_bytes": N} changes the memory for weights ahead of the pause, 0 takes them as stock SGLang does;
-{"timings": true} asks what the engine's receiver measured. Leaves at the end of its input.
+one with the same "id": {"staging_bytes": N} changes the memory for weights ahead of the pause, 0 takes them as stock
+SGLang does; {"timings": true} asks what the engine's receiver measured. Leaves at the end of its input.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ async def main(path: Path) -> None:
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         commands = Commands(engine)
         while line := await reader.readline():
-            say(await commands.run(json.loads(line)))
+            command = json.loads(line)
+            say(await commands.run(command) | {"id": command["id"]})
     for task in keeping:
         task.cancel()
     await asyncio.gather(*keeping, return_exceptions=True)
