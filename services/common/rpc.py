@@ -27,7 +27,7 @@ _TRANSPORT = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # The server's default allows a ping every 5 minutes and closes channels that ask more often.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # A service that was restarted is back within a second or two; gRPC's default backs off up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -17,7 +17,7 @@ from services.common.versions import Version
 from services.rollout.engines.client import PauseModeName
 from services.rollout.engines.engine import Engine
 from services.rollout.engines.messages import EngineRefusedError
-from services.rollout.engines.receiver import EngineReceiver
+from services.rollout.engines.receiver import EngineReceiver, LoadWatch
 from services.rollout.records import Arrival
 from services.rollout.replica import Replica
 
@@ -76,7 +76,7 @@ class Update:
         self._engine = engine
         self._pause_mode = pause_mode
         # Retracted requests keep their salt: they would find the prompt's KV of the old version in the cache.
-        self._flush = pause_mode == "retract"
+        self._flush = pause_mode == "retract" and engine.info is not None and engine.info.flushes
         self._paused_at = 0.0
         self._trace = rollout_pb2.UpdateTrace()
         self._aborted_before = 0
@@ -160,11 +160,11 @@ class Update:
     async def load_staged(self, timeout_s: float) -> None:
         """Loads what was staged, and the rest as it comes. Raises the engine's error."""
         engine = self._engine
-        assert engine.receiver is not None
+        assert self.staged is not None
         assert engine.info is not None
         ranks, version = engine.info.ranks, str(self.version)
         await self._touch(engine.client.load_received(ranks, version=version, flush=self._flush, timeout_s=timeout_s))
-        await engine.receiver.outcome()
+        await self.staged.loaded()
         self.next_bucket = len(self.buckets)
 
     async def load_directory(self, directory: str, timeout_s: float) -> None:
@@ -194,6 +194,8 @@ class Update:
             raise UnavailableError(f"did not continue: {error}", field="engine") from error
         pause_s = time.monotonic() - self._paused_at
         self.over = True
+        if self.staged is not None:
+            self.staged.close()
         replica.pause(engine, paused=False)
         replica.stats.pushes += 1
         replica.stats.pause_seconds += pause_s
@@ -206,7 +208,8 @@ class Update:
 
     def _arrival(self) -> Arrival:
         if self._pause_mode == "retract":
-            return Arrival(sample_pb2.KV_ORIGIN_FRESH, late=False)
+            clean = self._flush or (self._engine.info is not None and not self._engine.info.prefix_cache)
+            return Arrival(sample_pb2.KV_ORIGIN_FRESH if clean else sample_pb2.KV_ORIGIN_CARRIED, late=False)
         return Arrival(sample_pb2.KV_ORIGIN_CARRIED, late=self._overlapped)
 
     async def abandon(self, reason: str, give_back: Callable[[pb.ReleaseReason], int]) -> None:
@@ -216,6 +219,8 @@ class Update:
         if self.over:
             return
         self.over = True
+        if self.staged is not None:
+            await self.staged.drop()
         log.warning(
             "update_abandoned",
             engine=self._engine.index,
@@ -294,22 +299,38 @@ class Staged:
     def __init__(self, receiver: EngineReceiver, version: Version, digest: str, timeout_s: float) -> None:
         self.version = version
         self.digest = digest
-        self._receiving = asyncio.create_task(receiver.receive(timeout_s))
         self._receiver = receiver
+        self._receiving = asyncio.create_task(self._receive(timeout_s))
+
+    async def _receive(self, timeout_s: float) -> LoadWatch:
+        await self._receiver.receive(timeout_s)
+        return await self._receiver.watch()
 
     async def arrived(self) -> None:
         """Waits for them. Raises UnavailableError when they do not come."""
         await asyncio.shield(self._receiving)
 
+    async def loaded(self) -> None:
+        """Once the engine was told to load them: waits until it has. Raises UnavailableError when it failed."""
+        await self._receiving.result().outcome()
+
     async def drop(self) -> None:
         """Breaks off what is still on its way; the group is of no use afterwards."""
-        if self._receiving.done():
-            self._receiving.exception()
-            return
-        with suppress(PolyheadError):
-            await self._receiver.abort()
-        await asyncio.wait({self._receiving})
-        self._receiving.exception()
+        if not self._receiving.done():
+            with suppress(PolyheadError):
+                await self._receiver.abort()
+            await asyncio.wait({self._receiving})
+        self.close()
+
+    def close(self) -> None:
+        """Waits for nothing: nobody is to hear of it any more."""
+        self._receiving.add_done_callback(_close_watch)
+
+
+def _close_watch(receiving: asyncio.Task[LoadWatch]) -> None:
+    if receiving.cancelled() or receiving.exception() is not None:
+        return
+    receiving.result().close()
 
 
 async def _until(condition: Callable[[], bool], at_most_s: float) -> None:

@@ -74,11 +74,14 @@ class WeightReceiver:
         self._groups.clear()
         self._committed = None
         self._stop_timer()
+        for staged in (self._staged, self._update.staged if self._update is not None else None):
+            if staged is not None:
+                staged.close()
+        self._staged = None
         if self._update is not None:
             self._update.over = True
             self._update = None
         self._replica.pause(engine, paused=False)
-        self._staged = None
         if self._loading is not None:
             self._loading.cancel()
 
@@ -154,7 +157,8 @@ class WeightReceiver:
         self._replica.fence.check(request.epoch)
         async with self._lock:
             staged = self._staged
-            if staged is not None and self._update is None and staged.version == Version.from_proto(request.version):
+            asked = Version.from_proto(request.version), request.manifest.layout_digest
+            if staged is not None and self._update is None and (staged.version, staged.digest) == asked:
                 self._staged = None
             else:
                 staged = None

@@ -2,7 +2,8 @@
 
 An answer has the "id" of its command.
 
-{"start": {"first", "requests", "length", "prompt", "vocab"}} is answered by {} when each has some tokens,
+{"start": {"first", "requests", "length", "prompt", "vocab", "every"}} is answered by {} when each has some tokens, of
+which the engine sends `every` so many at a time,
 {"finish": true} by {"requests": [{"arrivals": [[seconds, tokens], ...], "end"}]} when all have ended. Seconds are of
 the machine's monotonic clock, which all of its processes share.
 """
@@ -10,6 +11,7 @@ the machine's monotonic clock, which all of its processes share.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import sys
@@ -17,9 +19,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
+
 from services.common.errors import PolyheadError
-from services.rollout.engines.client import EngineClient
+from services.rollout.engines.client import sampling_params, streamed
 from services.rollout.engines.messages import GenerateRequest
+from services.rollout.engines.stream import ChunkReader
 
 # Every request has so many before it counts as running.
 FIRST_TOKENS = 8
@@ -32,10 +37,18 @@ class Stream:
     end: str = ""
     """How it ended."""
 
-    async def run(self, client: EngineClient, request: GenerateRequest) -> None:
+    async def run(self, session: aiohttp.ClientSession, url: str, request: GenerateRequest, every: int) -> None:
         count = 0
+        body = {
+            "rid": [request.rid],
+            "input_ids": [list(request.input_ids)],
+            "sampling_params": [sampling_params(request) | {"stream_interval": every}],
+            "extra_key": "push",
+            "return_logprob": True,
+            "stream": True,
+        }
         try:
-            async for _, chunk in client.generate([request], "push"):
+            async for _, chunk in streamed(session, url, body, ChunkReader(1), aiohttp.ClientTimeout(total=None)):
                 count += len(chunk.token_ids)
                 self.arrivals.append((time.monotonic(), count))
                 if chunk.finish is not None:
@@ -53,14 +66,19 @@ async def main(url: str, key: str) -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     streams: list[Stream] = []
     tasks: list[asyncio.Task[None]] = []
-    async with EngineClient(url, key) as client:
+    # Its own collections of garbage would look like pauses.
+    gc.disable()
+    connector = aiohttp.TCPConnector(limit=0)
+    headers = {"Authorization": f"Bearer {key}"}
+    async with aiohttp.ClientSession(connector=connector, headers=headers, read_bufsize=1 << 20) as session:
         while line := await reader.readline():
             command = json.loads(line)
             if "start" in command:
+                every = command["start"].pop("every")
                 requests = [_request(number, **command["start"]) for number in range(command["start"]["requests"])]
                 streams = [Stream() for _ in requests]
                 pairs = zip(streams, requests, strict=True)
-                tasks = [asyncio.create_task(stream.run(client, request)) for stream, request in pairs]
+                tasks = [asyncio.create_task(stream.run(session, url, request, every)) for stream, request in pairs]
                 while not all(stream.runs for stream in streams):
                     await asyncio.sleep(0.01)
                 answer: dict[str, Any] = {}

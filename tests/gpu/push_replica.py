@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from services.common.config import load
-from services.common.lifecycle import Process
+from services.common.lifecycle import Process, keep_loaded
 from services.rollout.building import build_replica
 from services.rollout.engines.engine import Engine
 from services.rollout.layout import ModelLayout
@@ -44,6 +44,7 @@ async def main(path: Path) -> None:
     )
     service = RolloutService(replica, [receiver], cast("Any", None), process.stop)
     async with service.listening("127.0.0.1:0", message_mb=64) as address:
+        keep_loaded()
         client = engine.client
         say({"address": address, "url": client.url, "key": client.admin_key})
         reader = asyncio.StreamReader()

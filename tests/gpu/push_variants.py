@@ -30,6 +30,8 @@ class Variant:
     """Of the engine, for weights ahead of the pause; 0: SGLang receives by its own means."""
     mode: str = "in_place"
     pushes: int = 5
+    every: int = 1
+    """Tokens of a request that the engine sends at a time."""
 
     def scaled(self, num_bytes: int) -> Variant:
         if num_bytes > _FULL_BYTES / 4:
@@ -40,16 +42,15 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("all ahead", 1024, ALL),
-    Variant("2 of 2 GiB ahead", 2048, 4096),
-    Variant("4 of 1 GiB ahead", 1024, 4096),
-    Variant("8 of 512 MiB ahead", 512, 4096),
-    Variant("2 of 512 MiB ahead", 512, 1024),
+    Variant("all ahead", 1024, ALL, pushes=10),
+    Variant("all ahead, four tokens at a time", 1024, ALL, pushes=10, every=4),
+    Variant("2 of 2 GiB ahead", 2048, 4096, pushes=10),
     Variant("none ahead, 2 GiB", 2048, 0),
-    Variant("none ahead, 1 GiB", 1024, 0),
-    Variant("none ahead, 4 GiB", 4096, 0, pushes=3),
     Variant("all ahead, retract", 1024, ALL, mode="retract", pushes=3),
 )
+VERSIONS, SLIME = "versions", "slime"
+STEPS = [*(variant.name for variant in VARIANTS[:-1]), VERSIONS, SLIME, VARIANTS[-1].name]
+"""In this order: what is worth most comes first, what strains the engine most comes last."""
 SLIME_BUCKET = 512 << 20
 
 
@@ -93,7 +94,7 @@ async def slime_sequence(bench: Bench) -> float:
         size += num_bytes
     seconds = []
     for label in ("slime-0", "slime-1"):  # the first one connects
-        await bench.start_requests(label)
+        await bench.start_requests(label, bench.length(10))
         await asyncio.sleep(0.5)
         began = time.monotonic()
         await link.client._post("/pause_generation", {"mode": "abort"})

@@ -134,6 +134,10 @@ class EngineClient:
         """Empties the prefix cache. Raises EngineRefusedError while requests run."""
         await self._post("/flush_cache", {})
 
+    async def freeze_gc(self) -> None:
+        """Takes what its processes hold at present out of their garbage collections."""
+        await self._post("/freeze_gc", {}, missing_ok=True)
+
     async def init_group(
         self,
         *,
@@ -251,7 +255,7 @@ class EngineClient:
         _check_key(response.status, path)
         if response.status == 200:
             return True
-        if missing_ok and response.status == 404:
+        if missing_ok and response.status in (404, 405):
             return False
         if response.status >= 500:
             raise EngineUnavailableError(f"HTTP {response.status}: {_refusal(content)}", field=f"engine {path}")

@@ -61,6 +61,9 @@ class EngineProcess:
         check_version(info)
         if self.receiver is not None:
             await self.client.start_receiver(info.ranks)
+        # What it has imported, hundreds of thousands of objects, would be searched for garbage again and again: each
+        # time every stream and every call of a push stands still for up to half a second.
+        await self.client.freeze_gc()
         return info
 
     async def ended(self) -> None:

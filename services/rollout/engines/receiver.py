@@ -84,11 +84,17 @@ class EngineReceiver:
         """Breaks off whatever is on its way. The group is of no use afterwards."""
         await self._all("abort", {})
 
-    async def outcome(self) -> None:
-        """Raises EngineUnavailableError when the last load failed."""
-        for answer in await self._all("outcome", {}):
-            if answer.get("error") != "":
-                raise EngineUnavailableError(answer.get("error", "did not load"), field="engine receiver")
+    async def watch(self) -> LoadWatch:
+        """To be called before the load that it is about."""
+        watch = LoadWatch()
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                for path in self._sockets:
+                    await watch.add(path)
+        except (OSError, TimeoutError, ValueError) as error:
+            watch.close()
+            raise _unavailable("watch", error) from error
+        return watch
 
     async def timings(self) -> Mapping[str, float]:
         """Of the last load, of the slowest rank, in seconds. Waits until it has ended on the GPU."""
@@ -101,12 +107,44 @@ class EngineReceiver:
             async with asyncio.timeout(timeout_s):
                 answers = await asyncio.gather(*(_ask(path, line) for path in self._sockets))
         except (OSError, TimeoutError, ValueError) as error:
-            reason = f"{verb}: {type(error).__name__} {error}".rstrip()
-            raise EngineUnavailableError(reason, field="engine receiver") from error
+            raise _unavailable(verb, error) from error
         for answer in answers:
-            if verb != "outcome" and "error" in answer:
+            if "error" in answer:
                 raise EngineUnavailableError(f"{verb}: {answer['error']}", field="engine receiver")
         return answers
+
+
+class LoadWatch:
+    """Hears from each of the engine's ranks how one load went."""
+
+    def __init__(self) -> None:
+        self._streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def add(self, path: Path) -> None:
+        """One rank. Raises OSError or ValueError when it does not answer."""
+        reader, writer = await asyncio.open_unix_connection(path)
+        self._streams.append((reader, writer))
+        writer.write(b'{"verb": "watch"}\n')
+        orjson.loads(await reader.readline())
+
+    async def outcome(self) -> None:
+        """Waits for the end of the load. Raises EngineUnavailableError when it failed, or its engine has gone."""
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                answers = [orjson.loads(await reader.readline()) for reader, _ in self._streams]
+        except (OSError, TimeoutError, ValueError) as error:
+            raise _unavailable("load", error) from error
+        for answer in answers:
+            if answer["error"]:
+                raise EngineUnavailableError(answer["error"], field="engine receiver")
+
+    def close(self) -> None:
+        for _, writer in self._streams:
+            writer.close()
+
+
+def _unavailable(verb: str, error: Exception) -> EngineUnavailableError:
+    return EngineUnavailableError(f"{verb}: {type(error).__name__} {error}".rstrip(), field="engine receiver")
 
 
 async def _ask(path: Path, line: bytes) -> Any:

@@ -1,11 +1,14 @@
 """What SGLang runs of ours: copies into a model are recorded the first time, and made again without it later."""
 
 import importlib.util
+import socket
+import threading
 
 import pytest
 import torch
 
-from services.rollout.engines.receiver import PLUGIN_DIRECTORY
+from services.rollout.engines.messages import EngineUnavailableError
+from services.rollout.engines.receiver import PLUGIN_DIRECTORY, EngineReceiver
 
 spec = importlib.util.spec_from_file_location("polyhead_receiver", PLUGIN_DIRECTORY / "polyhead_receiver.py")
 receiver = importlib.util.module_from_spec(spec)
@@ -91,3 +94,59 @@ def test_what_is_more_than_copies_is_loaded_each_time():
         push(plan, model, seed)
     assert plan.recorded == 0.5
     assert model.calls == 1 + 3
+
+
+class Ready(receiver.Receiver):
+    """With all buckets arrived."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        slots = [torch.zeros(96, dtype=torch.uint8) for _ in SIZES]
+        self._slots, self._plan, self._arrived = slots, make_plan(slots), [None, None]
+
+
+@pytest.mark.parametrize("fault", [None, "no such parameter"])
+async def test_whoever_watches_hears_how_the_load_went(tmp_path, fault):
+    model = Model()
+    if fault:
+
+        def refuse(weights):
+            raise KeyError(fault)
+
+        model.load_weights = refuse
+    inside = Ready(model)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "weights-0.sock"))
+    listener.listen()
+    threading.Thread(target=receiver._serve, args=(listener, inside), daemon=True).start()
+    outside = EngineReceiver(tmp_path, 1, 0)
+    gone = await outside.watch()
+    gone.close()
+    watch = await outside.watch()
+    with torch.no_grad():
+        inside.load()
+    if fault:
+        with pytest.raises(EngineUnavailableError, match=fault):
+            await watch.outcome()
+    else:
+        await watch.outcome()
+        assert (await outside.timings())["recorded"] == 1.0
+    watch.close()
+
+
+async def test_an_engine_that_ended_has_not_loaded(tmp_path):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "weights-0.sock"))
+    listener.listen()
+
+    def answer_once():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"{}\n")
+
+    threading.Thread(target=answer_once).start()
+    watch = await EngineReceiver(tmp_path, 1, 0).watch()
+    with pytest.raises(EngineUnavailableError, match="load"):
+        await watch.outcome()
+    watch.close()

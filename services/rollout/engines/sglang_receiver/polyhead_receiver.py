@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,10 @@ class Receiver:
         self._arrived: list[Any] = []
         """For each bucket that was received ahead of the pause, the event of its arrival."""
         self._marks: list[tuple[str, Any]] = []
-        self.outcome: dict[str, Any] = {}
-        """Of the last load."""
+        self._load_cpu_s = 0.0
+        """What the last load took of the scheduler's time."""
+        self._watchers: list[socket.socket] = []
+        """Will be told how the next load went."""
         self._one_command = threading.Lock()
 
     def handle(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +153,6 @@ class Receiver:
                     "leave": self._leave,
                     "prepare": self._prepare,
                     "receive": self._receive,
-                    "outcome": self._outcome,
                     "timings": self._timings,
                 }
                 return commands[verb](**request.get("arguments", {}))
@@ -183,7 +185,7 @@ class Receiver:
         """Makes ready for a layout, in slots of at most `memory` bytes in all but at least two: how many buckets will
         be taken ahead of the pause. `buckets` may be left out for a layout that is known.
         """
-        self._arrived = []
+        self._arrived, self._watchers = [], []
         if self._plan is None or self._known != (digest, memory):
             if buckets is None:
                 return {"unknown": True}
@@ -223,10 +225,16 @@ class Receiver:
         self._arrived = arrived
         return {"seconds": time.monotonic() - began}
 
+    def watch(self, connection: socket.socket) -> None:
+        """The next load sends its outcome there, itself: the scheduler's loop spins while the engine is paused, and
+        each time that a thread of this process wants its turn costs that thread 5 ms.
+        """
+        self._watchers.append(connection)
+
     def load(self) -> None:
         """Brings every bucket into the model: those that have arrived, and the others as they arrive.
 
-        An error is kept for `outcome`: raised here, it would end the engine.
+        An error is for the watchers: raised here, it would end the engine.
         """
         began = time.monotonic()
         try:
@@ -235,7 +243,11 @@ class Receiver:
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
         self._arrived = []
-        self.outcome = {"error": error, "cpu_s": time.monotonic() - began}
+        self._load_cpu_s = time.monotonic() - began
+        watchers, self._watchers = self._watchers, []
+        for connection in watchers:
+            with suppress(OSError):  # it has gone
+                connection.sendall(_line({"error": error}))
 
     def _load(self) -> None:
         plan, group, arrived = self._plan, self._group, list(self._arrived)
@@ -265,12 +277,9 @@ class Receiver:
         event.record()
         return event
 
-    def _outcome(self) -> dict[str, Any]:
-        return self.outcome
-
     def _timings(self) -> dict[str, Any]:
         """Of the last load: what the scheduler spent on it, and the GPU, from the end of the pass before it."""
-        seconds = {"load_cpu_s": self.outcome.get("cpu_s", 0.0)}
+        seconds = {"load_cpu_s": self._load_cpu_s}
         marks = [event for _, event in self._marks]
         if marks and marks[-1] is not None:
             marks[-1].synchronize()
@@ -307,11 +316,19 @@ def _serve(listener: socket.socket, receiver: Receiver) -> None:
 
 
 def _converse(connection: socket.socket, receiver: Receiver) -> None:
-    """One JSON object a line, each answered by one."""
-    with connection, connection.makefile("rwb") as stream:
+    """One JSON object a line, each answered by one; after "watch" comes another one, from the next load."""
+    with connection, connection.makefile("rb") as stream:
         while line := stream.readline(_LINE_MAX):
-            stream.write(json.dumps(receiver.handle(json.loads(line))).encode() + b"\n")
-            stream.flush()
+            request = json.loads(line)
+            if request["verb"] == "watch":
+                receiver.watch(connection)
+                connection.sendall(_line({}))
+            else:
+                connection.sendall(_line(receiver.handle(request)))
+
+
+def _line(answer: Mapping[str, Any]) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
 
 
 def _rank() -> int:
