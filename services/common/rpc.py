@@ -31,7 +31,7 @@ _TRANSPORT = [
     # Of pings that the transport sends for reasons of its own: while one is unanswered, there is no keepalive.
     ("grpc.http2.ping_timeout_ms", 10_000),
     # The server's default allows a ping every 5 minutes and closes channels that ask more often.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # A service that was restarted is back within a second or two; gRPC's default backs off up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),

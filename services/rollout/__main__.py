@@ -7,7 +7,7 @@ import sys
 
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
-from services.common.lifecycle import Process, run_service
+from services.common.lifecycle import Process, keep_loaded, run_service
 from services.common.registration import keep_registered
 from services.rollout.building import build_replica
 from services.rollout.laggards import Laggards
@@ -36,6 +36,7 @@ async def serve(config: Config, process: Process) -> None:
         ):
             running = [tasks.create_task(keeper.run()) for keeper in keepers]
             prompter = await asyncio.to_thread(Prompter, config)
+            keep_loaded()
             worker = Worker(config, replica, prompter, buffer)
             service = RolloutService(replica, _receivers(config, replica, worker), worker, process.stop)
             async with service.listening(config.rollout.address, message_mb=limits.message_mb) as address:

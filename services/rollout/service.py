@@ -57,14 +57,16 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             await server.stop(STOP_GRACE_S)
 
     async def JoinWeightGroup(self, request: pb.JoinWeightGroupRequest, context: Context) -> pb.JoinWeightGroupResponse:
-        await self._to_the_end(self._receiver(request.engine).join(request))
-        return pb.JoinWeightGroupResponse()
+        return pb.JoinWeightGroupResponse(stages=await self._to_the_end(self._receiver(request.engine).join(request)))
 
     async def LeaveWeightGroup(
         self, request: pb.LeaveWeightGroupRequest, context: Context
     ) -> pb.LeaveWeightGroupResponse:
         await self._to_the_end(self._receiver(request.engine).leave(request))
         return pb.LeaveWeightGroupResponse()
+
+    async def StageUpdate(self, request: pb.StageUpdateRequest, context: Context) -> pb.StageUpdateResponse:
+        return pb.StageUpdateResponse(buckets=await self._to_the_end(self._receiver(request.engine).stage(request)))
 
     async def BeginUpdate(self, request: pb.BeginUpdateRequest, context: Context) -> pb.BeginUpdateResponse:
         running = await self._to_the_end(self._receiver(request.engine).begin(request))
@@ -74,10 +76,17 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
         await self._to_the_end(self._receiver(request.engine).load(request))
         return pb.LoadBucketResponse()
 
+    async def LoadStaged(self, request: pb.LoadStagedRequest, context: Context) -> pb.LoadStagedResponse:
+        await self._to_the_end(self._receiver(request.engine).load_staged(request))
+        return pb.LoadStagedResponse()
+
     async def CommitUpdate(self, request: pb.CommitUpdateRequest, context: Context) -> pb.CommitUpdateResponse:
         done = await self._to_the_end(self._receiver(request.engine).commit(request))
         return pb.CommitUpdateResponse(
-            pause=_duration(done.pause_s), requests_continued=done.continued, requests_aborted=done.aborted
+            pause=_duration(done.pause_s),
+            requests_continued=done.continued,
+            requests_aborted=done.aborted,
+            trace=done.trace,
         )
 
     async def AbortUpdate(self, request: pb.AbortUpdateRequest, context: Context) -> pb.AbortUpdateResponse:

@@ -1,21 +1,23 @@
-"""One weight update on one engine: pause, load, continue, or get out of it without harm."""
+"""One weight update on one engine: receive, pause, load, continue, or get out of it without harm."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
 
 from polyhead.v1 import buffer_pb2 as pb
-from polyhead.v1 import sample_pb2, weights_pb2
+from polyhead.v1 import rollout_pb2, sample_pb2, weights_pb2
 from services.common.errors import PolyheadError, UnavailableError
 from services.common.versions import Version
 from services.rollout.engines.client import PauseModeName
 from services.rollout.engines.engine import Engine
 from services.rollout.engines.messages import EngineRefusedError
+from services.rollout.engines.receiver import EngineReceiver, LoadWatch
 from services.rollout.records import Arrival
 from services.rollout.replica import Replica
 
@@ -38,6 +40,7 @@ class Committed:
     """From the pause being asked for to generation continuing."""
     continued: int
     aborted: int
+    trace: rollout_pb2.UpdateTrace
 
 
 class Update:
@@ -53,11 +56,15 @@ class Update:
         epoch: int,
         group_name: str = "",
         manifest: weights_pb2.WeightManifest | None = None,
+        staged: Staged | None = None,
     ) -> None:
-        """Without a `group_name` the version comes from a directory instead of a collective."""
+        """Without a `group_name` the version comes from a directory instead of a collective. `staged`: what arrives
+        ahead of the pause.
+        """
         self.version = version
         self.epoch = epoch
         self.group_name = group_name
+        self.staged = staged
         self.buckets = list(manifest.buckets) if manifest is not None else []
         self.next_bucket = 0
         self.touched = False
@@ -69,8 +76,9 @@ class Update:
         self._engine = engine
         self._pause_mode = pause_mode
         # Retracted requests keep their salt: they would find the prompt's KV of the old version in the cache.
-        self._flush = pause_mode == "retract"
+        self._flush = pause_mode == "retract" and engine.info is not None and engine.info.flushes
         self._paused_at = 0.0
+        self._trace = rollout_pb2.UpdateTrace()
         self._aborted_before = 0
         self._running_before = 0
 
@@ -80,19 +88,25 @@ class Update:
         Raises PreconditionError when the replica cannot be updated now, UnavailableError when the engine did not stop.
         """
         replica, engine = self._replica, self._engine
+        if self.staged is not None:
+            await self.staged.arrived()
         engine.life.begin_update(self.version)
         replica.turned()
+        shut_at = time.monotonic()
         if self._has_to_settle:
             await _until(lambda: not replica.unstarted, _FIRST_TOKENS_S)
         replica.pause(engine, paused=True)
         self._aborted_before = replica.stats.requests_aborted
         self._running_before = await self._requests() if self._pause_mode == "abort" else 0
         self._paused_at = time.monotonic()
+        self._trace.settle_s = self._paused_at - shut_at
         if self._pause_mode == "abort":
             await self._end_requests()
-        await engine.client.pause("retract" if self._pause_mode == "retract" else "in_place")
+        mode: PauseModeName = "retract" if self._pause_mode == "retract" else "in_place"
+        await engine.client.pause(mode, confirm=self.staged is None)
         if self.group_name:
             await engine.client.begin_update()
+        self._trace.quiet_s = time.monotonic() - self._paused_at
         self.running = await self._requests()
 
     async def _requests(self) -> int:
@@ -143,6 +157,16 @@ class Update:
         await self._touch(call)
         self.next_bucket += 1
 
+    async def load_staged(self, timeout_s: float) -> None:
+        """Loads what was staged, and the rest as it comes. Raises the engine's error."""
+        engine = self._engine
+        assert self.staged is not None
+        assert engine.info is not None
+        ranks, version = engine.info.ranks, str(self.version)
+        await self._touch(engine.client.load_received(ranks, version=version, flush=self._flush, timeout_s=timeout_s))
+        await self.staged.loaded()
+        self.next_bucket = len(self.buckets)
+
     async def load_directory(self, directory: str, timeout_s: float) -> None:
         await self._touch(
             self._engine.client.update_from_disk(
@@ -162,24 +186,30 @@ class Update:
             replica.remember_arrival(self.version, self._arrival())
             engine.life.commit_update()
             engine.lagging = False
+            told_at = time.monotonic()
             await engine.client.resume()
+            self._trace.continue_s = time.monotonic() - told_at
         except PolyheadError as error:
             self.touched = True
             raise UnavailableError(f"did not continue: {error}", field="engine") from error
         pause_s = time.monotonic() - self._paused_at
         self.over = True
+        if self.staged is not None:
+            self.staged.close()
         replica.pause(engine, paused=False)
         replica.stats.pushes += 1
         replica.stats.pause_seconds += pause_s
         replica.turned()
         if self._pause_mode == "abort":
-            return Committed(self.version, pause_s, self.running, max(0, self._running_before - self.running))
+            aborted = max(0, self._running_before - self.running)
+            return Committed(self.version, pause_s, self.running, aborted, self._trace)
         aborted = min(replica.stats.requests_aborted - self._aborted_before, self.running)
-        return Committed(self.version, pause_s, self.running - aborted, aborted)
+        return Committed(self.version, pause_s, self.running - aborted, aborted, self._trace)
 
     def _arrival(self) -> Arrival:
         if self._pause_mode == "retract":
-            return Arrival(sample_pb2.KV_ORIGIN_FRESH, late=False)
+            clean = self._flush or (self._engine.info is not None and not self._engine.info.prefix_cache)
+            return Arrival(sample_pb2.KV_ORIGIN_FRESH if clean else sample_pb2.KV_ORIGIN_CARRIED, late=False)
         return Arrival(sample_pb2.KV_ORIGIN_CARRIED, late=self._overlapped)
 
     async def abandon(self, reason: str, give_back: Callable[[pb.ReleaseReason], int]) -> None:
@@ -189,6 +219,8 @@ class Update:
         if self.over:
             return
         self.over = True
+        if self.staged is not None:
+            await self.staged.drop()
         log.warning(
             "update_abandoned",
             engine=self._engine.index,
@@ -238,11 +270,13 @@ class Update:
 
     async def _touch(self, call: Awaitable[None]) -> None:
         before, self.touched = self.touched, True
+        began = time.monotonic()
         try:
             await call
         except EngineRefusedError as error:
             self.touched = before or error.weights_touched
             raise
+        self._trace.load_s += time.monotonic() - began
 
     async def _abort_all(self) -> None:
         await self._engine.client.abort_all()
@@ -257,6 +291,46 @@ class Update:
             await self._engine.client.end_update()
         except EngineRefusedError as error:
             log.info("session_not_open", reason=error.reason)
+
+
+class Staged:
+    """Buckets that arrive in an engine's receiver while it generates. Nothing of them is in the model yet."""
+
+    def __init__(self, receiver: EngineReceiver, version: Version, digest: str, timeout_s: float) -> None:
+        self.version = version
+        self.digest = digest
+        self._receiver = receiver
+        self._receiving = asyncio.create_task(self._receive(timeout_s))
+
+    async def _receive(self, timeout_s: float) -> LoadWatch:
+        await self._receiver.receive(timeout_s)
+        return await self._receiver.watch()
+
+    async def arrived(self) -> None:
+        """Waits for them. Raises UnavailableError when they do not come."""
+        await asyncio.shield(self._receiving)
+
+    async def loaded(self) -> None:
+        """Once the engine was told to load them: waits until it has. Raises UnavailableError when it failed."""
+        await self._receiving.result().outcome()
+
+    async def drop(self) -> None:
+        """Breaks off what is still on its way; the group is of no use afterwards."""
+        if not self._receiving.done():
+            with suppress(PolyheadError):
+                await self._receiver.abort()
+            await asyncio.wait({self._receiving})
+        self.close()
+
+    def close(self) -> None:
+        """Waits for nothing: nobody is to hear of it any more."""
+        self._receiving.add_done_callback(_close_watch)
+
+
+def _close_watch(receiving: asyncio.Task[LoadWatch]) -> None:
+    if receiving.cancelled() or receiving.exception() is not None:
+        return
+    receiving.result().close()
 
 
 async def _until(condition: Callable[[], bool], at_most_s: float) -> None:

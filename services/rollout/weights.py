@@ -1,19 +1,20 @@
 """The receiving end of the weight push: one update at a time, fenced by epoch, ended by a watchdog if nobody else does.
 
-Join → Begin (gate shut, engine paused and quiet) → LoadBucket in order → Commit. An update that fails before its first
-byte leaves the old version serving; one that fails later quarantines the engine until a complete one (I8).
+Join → Begin (gate shut, engine paused and quiet) → LoadBucket in order → Commit; where the engine takes weights ahead
+of the pause, Join → Stage → Begin → LoadStaged → Commit. An update that fails before a byte of it is in the model
+leaves the old version serving; one that fails later quarantines the engine until a complete one (I8).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import structlog
 
 from polyhead.v1 import buffer_pb2 as pb
-from polyhead.v1 import rollout_pb2, sample_pb2
+from polyhead.v1 import rollout_pb2, sample_pb2, weights_pb2
 from services.common.errors import InvalidArgumentError, PolyheadError, PreconditionError, UnavailableError
 from services.common.versions import Version
 from services.rollout.engines.client import PauseModeName
@@ -21,7 +22,7 @@ from services.rollout.engines.engine import Engine
 from services.rollout.engines.messages import EngineRefusedError
 from services.rollout.layout import ModelLayout
 from services.rollout.replica import Replica
-from services.rollout.update import Committed, Update
+from services.rollout.update import Committed, Staged, Update
 
 log = structlog.get_logger()
 
@@ -57,6 +58,7 @@ class WeightReceiver:
         self._timeout_s = timeout_s
         self._load_pause_mode = load_pause_mode
         self._groups: set[str] = set()
+        self._staged: Staged | None = None
         self._update: Update | None = None
         self._loading: asyncio.Task[None] | None = None
         self._committed: Committed | None = None
@@ -72,6 +74,10 @@ class WeightReceiver:
         self._groups.clear()
         self._committed = None
         self._stop_timer()
+        for staged in (self._staged, self._update.staged if self._update is not None else None):
+            if staged is not None:
+                staged.close()
+        self._staged = None
         if self._update is not None:
             self._update.over = True
             self._update = None
@@ -79,8 +85,9 @@ class WeightReceiver:
         if self._loading is not None:
             self._loading.cancel()
 
-    async def join(self, request: rollout_pb2.JoinWeightGroupRequest) -> None:
-        """Returns when the engine has joined. Raises UnavailableError when it could not.
+    async def join(self, request: rollout_pb2.JoinWeightGroupRequest) -> bool:
+        """Returns when the engine has joined: whether it takes weights ahead of a pause. Raises UnavailableError when
+        it could not join, InvalidArgumentError when it must not.
 
         An engine has one channel: groups that earlier trainers left behind are dissolved.
         """
@@ -89,20 +96,39 @@ class WeightReceiver:
             await self._supersede()
             for group_name in list(self._groups):
                 await self._destroy(group_name)
-            try:
-                await self._engine.client.init_group(
-                    name=request.group_name,
-                    backend=request.backend,
-                    master_address=request.master_address,
-                    master_port=request.master_port,
-                    world_size=request.world_size,
-                    rank_offset=request.rank_offset,
-                    timeout_s=self._timeout_s,
-                )
-            except EngineRefusedError as error:
-                raise UnavailableError(error.reason, field="group_name") from error
+            stages = await self._join_engine(request)
             self._groups.add(request.group_name)
         log.info("joined_weight_group", group=request.group_name, epoch=request.epoch)
+        return stages
+
+    async def _join_engine(self, request: rollout_pb2.JoinWeightGroupRequest) -> bool:
+        receiver = self._engine.receiver
+        if receiver is not None:
+            if request.backend == "nccl":
+                await receiver.check_nccl(request.nccl_version, request.nccl_cumem)
+            await receiver.join(
+                name=request.group_name,
+                backend=request.backend,
+                address=request.master_address,
+                port=request.master_port,
+                world_size=request.world_size,
+                rank_offset=request.rank_offset,
+                timeout_s=self._timeout_s,
+            )
+            return True
+        try:
+            await self._engine.client.init_group(
+                name=request.group_name,
+                backend=request.backend,
+                master_address=request.master_address,
+                master_port=request.master_port,
+                world_size=request.world_size,
+                rank_offset=request.rank_offset,
+                timeout_s=self._timeout_s,
+            )
+        except EngineRefusedError as error:
+            raise UnavailableError(error.reason, field="group_name") from error
+        return False
 
     async def leave(self, request: rollout_pb2.LeaveWeightGroupRequest) -> None:
         """Leaving a group that was never joined changes nothing."""
@@ -112,17 +138,34 @@ class WeightReceiver:
             if request.group_name in self._groups:
                 await self._destroy(request.group_name)
 
+    async def stage(self, request: rollout_pb2.StageUpdateRequest) -> int:
+        """How many buckets arrive ahead of the pause, once the engine waits for them. Generation goes on."""
+        self._replica.fence.check(request.epoch)
+        async with self._lock:
+            await self._supersede()
+            version = self._check(request.version, request.epoch, request.group_name, request.manifest)
+            receiver = self._engine.receiver
+            if receiver is None:
+                raise PreconditionError("the engine takes no weights ahead of a pause", field="engine")
+            buckets = await receiver.prepare(request.manifest)
+            self._staged = Staged(receiver, version, request.manifest.layout_digest, self._timeout_s)
+            self._start_timer()
+            return buckets
+
     async def begin(self, request: rollout_pb2.BeginUpdateRequest) -> int:
         """The number of running requests, once the engine is quiet. From here on new ones are held back."""
         self._replica.fence.check(request.epoch)
         async with self._lock:
-            await self._supersede()
-            version = _version(request.version, request.epoch)
-            if request.group_name not in self._groups:
-                raise PreconditionError("the engine has not joined this group", field="group_name")
+            staged = self._staged
+            asked = Version.from_proto(request.version), request.manifest.layout_digest
+            if staged is not None and self._update is None and (staged.version, staged.digest) == asked:
+                self._staged = None
+            else:
+                staged = None
+                await self._supersede()
+            version = self._check(request.version, request.epoch, request.group_name, request.manifest)
             if request.pause_mode not in _PAUSE_NAMES:
                 raise InvalidArgumentError("must be IN_PLACE, RETRACT or ABORT", field="pause_mode")
-            self._layout.check(request.manifest)
             update = await self._start(
                 Update(
                     self._replica,
@@ -132,10 +175,28 @@ class WeightReceiver:
                     epoch=request.epoch,
                     group_name=request.group_name,
                     manifest=request.manifest,
+                    staged=staged,
                 )
             )
             self._start_timer()
             return update.running
+
+    def _check(
+        self,
+        message: sample_pb2.WeightVersion,
+        epoch: int,
+        group_name: str,
+        manifest: weights_pb2.WeightManifest,
+    ) -> Version:
+        """Refuses what the engine cannot take, before anything has happened to it."""
+        version = _version(message, epoch)
+        if group_name not in self._groups:
+            raise PreconditionError("the engine has not joined this group", field="group_name")
+        if self._replica.leaving:
+            raise PreconditionError("the replica is DRAINING", field="state")
+        self._engine.life.check_update(version)
+        self._layout.check(manifest)
+        return version
 
     async def load(self, request: rollout_pb2.LoadBucketRequest) -> None:
         """Receives one bucket, while the trainer broadcasts it. A failure after the first byte quarantines."""
@@ -144,19 +205,31 @@ class WeightReceiver:
             update = self._current(request.epoch, request.version)
             if request.bucket != update.next_bucket or request.bucket >= len(update.buckets):
                 raise PreconditionError(f"bucket {update.next_bucket} is next, not {request.bucket}", field="bucket")
-            self._stop_timer()
-            self._loading = asyncio.create_task(update.load_bucket(self._timeout_s))
-            try:
-                await self._loading
-            except (PolyheadError, asyncio.CancelledError) as error:
-                reason = str(error) or "interrupted"
-                if update.touched:
-                    await self._abandon(update, reason)
-                raise UnavailableError(f"was not loaded: {reason}", field=f"bucket {request.bucket}") from error
-            finally:
-                self._loading = None
-                if not update.over:
-                    self._start_timer()
+            await self._load(update, update.load_bucket(self._timeout_s), f"bucket {request.bucket}")
+
+    async def load_staged(self, request: rollout_pb2.LoadStagedRequest) -> None:
+        """Loads everything: what was staged, and the rest while the trainer broadcasts it."""
+        self._replica.fence.check(request.epoch)
+        async with self._lock:
+            update = self._current(request.epoch, request.version)
+            if update.staged is None or update.next_bucket:
+                raise PreconditionError("nothing is staged", field="version")
+            await self._load(update, update.load_staged(self._timeout_s), "buckets")
+
+    async def _load(self, update: Update, load: Coroutine[None, None, None], what: str) -> None:
+        self._stop_timer()
+        self._loading = asyncio.create_task(load)
+        try:
+            await self._loading
+        except (PolyheadError, asyncio.CancelledError) as error:
+            reason = str(error) or "interrupted"
+            if update.touched:
+                await self._abandon(update, reason)
+            raise UnavailableError(f"was not loaded: {reason}", field=what) from error
+        finally:
+            self._loading = None
+            if not update.over:
+                self._start_timer()
 
     async def commit(self, request: rollout_pb2.CommitUpdateRequest) -> Committed:
         """Generation continues under the new version. A repeated call gets the same answer."""
@@ -176,7 +249,9 @@ class WeightReceiver:
         self._replica.fence.check(request.epoch)
         if self._loading is not None:
             self._loading.cancel()
+        await self._break_off()  # whoever waits for it holds the lock
         async with self._lock:
+            await self._drop_staged()
             update = self._update
             if update is not None and update.version == Version.from_proto(request.version):
                 await self._abandon(update, request.reason)
@@ -230,8 +305,21 @@ class WeightReceiver:
 
     async def _supersede(self) -> None:
         """An update that an older epoch, or an earlier attempt of this one, has left behind is ended first."""
+        await self._drop_staged()
         if self._update is not None:
             await self._abandon(self._update, "a newer call replaced it")
+
+    async def _drop_staged(self) -> None:
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            self._stop_timer()
+            await staged.drop()
+
+    async def _break_off(self) -> None:
+        """Ends the wait for buckets that are to arrive ahead of the pause."""
+        for staged in (self._staged, self._update.staged if self._update is not None else None):
+            if staged is not None:
+                await staged.drop()
 
     async def _abandon(self, update: Update, reason: str) -> None:
         self._stop_timer()
@@ -245,8 +333,12 @@ class WeightReceiver:
     async def _destroy(self, group_name: str) -> None:
         """Leaves a group, however broken it is; an engine stuck in it is found out by its keeper."""
         self._groups.discard(group_name)
+        receiver = self._engine.receiver
         try:
-            await self._engine.client.destroy_group(group_name)
+            if receiver is not None:
+                await receiver.leave()
+            else:
+                await self._engine.client.destroy_group(group_name)
         except PolyheadError as error:
             log.info("group_not_destroyed", group=group_name, reason=str(error))
 
@@ -265,6 +357,8 @@ class WeightReceiver:
 
     async def _expire(self, timer: asyncio.TimerHandle | None, update: Update | None) -> None:
         async with self._lock:
+            if timer is self._timer:
+                await self._drop_staged()
             if update is not None and update is self._update and timer is self._timer:
                 await self._abandon(update, f"no call for {self._timeout_s} s")
 

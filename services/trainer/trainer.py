@@ -10,6 +10,7 @@ import xxhash
 
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
+from services.common.lifecycle import keep_loaded
 from services.common.versions import Version
 from services.trainer import model_dir
 from services.trainer.backends.torch.backend import TorchBackend
@@ -46,6 +47,7 @@ def train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, h
         _resume(backend, checkpoint, config)
     version = checkpoint.state.version if checkpoint is not None else Version(acquired.epoch, 0)
     if version.step < config.run.num_rollout:
+        keep_loaded()
         step = _run_epoch(config, io, buffer, status, holder, backend, checkpoints, checkpoint, acquired.epoch)
         version = Version(acquired.epoch, step)
     if version.step < config.run.num_rollout:

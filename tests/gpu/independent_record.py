@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from services.rollout.engines.client import EngineClient
 from services.rollout.engines.messages import GenerateRequest
 from services.rollout.records import Arrival, Group, SampleRecord
 
-REQUESTS, GROUP, LENGTH, PROMPT = 32, 8, 400, 8
+REQUESTS, GROUP, LENGTH, PROMPT = 32, 8, 480, 8
 # Tokens that a version generates before the next one arrives.
 TURN_EVERY = 110
 # Places tried on either side of each claimed one, and the tokens that decide between them.
@@ -33,35 +33,50 @@ WINDOW = 16
 UPDATE_LIMIT_S = 60.0
 
 
+Bring = Callable[[int], Awaitable[Version]]
+"""Brings the engine to the weights of this number, while it generates: the version that they are."""
+
+
 async def measure(url: str, key: str, models: Sequence[Path]) -> dict[str, Any]:
-    """Generates across the versions that `models` hold, and checks every record."""
+    """Generates across the versions that `models` hold, brought from disk in place, and checks every record."""
     async with EngineClient(url, key) as client:
-        records, late = await _generate(client, models)
-    return _verify(records, models) | {"overlap_schedule": late}
+
+        async def bring(number: int) -> Version:
+            version = Version(1, number)
+            if number:
+                await client.pause("in_place")
+            await client.update_from_disk(
+                str(models[number]), version=str(version), flush=not number, timeout_s=UPDATE_LIMIT_S
+            )
+            if number:
+                await client.resume()
+            return version
+
+        records, late = await generate(client, len(models), bring)
+    loaded = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda().eval() for path in models]
+    return verify(records, loaded) | {"overlap_schedule": late}
 
 
-async def _generate(client: EngineClient, models: Sequence[Path]) -> tuple[list[SampleRecord], bool]:
+async def generate(client: EngineClient, versions: int, bring: Bring) -> tuple[list[SampleRecord], bool]:
+    """Records of requests that run across `versions` of the weights, and whether the schedule overlaps."""
     late = (await client.server_info()).overlapped
-    versions = [Version(1, step) for step in range(len(models))]
-    arrivals = {versions[0]: Arrival(sample_pb2.KV_ORIGIN_FRESH, late=False)}
-    served = versions[0]
-    await client.update_from_disk(str(models[0]), version=str(served), flush=True, timeout_s=UPDATE_LIMIT_S)
+    served = await bring(0)
+    first = Arrival(sample_pb2.KV_ORIGIN_FRESH, late=False)
+    later = Arrival(sample_pb2.KV_ORIGIN_CARRIED, late=late)
+    start = served
     records = [_record(number) for number in range(REQUESTS)]
 
     async def generate(group: Sequence[SampleRecord]) -> None:
         batch = [_request(record, record.begin(served)) for record in group]
         async for index, chunk in client.generate(batch, str(served)):
-            group[index].extend(chunk, served, lambda version: arrivals[version])
+            group[index].extend(chunk, served, lambda version: first if version == start else later)
 
     groups = [records[start : start + GROUP] for start in range(0, REQUESTS, GROUP)]
     running = [asyncio.create_task(generate(group)) for group in groups]
-    for turn, version in enumerate(versions[1:], start=1):
+    for turn in range(1, versions):
         while min(len(record.token_ids) for record in records) < turn * TURN_EVERY:
             await asyncio.sleep(0.005)
-        await client.pause("in_place")
-        await client.update_from_disk(str(models[turn]), version=str(version), timeout_s=UPDATE_LIMIT_S)
-        arrivals[version], served = Arrival(sample_pb2.KV_ORIGIN_CARRIED, late=late), version
-        await client.resume()
+        served = await bring(turn)
     await asyncio.gather(*running)
     return records, late
 
@@ -87,13 +102,13 @@ def _request(record: SampleRecord, rid: str) -> GenerateRequest:
     )
 
 
-def _verify(records: Sequence[SampleRecord], models: Sequence[Path]) -> dict[str, Any]:
-    loaded = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda().eval() for path in models]
+def verify(records: Sequence[SampleRecord], loaded: Sequence[PreTrainedModel]) -> dict[str, Any]:
+    """`loaded`: the model of each version, in their order."""
     shifts: Counter[int] = Counter()
     errors: list[float] = []
     for record in records:
         claimed = [span.start for span in record.spans[1:]]
-        assert [span.version.step for span in record.spans] == list(range(len(models))), record.spans
+        assert len(record.spans) == len(loaded), record.spans
         errors += _errors(record, loaded, claimed)
         for turn in range(len(claimed)):
             shifts[_true_shift(record, loaded, claimed, turn)] += 1

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -22,6 +28,72 @@ QWEN3_0_6B = {
     "max_position_embeddings": 40_960,
     "tie_word_embeddings": True,
 }
+
+
+QWEN3_8B = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": False,
+}
+_SHARD_BYTES = 4 << 30
+
+
+def random_weights(shape: Mapping[str, Any], seed: int, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """Of a Qwen3 of this shape, by its Hugging Face names; each seed draws its own.
+
+    The embeddings are drawn wide, so that distributions are far from uniform and a wrong version shows.
+    """
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        if parameter.dim() == 1:
+            weight.uniform_(0.5, 1.5, generator=generator)
+        else:
+            weight.normal_(std=0.1 if "embed" in name or "lm_head" in name else 0.02, generator=generator)
+        weights[name] = weight
+    return weights
+
+
+def write_model(directory: Path, shape: Mapping[str, Any], seed: int, dtype: torch.dtype, device: str) -> Path:
+    """Exports `random_weights` as a Hugging Face directory; it never ends a completion by itself. Returns it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = Qwen3Config(**shape, eos_token_id=None, bos_token_id=None, dtype=dtype, architectures=["Qwen3ForCausalLM"])
+    config.save_pretrained(directory)
+    weights = random_weights(shape, seed, dtype, device)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, weight in weights.items():
+        if size > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = weight
+        size += weight.numel() * weight.element_size()
+    with ThreadPoolExecutor(len(shards)) as pool:
+        list(pool.map(partial(_write_shard, directory, len(shards)), range(len(shards)), shards))
+    if len(shards) > 1:
+        places = {name: _shard_name(number, len(shards)) for number, shard in enumerate(shards) for name in shard}
+        index = {"metadata": {}, "weight_map": places}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    _tokenizer(shape["vocab_size"]).save_pretrained(directory)
+    return directory
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+
+
+def _write_shard(directory: Path, count: int, number: int, shard: Mapping[str, torch.Tensor]) -> None:
+    file = directory / _shard_name(number, count)
+    save_file({key: weight.cpu() for key, weight in shard.items()}, file, metadata={"format": "pt"})
 
 
 def build_qwen3(directory: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, scale: float = 0.02) -> Path:

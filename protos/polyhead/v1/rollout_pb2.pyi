@@ -24,7 +24,7 @@ PAUSE_MODE_RETRACT: PauseMode
 PAUSE_MODE_ABORT: PauseMode
 
 class JoinWeightGroupRequest(_message.Message):
-    __slots__ = ("epoch", "group_name", "backend", "master_address", "master_port", "world_size", "rank_offset", "engine")
+    __slots__ = ("epoch", "group_name", "backend", "master_address", "master_port", "world_size", "rank_offset", "engine", "nccl_version", "nccl_cumem")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,8 @@ class JoinWeightGroupRequest(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     RANK_OFFSET_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    NCCL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NCCL_CUMEM_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     group_name: str
     backend: str
@@ -41,11 +43,15 @@ class JoinWeightGroupRequest(_message.Message):
     world_size: int
     rank_offset: int
     engine: int
-    def __init__(self, epoch: _Optional[int] = ..., group_name: _Optional[str] = ..., backend: _Optional[str] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., world_size: _Optional[int] = ..., rank_offset: _Optional[int] = ..., engine: _Optional[int] = ...) -> None: ...
+    nccl_version: str
+    nccl_cumem: str
+    def __init__(self, epoch: _Optional[int] = ..., group_name: _Optional[str] = ..., backend: _Optional[str] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., world_size: _Optional[int] = ..., rank_offset: _Optional[int] = ..., engine: _Optional[int] = ..., nccl_version: _Optional[str] = ..., nccl_cumem: _Optional[str] = ...) -> None: ...
 
 class JoinWeightGroupResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("stages",)
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    stages: bool
+    def __init__(self, stages: _Optional[bool] = ...) -> None: ...
 
 class LeaveWeightGroupRequest(_message.Message):
     __slots__ = ("epoch", "group_name", "engine")
@@ -60,6 +66,26 @@ class LeaveWeightGroupRequest(_message.Message):
 class LeaveWeightGroupResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class StageUpdateRequest(_message.Message):
+    __slots__ = ("epoch", "version", "manifest", "group_name", "engine")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    version: _sample_pb2.WeightVersion
+    manifest: _weights_pb2.WeightManifest
+    group_name: str
+    engine: int
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., manifest: _Optional[_Union[_weights_pb2.WeightManifest, _Mapping]] = ..., group_name: _Optional[str] = ..., engine: _Optional[int] = ...) -> None: ...
+
+class StageUpdateResponse(_message.Message):
+    __slots__ = ("buckets",)
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    buckets: int
+    def __init__(self, buckets: _Optional[int] = ...) -> None: ...
 
 class BeginUpdateRequest(_message.Message):
     __slots__ = ("epoch", "version", "manifest", "group_name", "pause_mode", "engine")
@@ -99,6 +125,20 @@ class LoadBucketResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class LoadStagedRequest(_message.Message):
+    __slots__ = ("epoch", "version", "engine")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    version: _sample_pb2.WeightVersion
+    engine: int
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., engine: _Optional[int] = ...) -> None: ...
+
+class LoadStagedResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class CommitUpdateRequest(_message.Message):
     __slots__ = ("epoch", "version", "engine")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -110,14 +150,28 @@ class CommitUpdateRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class CommitUpdateResponse(_message.Message):
-    __slots__ = ("pause", "requests_continued", "requests_aborted")
+    __slots__ = ("pause", "requests_continued", "requests_aborted", "trace")
     PAUSE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_CONTINUED_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_ABORTED_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     pause: _duration_pb2.Duration
     requests_continued: int
     requests_aborted: int
-    def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., requests_continued: _Optional[int] = ..., requests_aborted: _Optional[int] = ...) -> None: ...
+    trace: UpdateTrace
+    def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., requests_continued: _Optional[int] = ..., requests_aborted: _Optional[int] = ..., trace: _Optional[_Union[UpdateTrace, _Mapping]] = ...) -> None: ...
+
+class UpdateTrace(_message.Message):
+    __slots__ = ("settle_s", "quiet_s", "load_s", "continue_s")
+    SETTLE_S_FIELD_NUMBER: _ClassVar[int]
+    QUIET_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    CONTINUE_S_FIELD_NUMBER: _ClassVar[int]
+    settle_s: float
+    quiet_s: float
+    load_s: float
+    continue_s: float
+    def __init__(self, settle_s: _Optional[float] = ..., quiet_s: _Optional[float] = ..., load_s: _Optional[float] = ..., continue_s: _Optional[float] = ...) -> None: ...
 
 class AbortUpdateRequest(_message.Message):
     __slots__ = ("epoch", "version", "reason", "engine")

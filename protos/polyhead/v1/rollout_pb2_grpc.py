@@ -45,6 +45,11 @@ class RolloutServiceStub:
                 request_serializer=polyhead_dot_v1_dot_rollout__pb2.LeaveWeightGroupRequest.SerializeToString,
                 response_deserializer=polyhead_dot_v1_dot_rollout__pb2.LeaveWeightGroupResponse.FromString,
                 _registered_method=True)
+        self.StageUpdate = channel.unary_unary(
+                '/polyhead.v1.RolloutService/StageUpdate',
+                request_serializer=polyhead_dot_v1_dot_rollout__pb2.StageUpdateRequest.SerializeToString,
+                response_deserializer=polyhead_dot_v1_dot_rollout__pb2.StageUpdateResponse.FromString,
+                _registered_method=True)
         self.BeginUpdate = channel.unary_unary(
                 '/polyhead.v1.RolloutService/BeginUpdate',
                 request_serializer=polyhead_dot_v1_dot_rollout__pb2.BeginUpdateRequest.SerializeToString,
@@ -54,6 +59,11 @@ class RolloutServiceStub:
                 '/polyhead.v1.RolloutService/LoadBucket',
                 request_serializer=polyhead_dot_v1_dot_rollout__pb2.LoadBucketRequest.SerializeToString,
                 response_deserializer=polyhead_dot_v1_dot_rollout__pb2.LoadBucketResponse.FromString,
+                _registered_method=True)
+        self.LoadStaged = channel.unary_unary(
+                '/polyhead.v1.RolloutService/LoadStaged',
+                request_serializer=polyhead_dot_v1_dot_rollout__pb2.LoadStagedRequest.SerializeToString,
+                response_deserializer=polyhead_dot_v1_dot_rollout__pb2.LoadStagedResponse.FromString,
                 _registered_method=True)
         self.CommitUpdate = channel.unary_unary(
                 '/polyhead.v1.RolloutService/CommitUpdate',
@@ -99,8 +109,17 @@ class RolloutServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StageUpdate(self, request, context):
+        """Where the engine takes weights ahead of a pause: checks the manifest, makes room and begins to receive as many
+        buckets as fit, which the trainer broadcasts as soon as it has the answer. Generation goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def BeginUpdate(self, request, context):
-        """Checks the manifest against the engine, holds back new requests, pauses, and waits until the engine is quiet.
+        """Checks the manifest against the engine, holds back new requests, pauses, and waits until the engine is quiet. What
+        was staged has arrived when it returns.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +127,14 @@ class RolloutServiceServicer:
 
     def LoadBucket(self, request, context):
         """Receives one bucket over the collective. Returns when the engine has loaded it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadStaged(self, request, context):
+        """In the place of every LoadBucket, after StageUpdate: loads what was staged, and the other buckets over the
+        collective as they come.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -160,6 +187,11 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     request_deserializer=polyhead_dot_v1_dot_rollout__pb2.LeaveWeightGroupRequest.FromString,
                     response_serializer=polyhead_dot_v1_dot_rollout__pb2.LeaveWeightGroupResponse.SerializeToString,
             ),
+            'StageUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.StageUpdate,
+                    request_deserializer=polyhead_dot_v1_dot_rollout__pb2.StageUpdateRequest.FromString,
+                    response_serializer=polyhead_dot_v1_dot_rollout__pb2.StageUpdateResponse.SerializeToString,
+            ),
             'BeginUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginUpdate,
                     request_deserializer=polyhead_dot_v1_dot_rollout__pb2.BeginUpdateRequest.FromString,
@@ -169,6 +201,11 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     servicer.LoadBucket,
                     request_deserializer=polyhead_dot_v1_dot_rollout__pb2.LoadBucketRequest.FromString,
                     response_serializer=polyhead_dot_v1_dot_rollout__pb2.LoadBucketResponse.SerializeToString,
+            ),
+            'LoadStaged': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadStaged,
+                    request_deserializer=polyhead_dot_v1_dot_rollout__pb2.LoadStagedRequest.FromString,
+                    response_serializer=polyhead_dot_v1_dot_rollout__pb2.LoadStagedResponse.SerializeToString,
             ),
             'CommitUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitUpdate,
@@ -262,6 +299,33 @@ class RolloutService:
             _registered_method=True)
 
     @staticmethod
+    def StageUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polyhead.v1.RolloutService/StageUpdate',
+            polyhead_dot_v1_dot_rollout__pb2.StageUpdateRequest.SerializeToString,
+            polyhead_dot_v1_dot_rollout__pb2.StageUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def BeginUpdate(request,
             target,
             options=(),
@@ -305,6 +369,33 @@ class RolloutService:
             '/polyhead.v1.RolloutService/LoadBucket',
             polyhead_dot_v1_dot_rollout__pb2.LoadBucketRequest.SerializeToString,
             polyhead_dot_v1_dot_rollout__pb2.LoadBucketResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadStaged(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polyhead.v1.RolloutService/LoadStaged',
+            polyhead_dot_v1_dot_rollout__pb2.LoadStagedRequest.SerializeToString,
+            polyhead_dot_v1_dot_rollout__pb2.LoadStagedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -271,6 +271,10 @@ class EngineConfig(Section):
     """Tokens between two chunks of a stream."""
     threads: Positive = 1
     """torch threads on a CPU."""
+    staging_mb: Annotated[int, Field(ge=0)] = 4096
+    """SGLang: memory of each rank where weights arrive ahead of the pause of a push, at least two buckets; on a GPU it
+    has to be left free by mem-fraction-static. With room for the whole model, a push pauses only for the copy from
+    there. 0: SGLang receives by its own means, within the pause."""
     start_timeout_s: Seconds = 300.0
 
     @field_validator("args")

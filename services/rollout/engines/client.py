@@ -18,6 +18,7 @@ from services.rollout.engines.messages import (
     RequestRefusedError,
     ServerInfo,
 )
+from services.rollout.engines.receiver import LOAD, START
 from services.rollout.engines.self_report import read_loads, read_server_info
 from services.rollout.engines.stream import ChunkReader, error_text, events
 
@@ -33,6 +34,8 @@ COLLECTIVE_SLACK_S = 5.0
 # Below the 5 s after which common servers close an idle connection, which would look like an engine that died.
 _KEEPALIVE_S = 2.0
 _JSON = {"Content-Type": "application/json"}
+# What SGLang takes for one rank's tensors, here none: an empty list, pickled, in base64.
+_NO_TENSORS = "gARdlC4="
 
 
 class KeyRefusedError(EngineUnavailableError):
@@ -48,6 +51,8 @@ class EngineClient:
 
     def __init__(self, url: str, admin_key: str = "", *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> None:
         self.url, self.admin_key = url, admin_key
+        self._sessions = True
+        """Whether the engine may have sessions of weight updates: asking one that has none costs time in each pause."""
         self._stream_timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s
         )
@@ -102,14 +107,17 @@ class EngineClient:
         """Among others `model_path` and `weight_version`."""
         return await self._get("/model_info")
 
-    async def pause(self, mode: PauseModeName) -> None:
+    async def pause(self, mode: PauseModeName, *, confirm: bool = True) -> None:
         """Stops generation and returns when no forward pass is running.
 
         Pausing in place only sets a flag in some engines; /server_info is answered between two passes, so it
-        confirms that the pass that was running has ended.
+        confirms that the pass that was running has ended. Without `confirm` the call returns earlier: for whoever
+        has the engine load received weights next, which waits in line behind the pause, and on the GPU behind the
+        pass. The confirmation takes several milliseconds of each pause.
         """
         await self._post("/pause_generation", {"mode": mode})
-        await self._get("/server_info")
+        if confirm:
+            await self._get("/server_info")
 
     async def resume(self) -> None:
         # SGLang would give its allocator's free memory back to the driver first, within the pause.
@@ -125,6 +133,10 @@ class EngineClient:
     async def flush(self) -> None:
         """Empties the prefix cache. Raises EngineRefusedError while requests run."""
         await self._post("/flush_cache", {})
+
+    async def freeze_gc(self) -> None:
+        """Takes what its processes hold at present out of their garbage collections."""
+        await self._post("/freeze_gc", {}, missing_ok=True)
 
     async def init_group(
         self,
@@ -154,11 +166,13 @@ class EngineClient:
 
     async def begin_update(self) -> None:
         """Opens a session of weight updates. Engines without sessions are fine."""
-        await self._post("/begin_weight_update", {}, missing_ok=True)
+        if self._sessions:
+            self._sessions = await self._post("/begin_weight_update", {}, missing_ok=True)
 
     async def end_update(self) -> None:
         """Closes the session; quantised weights are finalised here."""
-        await self._post("/end_weight_update", {}, missing_ok=True)
+        if self._sessions:
+            self._sessions = await self._post("/end_weight_update", {}, missing_ok=True)
 
     async def update_from_distributed(
         self,
@@ -184,6 +198,27 @@ class EngineClient:
         }
         await self._post("/update_weights_from_distributed", body, timeout_s + COLLECTIVE_SLACK_S)
 
+    async def start_receiver(self, ranks: int) -> None:
+        """Weights can arrive ahead of a pause from here on. The engine has no requests yet."""
+        await self.begin_update()
+        await self._call_loader(START, ranks, version=None, flush=False, timeout_s=CALL_TIMEOUT_S)
+        await self.end_update()
+
+    async def load_received(self, ranks: int, *, version: str, flush: bool, timeout_s: float) -> None:
+        """Brings what its receiver was told to receive into the model; what came of it, the receiver has to say."""
+        await self._call_loader(LOAD, ranks, version=version, flush=flush, timeout_s=timeout_s)
+
+    async def _call_loader(
+        self, loader: str, ranks: int, *, version: str | None, flush: bool, timeout_s: float
+    ) -> None:
+        body = {
+            "serialized_named_tensors": [_NO_TENSORS] * ranks,
+            "load_format": loader,
+            "flush_cache": flush,
+            "weight_version": version,
+        }
+        await self._post("/update_weights_from_tensor", body, timeout_s + COLLECTIVE_SLACK_S)
+
     async def update_from_disk(self, directory: str, *, version: str, flush: bool = False, timeout_s: float) -> None:
         body = {"model_path": directory, "weight_version": version, "flush_cache": flush}
         await self._post("/update_weights_from_disk", body, timeout_s)
@@ -207,7 +242,8 @@ class EngineClient:
 
     async def _post(
         self, path: str, body: Mapping[str, Any], timeout_s: float = CALL_TIMEOUT_S, *, missing_ok: bool = False
-    ) -> None:
+    ) -> bool:
+        """False for a route that is missing, where that is no error."""
         _check_open(self._session, path)
         try:
             async with self._session.post(
@@ -217,8 +253,10 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EngineUnavailableError(_transport(error), field=f"engine {path}") from error
         _check_key(response.status, path)
-        if response.status == 200 or (missing_ok and response.status == 404):
-            return
+        if response.status == 200:
+            return True
+        if missing_ok and response.status in (404, 405):
+            return False
         if response.status >= 500:
             raise EngineUnavailableError(f"HTTP {response.status}: {_refusal(content)}", field=f"engine {path}")
         touched = _object(content).get("weights_touched", True)

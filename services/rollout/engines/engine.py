@@ -8,6 +8,7 @@ from collections.abc import Callable
 from polyhead.v1 import buffer_pb2 as pb
 from services.rollout.engines.client import EngineClient
 from services.rollout.engines.messages import EngineLoad, EngineUnavailableError, ServerInfo
+from services.rollout.engines.receiver import EngineReceiver
 from services.rollout.fleet import EngineLife
 
 
@@ -20,6 +21,8 @@ class Engine:
         self.info: ServerInfo | None = None
         self.load: EngineLoad | None = None
         """As of the last look."""
+        self.receiver: EngineReceiver | None = None
+        """Where weights arrive ahead of a pause; None when it receives them by its own means."""
         self.pid: int | None = None
         """None for one that was started elsewhere."""
         self.died = False
@@ -58,16 +61,18 @@ class Engine:
         *,
         pid: int | None = None,
         kill: Callable[[], None] | None = None,
+        receiver: EngineReceiver | None = None,
     ) -> None:
         """A fresh engine answers; it still has to be given a version. `kill` ends it, if it is ours to end."""
         self._client, self.info, self.pid, self._kill = client, info, pid, kill
+        self.receiver = receiver
         self.life.engine_ready()
         self._turned()
 
     def detach(self, *, died: bool = False) -> None:
         self.died = died
         self._lost(self)
-        self._client = self.pid = self._kill = self.load = None
+        self._client = self.pid = self._kill = self.load = self.receiver = None
         self.paused = self.lagging = False
         self.life.engine_lost()
         self._turned()

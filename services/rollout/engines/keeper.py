@@ -51,7 +51,7 @@ class EngineKeeper:
             info = await process.ready(self._start_timeout_s)
             warn_of_inexact_versions(info)
             log.info("engine_ready", engine=self._engine.index, name=info.name, pid=process.pid)
-            self._engine.attach(process.client, info, pid=process.pid, kill=process.kill)
+            self._engine.attach(process.client, info, pid=process.pid, kill=process.kill, receiver=process.receiver)
             died = False
             try:
                 await self._watch(process)

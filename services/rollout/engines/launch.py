@@ -11,7 +11,14 @@ from typing import NamedTuple
 from services.common.config import Config
 from services.rollout.capacity import DEFAULT_SLOTS
 from services.rollout.engines.python_module import flags_of, module_command, secret_arguments
-from services.rollout.engines.sglang_launch import sglang_environment, sglang_flags, sglang_python, sglang_scratch
+from services.rollout.engines.receiver import DIRECTORY_VARIABLE, EngineReceiver
+from services.rollout.engines.sglang_launch import (
+    receives_ahead,
+    sglang_environment,
+    sglang_flags,
+    sglang_python,
+    sglang_scratch,
+)
 from services.rollout.engines.torch_engine.options import ADMIN_KEY_VARIABLE
 
 
@@ -23,6 +30,8 @@ class Launch(NamedTuple):
     """Added to this process's own."""
     scratch: Path | None = None
     """A directory of its own for what it leaves behind: to be removed when it has ended."""
+    receiver: EngineReceiver | None = None
+    """Where weights arrive ahead of a pause; None when the engine receives them by its own means."""
 
 
 # (port, admin key) -> what to start
@@ -36,6 +45,9 @@ def engine_command(config: Config, replica: int = 0, engine: int = 0) -> EngineC
     python, flags = sglang_python(config.rollout.engine), sglang_flags(config, replica, engine)
     environment = sglang_environment(config)
     scratch = sglang_scratch(config, replica, engine)
+    receiver = None
+    if scratch is not None and receives_ahead(config, replica, engine):
+        receiver = EngineReceiver(scratch, config.rollout.engine.gpus, config.rollout.engine.staging_mb << 20)
 
     def command(port: int, admin_key: str) -> Launch:
         # Without a key for everything, /server_info would show the admin key to anyone who asks.
@@ -43,10 +55,10 @@ def engine_command(config: Config, replica: int = 0, engine: int = 0) -> EngineC
         if scratch is not None:
             # What an engine that was killed has left goes first.
             shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            secrets = {**secrets, "TMPDIR": str(scratch)}
+            scratch.mkdir(parents=True, mode=0o700)  # whoever reaches its sockets gives it weights
+            secrets = {**secrets, "TMPDIR": str(scratch), DIRECTORY_VARIABLE: str(scratch)}
         launched = module_command(python, "sglang.launch_server", [*flags, "--port", str(port)])
-        return Launch(launched, {**environment, **secrets}, scratch)
+        return Launch(launched, {**environment, **secrets}, scratch, receiver)
 
     return command
 

@@ -15,6 +15,8 @@ from services.common.errors import ConfigError, PolyheadError, UnavailableError
 SGLANG_MINIMUM = (0, 5, 10)
 # From here on a request says which version each of its tokens is of.
 _SGLANG_EXACT = (0, 5, 23)
+# From here on the prefix cache can be flushed while requests wait; the scheduler of an older one ends instead.
+_SGLANG_FLUSHES = (0, 5, 23)
 
 log = structlog.get_logger()
 
@@ -110,6 +112,13 @@ class ServerInfo:
     model_path: str = ""
     stream_interval: int | None = None
     """Tokens between two events of a stream; None when it does not say."""
+    prefix_cache: bool = True
+    """Whether a prompt may find KV that an earlier request has left."""
+
+    @property
+    def flushes(self) -> bool:
+        """Whether its prefix cache can be emptied while retracted requests wait."""
+        return not _older_sglang(self, _SGLANG_FLUSHES)
 
 
 @dataclass(frozen=True, slots=True)

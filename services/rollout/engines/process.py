@@ -26,6 +26,7 @@ class EngineProcess:
         port, admin_key = free_port(), secrets.token_urlsafe(24)
         launch = command(port, admin_key)
         self._scratch = launch.scratch
+        self.receiver = launch.receiver
         self._child = ChildProcess(launch.command, launch.environment, log_path, [admin_key])
         self.client = EngineClient(f"http://127.0.0.1:{port}", admin_key)
         self.killed = False
@@ -58,6 +59,11 @@ class EngineProcess:
             await asyncio.sleep(_POLL_S)
         info = await self.client.server_info()
         check_version(info)
+        if self.receiver is not None:
+            await self.client.start_receiver(info.ranks)
+        # What it has imported, hundreds of thousands of objects, would be searched for garbage again and again: each
+        # time every stream and every call of a push stands still for up to half a second.
+        await self.client.freeze_gc()
         return info
 
     async def ended(self) -> None:

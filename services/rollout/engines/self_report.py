@@ -21,6 +21,7 @@ def read_server_info(info: Mapping[str, Any]) -> ServerInfo:
         kv_tokens=_count(info.get("max_total_num_tokens")),
         model_path=str(info.get("model_path") or ""),
         stream_interval=_count(info.get("stream_interval")),
+        prefix_cache=not info.get("disable_radix_cache"),
     )
 
 

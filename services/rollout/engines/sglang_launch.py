@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from services.common.config import Config
@@ -9,6 +10,7 @@ from services.common.config.models import EngineConfig
 from services.common.errors import ConfigError
 from services.rollout.capacity import DEFAULT_SLOTS
 from services.rollout.engines.python_module import flags_of, user_flags
+from services.rollout.engines.receiver import LOAD, PLUGIN_DIRECTORY, START
 
 _CHECKOUT = Path(__file__).parents[3]
 # A socket's name may have 107 characters, with "/tmp" and 8 random ones after this.
@@ -33,6 +35,7 @@ _OURS = {
     **dict.fromkeys(("host", "port", "api-key", "admin-api-key", "incremental-streaming-output", "config"), ""),
     # Engines are told their version with their weights, and are called over plain HTTP on this machine.
     "weight-version": "",
+    "custom-weight-loader": "rollout.engine.staging_mb",
     **dict.fromkeys(("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-keyfile-password", "enable-ssl-refresh"), ""),
 }
 
@@ -79,6 +82,8 @@ def sglang_flags(config: Config, replica: int, index: int) -> list[str]:
         options["base-gpu-id"] = engine.base_gpu + (replica * config.rollout.engines + index) * engine.gpus
     if slots is not None:
         options["max-running-requests"] = slots
+    if receives_ahead(config, replica, index):
+        options["custom-weight-loader"] = [START, LOAD]
     return flags_of(options | user_flags(engine.args, _OURS, "rollout.engine.args"))
 
 
@@ -88,13 +93,18 @@ def sglang_environment(config: Config) -> dict[str, str]:
     environment = {"HF_HUB_OFFLINE": "1"}
     if engine.device == "cpu":
         return environment | {
-            "PYTHONPATH": str(_CPU_SHIMS),
+            "PYTHONPATH": os.pathsep.join(map(str, (_CPU_SHIMS, PLUGIN_DIRECTORY))),
             "SGLANG_USE_CPU_ENGINE": "1",
             "OMP_NUM_THREADS": str(engine.threads),
         }
     # An in-place pause only sets a flag: with this, loading weights waits for the forward pass that is still running.
     # This service's own packages are none of SGLang's.
-    return environment | {"SGLANG_FORCE_COARSE_WAR_BARRIER": "1", "PYTHONPATH": ""}
+    return environment | {"SGLANG_FORCE_COARSE_WAR_BARRIER": "1", "PYTHONPATH": str(PLUGIN_DIRECTORY)}
+
+
+def receives_ahead(config: Config, replica: int, index: int) -> bool:
+    """Whether weights arrive at this engine ahead of the pause. They need a place for its sockets."""
+    return config.rollout.engine.staging_mb > 0 and sglang_scratch(config, replica, index) is not None
 
 
 def sglang_scratch(config: Config, replica: int, index: int) -> Path | None:

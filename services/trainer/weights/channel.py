@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,14 +16,15 @@ import structlog
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import rollout_pb2 as rpb
 from polyhead.v1 import rollout_pb2_grpc
+from polyhead.v1.sample_pb2 import WeightVersion
 from services.common import rpc
 from services.common.config.models import WeightsConfig
 from services.common.errors import FencedError, PolyheadError, UnavailableError, from_rpc_error
 from services.common.process import free_port
 from services.common.versions import Version
-from services.common.weight_group import WeightGroup
+from services.common.weight_group import WeightGroup, nccl_cumem, nccl_version
 from services.trainer.detached import in_thread
-from services.trainer.weights.snapshot import Snapshot
+from services.trainer.weights.snapshot import Snapshot, weights_device
 
 log = structlog.get_logger()
 
@@ -39,6 +41,20 @@ class Pushed:
     pause_s: float
     requests_continued: int
     requests_aborted: int
+    trace: Mapping[str, float]
+    """Seconds of each phase."""
+
+
+class Clock:
+    """How long each phase took, one after the other."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._at = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self._at = now - self._at, now
 
 
 class Channel:
@@ -57,6 +73,7 @@ class Channel:
         self._stub = rollout_pb2_grpc.RolloutServiceStub(self._grpc)
         self._group_name = f"polyhead-e{epoch}-{replica.replica_id}-{engine}-{uuid.uuid4().hex[:8]}"
         self._group: WeightGroup | None = None
+        self._stages = False
         self._collective: asyncio.Future[Any] | None = None
 
     @property
@@ -82,6 +99,8 @@ class Channel:
             world_size=world_size,
             rank_offset=1,
             engine=self._engine,
+            nccl_version=nccl_version(),
+            nccl_cumem=nccl_cumem(),
         )
 
         def join() -> WeightGroup:
@@ -93,10 +112,12 @@ class Channel:
                 world_size=world_size,
                 name=self._group_name,
                 timeout_s=self._config.timeout_s,
+                device=str(weights_device(self._config.backend)),
             )
 
         try:
-            self._group = await self._beside("JoinWeightGroup", request, join)
+            joined, self._group = await self._beside("JoinWeightGroup", request, join)
+            self._stages = joined.stages
         except BaseException:
             assert self._collective is not None
             self._collective.add_done_callback(_close_late)
@@ -104,7 +125,9 @@ class Channel:
 
     async def push(self, version: Version, snapshot: Snapshot) -> Pushed:
         """Sends every bucket and commits. Raises PolyheadError; the replica has been told to abort by then."""
+        assert self._group is not None, "join comes before push"
         wire_version = version.to_proto()
+        clock = Clock()
         begin = rpb.BeginUpdateRequest(
             epoch=self._epoch,
             version=wire_version,
@@ -114,13 +137,17 @@ class Channel:
             engine=self._engine,
         )
         try:
+            staged = await self._stage(wire_version, snapshot, clock) if self._stages else 0
             await self._call("BeginUpdate", begin)
-            for index, bucket in enumerate(snapshot.buckets):
-                load = rpb.LoadBucketRequest(epoch=self._epoch, version=wire_version, bucket=index, engine=self._engine)
-                assert self._group is not None, "join comes before push"
-                await self._beside("LoadBucket", load, partial(self._group.broadcast, bucket))
+            clock.lap("begin_s")
+            if self._stages:
+                await self._send_staged(wire_version, snapshot, staged)
+            else:
+                await self._send_buckets(wire_version, snapshot)
+            clock.lap("send_s")
             commit = rpb.CommitUpdateRequest(epoch=self._epoch, version=wire_version, engine=self._engine)
             done = await self._call("CommitUpdate", commit)
+            clock.lap("commit_s")
         except BaseException as error:
             abort = rpb.AbortUpdateRequest(
                 epoch=self._epoch, version=wire_version, reason=str(error), engine=self._engine
@@ -128,7 +155,39 @@ class Channel:
             await self._last_words("AbortUpdate", abort)
             await self._leave_group()
             raise
-        return Pushed(done.pause.ToNanoseconds() / 1e9, done.requests_continued, done.requests_aborted)
+        trace = clock.laps | {field.name: value for field, value in done.trace.ListFields()}
+        return Pushed(done.pause.ToNanoseconds() / 1e9, done.requests_continued, done.requests_aborted, trace)
+
+    async def _stage(self, version: WeightVersion, snapshot: Snapshot, clock: Clock) -> int:
+        """Sends what the engine takes ahead of its pause: how many buckets that is."""
+        assert self._group is not None
+        request = rpb.StageUpdateRequest(
+            epoch=self._epoch,
+            version=version,
+            manifest=snapshot.manifest,
+            group_name=self._group_name,
+            engine=self._engine,
+        )
+        buckets: int = (await self._call("StageUpdate", request)).buckets
+        clock.lap("prepare_s")
+        await self._collect(partial(self._group.broadcast, *snapshot.buckets[:buckets], after=snapshot.filled))
+        clock.lap("ahead_s")
+        return buckets
+
+    async def _send_staged(self, version: WeightVersion, snapshot: Snapshot, staged: int) -> None:
+        assert self._group is not None
+        request = rpb.LoadStagedRequest(epoch=self._epoch, version=version, engine=self._engine)
+        rest = snapshot.buckets[staged:]
+        if rest:
+            await self._beside("LoadStaged", request, partial(self._group.broadcast, *rest))
+        else:
+            await self._call("LoadStaged", request)
+
+    async def _send_buckets(self, version: WeightVersion, snapshot: Snapshot) -> None:
+        assert self._group is not None
+        for index, bucket in enumerate(snapshot.buckets):
+            load = rpb.LoadBucketRequest(epoch=self._epoch, version=version, bucket=index, engine=self._engine)
+            await self._beside("LoadBucket", load, partial(self._group.broadcast, bucket, after=snapshot.filled))
 
     async def status(self) -> pb.Replica:
         """What the replica says of itself and its engines. Raises PolyheadError."""
@@ -148,6 +207,7 @@ class Channel:
             if self._collective is not None and not self._collective.done():
                 # Closing it under a call that still runs in it would crash: the last one out closes it.
                 self._collective.add_done_callback(lambda _: group.close())
+                group.abort()
             else:
                 group.close()
         await self._grpc.close()
@@ -162,7 +222,7 @@ class Channel:
         except PolyheadError as error:
             log.info("replica_not_told", verb=verb, engine=self._name, reason=str(error))
 
-    async def _beside(self, verb: str, request: Any, blocking: Callable[[], T]) -> T:
+    async def _beside(self, verb: str, request: Any, blocking: Callable[[], T]) -> tuple[Any, T]:
         """The RPC and the blocking call of the collective at the same time; the first failure of either is raised.
 
         The collective cannot be interrupted: when the RPC fails, it is left behind until its own timeout.
@@ -173,12 +233,23 @@ class Channel:
             await asyncio.wait({call, collective}, return_when=asyncio.FIRST_EXCEPTION)
             if call.done():
                 call.result()
-            try:
-                return collective.result()
-            except RuntimeError as error:  # torch's DistError is one
-                raise UnavailableError(f"collective failed: {error}", field=self._name) from error
+            return call.result() if call.done() else None, self._result(collective)
         finally:
             call.cancel()
+
+    async def _collect(self, blocking: Callable[[], T]) -> T:
+        """A blocking call of the collective by itself, within the deadline of a call."""
+        self._collective = collective = in_thread(blocking)
+        done, _ = await asyncio.wait({collective}, timeout=self._config.timeout_s)
+        if not done:
+            raise UnavailableError(f"collective not done after {self._config.timeout_s:g} s", field=self._name)
+        return self._result(collective)
+
+    def _result(self, collective: asyncio.Future[T]) -> T:
+        try:
+            return collective.result()
+        except RuntimeError as error:  # torch's DistError is one
+            raise UnavailableError(f"collective failed: {error}", field=self._name) from error
 
     async def _call(self, verb: str, request: Any, timeout_s: float | None = None) -> Any:
         try:

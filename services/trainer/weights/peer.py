@@ -145,7 +145,7 @@ class Peer:
         return channel
 
     async def _push(self, channel: Channel, version: Version, snapshot: Snapshot) -> None:
-        started, error, pushed = time.monotonic(), "", Pushed(0.0, 0, 0)
+        started, error, pushed = time.monotonic(), "", Pushed(0.0, 0, 0, {})
         try:
             pushed = await channel.push(version, snapshot)
         except UnavailableError as failure:
@@ -165,6 +165,7 @@ class Peer:
                 "bytes": snapshot.manifest.num_bytes,
                 "requests_continued": pushed.requests_continued,
                 "requests_aborted": pushed.requests_aborted,
+                "phases": dict(pushed.trace),
                 "time": time.time(),
                 "ok": not error,
                 "error": error,

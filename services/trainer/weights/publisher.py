@@ -20,7 +20,7 @@ from services.common.config import Config
 from services.common.errors import UnavailableError
 from services.common.versions import Version
 from services.trainer.weights.peer import Peer, Record
-from services.trainer.weights.snapshot import MIB, Snapshot, build_manifest
+from services.trainer.weights.snapshot import MIB, Snapshot, build_manifest, weights_device
 
 log = structlog.get_logger()
 
@@ -88,8 +88,8 @@ class Publisher:
             self._target = None
         free = [snapshot for snapshot in self._snapshots if not snapshot.users]
         if not free:
-            device = torch.device("cuda" if self._config.backend == "nccl" else "cpu")
-            free = [Snapshot(build_manifest(weights, self._config.bucket_mb * MIB), device)]
+            manifest = build_manifest(weights, self._config.bucket_mb * MIB)
+            free = [Snapshot(manifest, weights_device(self._config.backend))]
             self._snapshots += free
         return free[0]
 

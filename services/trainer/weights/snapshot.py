@@ -12,6 +12,11 @@ from polyhead.v1 import weights_pb2
 MIB = 1 << 20
 
 
+def weights_device(backend: str) -> torch.device:
+    """Where the weights of a push have to be for a collective of this kind."""
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+
+
 def build_manifest(weights: Mapping[str, torch.Tensor], bucket_bytes: int) -> weights_pb2.WeightManifest:
     """Distributes tensors over buckets of at most `bucket_bytes`; a larger tensor gets one of its own.
 
@@ -45,17 +50,23 @@ class Snapshot:
         ]
         self.users = 0
         """Pushes that still read from it."""
-        self._views = {
+        self.filled: torch.cuda.Event | None = None
+        """On a GPU, when the last `fill` is done there: the wire has to wait for that, and for nothing else."""
+        self.views = {
             name: view
             for bucket, flat in zip(manifest.buckets, self.buckets, strict=True)
             for name, view in _views(bucket, flat)
         }
+        """Each tensor's place in the buckets."""
 
     def fill(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Copies the weights in. Nobody may be reading from the snapshot."""
         with torch.no_grad():
-            for name, view in self._views.items():
+            for name, view in self.views.items():
                 view.copy_(weights[name])
+        if self.buckets and self.buckets[0].is_cuda:
+            self.filled = torch.cuda.Event()
+            self.filled.record()
 
 
 def _views(bucket: weights_pb2.WeightBucket, flat: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

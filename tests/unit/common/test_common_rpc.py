@@ -187,3 +187,9 @@ async def test_unix_sockets_are_served(servicer: Servicer, tmp_path: Path) -> No
     async with rpc.channel(server.address) as channel:
         assert await call(channel) == reward_pb2.ScoreResponse()
     await server.stop(0)
+
+
+def test_grpc_knows_the_options():
+    """It ignores those that it does not know."""
+    library = Path(grpc._cython.cygrpc.__file__).read_bytes()
+    assert [name for name, _ in rpc._options(1) if name.encode() not in library] == []

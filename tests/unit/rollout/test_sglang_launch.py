@@ -15,6 +15,7 @@ from services.common.errors import ConfigError
 from services.rollout.engines import sglang_launch
 from services.rollout.engines.launch import engine_command
 from services.rollout.engines.python_module import module_command, secret_arguments
+from services.rollout.engines.receiver import LOAD, PLUGIN_DIRECTORY, START
 
 
 def configured(base: Config, **engine: Any) -> Config:
@@ -67,8 +68,21 @@ def test_a_gpu_gets_nothing_that_is_for_cpus(base_config: Config) -> None:
     assert flags["--device"] == "cuda"
     assert not {"--attention-backend", "--disable-overlap-schedule", "--max-total-tokens"} & flags.keys()
     assert launch.environment["SGLANG_FORCE_COARSE_WAR_BARRIER"] == "1"
-    assert launch.environment["PYTHONPATH"] == "", "this service's packages are none of SGLang's"
+    assert launch.environment["PYTHONPATH"] == str(PLUGIN_DIRECTORY), "this service's packages are none of SGLang's"
     assert "SGLANG_USE_CPU_ENGINE" not in launch.environment
+
+
+def test_weights_arrive_ahead_of_a_pause_where_there_is_memory_for_them(base_config: Config, tmp_path: Path) -> None:
+    config = configured(base_config, staging_mb=64)
+    config.run.dir = tmp_path
+    launch = engine_command(config)(1, "")
+    place = list(launch.command).index("--custom-weight-loader")
+    assert list(launch.command)[place + 1 : place + 3] == [START, LOAD]
+    assert launch.receiver is not None
+    assert launch.receiver.memory_bytes == 64 << 20
+    without = engine_command(configured(base_config, staging_mb=0))(1, "")
+    assert without.receiver is None
+    assert "--custom-weight-loader" not in without.command
 
 
 @pytest.mark.parametrize(("replica", "engine", "first"), [(0, 0, 4), (0, 2, 8), (1, 0, 10), (2, 1, 18)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -84,6 +85,25 @@ async def test_requests_continue_over_a_push_with_two_spans(make_rig, mode, kv):
     await until(lambda: rig.replica.stats.multi_span_samples == 4)
     assert rig.replica.stats.requests_aborted == 0
     assert rig.replica.stats.pushes == 1
+
+
+@pytest.mark.parametrize(
+    ("prefix_cache", "kv"), [(True, sample_pb2.KV_ORIGIN_CARRIED), (False, sample_pb2.KV_ORIGIN_FRESH)]
+)
+async def test_an_engine_that_would_die_of_a_flush_is_asked_for_none(make_rig, prefix_cache, kv):
+    """SGLang 0.5.16 ends when it is to flush while retracted requests wait: their prompts' KV is the old version's."""
+    rig = await make_rig()
+    rig.first.info = replace(rig.first.info, name="sglang/0.5.16", prefix_cache=prefix_cache)
+    held = await generating(rig)
+    await rig.begin(V1, mode="RETRACT")
+    await rig.load(V1, 0)
+    await rig.load(V1, 1)
+    await rig.commit(V1)
+    rig.engine.limit_tokens = None
+    await until(lambda: done(*held))
+    assert [spans_of(sample)[1] for sample in held] == [(V1, 4, 10, kv)] * 4
+    updates = [body for name, body in rig.engine.calls if name == "update_weights_from_distributed"]
+    assert not any(body["flush_cache"] for body in updates)
 
 
 async def test_requests_ended_by_a_push_are_resumed_from_the_record(make_rig):

@@ -1,0 +1,353 @@
+"""Where weights arrive inside SGLang: two functions for its --custom-weight-loader, and what they share.
+
+SGLang's own way of receiving a bucket copies each byte three times within the pause: into a concatenation of empty
+tensors, off the wire, into the model. Here the bytes arrive in *slots* that are allocated once. As many buckets as
+there are slots arrive while the engine decodes; only the copies into the model, and the wire of whatever did not fit,
+take place in the pause.
+
+`start` runs once in each scheduler process and opens a Unix socket there; the replica, which runs on this machine,
+drives the rest by it. `load` runs in the scheduler's loop, while the engine is paused. Only the standard library and
+torch may be imported: this is SGLang's environment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DIRECTORY_VARIABLE = "POLYHEAD_RECEIVER_DIR"
+# Left to SGLang for what it allocates itself while it runs.
+RESERVE_BYTES = 1 << 30
+_LINE_MAX = 64 << 20
+
+# Targets in the model, and where each one's bytes are.
+Copies = tuple[list[torch.Tensor], list[torch.Tensor]]
+
+
+def _weight_group() -> Any:
+    """The module that the trainer uses too, by its place: this environment does not have the package."""
+    path = Path(__file__).parents[3] / "common" / "weight_group.py"
+    spec = importlib.util.spec_from_file_location("polyhead_weight_group", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+weight_group = _weight_group()
+
+
+class Plan:
+    """One layout of buckets: the slots that they arrive in, and how they get from there into the model."""
+
+    def __init__(self, buckets: Sequence[Mapping[str, Any]], slots: Sequence[torch.Tensor]) -> None:
+        self.sizes = [bucket["num_bytes"] for bucket in buckets]
+        self._slots = slots
+        self._views = [_views(bucket["tensors"], self.target(index)) for index, bucket in enumerate(buckets)]
+        self._copies: list[Copies | None] = [None] * len(buckets)
+        self._addresses: tuple[int, ...] = ()
+
+    @property
+    def recorded(self) -> float:
+        """The share of buckets whose copies are known."""
+        return sum(copies is not None for copies in self._copies) / len(self._copies)
+
+    def target(self, bucket: int) -> torch.Tensor:
+        return self._slots[bucket % len(self._slots)][: self.sizes[bucket]]
+
+    def check(self, model: Any) -> None:
+        """Forgets the recorded copies if the model's parameters are not where they were."""
+        addresses = tuple(tensor.data_ptr() for tensor in _weights(model))
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._copies = [None] * len(self.sizes)
+
+    def load(self, model: Any, bucket: int) -> None:
+        """Copies an arrived bucket into the model. The copies that `load_weights` makes the first time are made again
+        later: it spends more time on names than the GPU on bytes.
+        """
+        copies = self._copies[bucket]
+        if copies is not None:
+            torch._foreach_copy_(*copies)
+            return
+        with _Recorder() as recorder:
+            model.load_weights(self._views[bucket])
+        self._copies[bucket] = recorder.copies(model, self.target(bucket))
+
+
+_HARMLESS = (torch.ops.aten.detach.default, torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes each copy; `pure` as long as there were only copies, views of what is copied, and paddings that stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._targets: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor] = []
+        self._pure = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self._targets.append(args[0])
+            self._sources.append(args[1])
+        elif not func.is_view and func not in _HARMLESS:
+            self._pure = False
+        return func(*args, **(kwargs or {}))
+
+    def copies(self, model: Any, slot: torch.Tensor) -> Copies | None:
+        """None when what happened was more than copies from the slot into the model."""
+        storages = {tensor.untyped_storage().data_ptr() for tensor in _weights(model)}
+        source = slot.untyped_storage().data_ptr()
+        into = all(target.untyped_storage().data_ptr() in storages for target in self._targets)
+        out_of = all(each.untyped_storage().data_ptr() == source for each in self._sources)
+        if not (self._pure and into and out_of and self._targets):
+            return None
+        return [each.detach() for each in self._targets], [each.detach() for each in self._sources]
+
+
+class Receiver:
+    """Of one tensor-parallel rank. Commands come one at a time, but `abort`; `load` comes from the scheduler."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._device = next(_weights(model)).device
+        self._group: Any = None
+        self._slots: list[torch.Tensor] = []
+        self._plan: Plan | None = None
+        self._known = ("", 0)
+        """Digest and memory of the plan."""
+        self._arrived: list[Any] = []
+        """For each bucket that was received ahead of the pause, the event of its arrival."""
+        self._marks: list[tuple[str, Any]] = []
+        self._load_cpu_s = 0.0
+        """What the last load took of the scheduler's time."""
+        self._watchers: list[socket.socket] = []
+        """Will be told how the next load went."""
+        self._one_command = threading.Lock()
+
+    def handle(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One command; an error is an answer too."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread
+        verb = request["verb"]
+        try:
+            if verb == "abort":
+                return self._abort()
+            with self._one_command:
+                commands: dict[str, Callable[..., dict[str, Any]]] = {
+                    "hello": self._hello,
+                    "join": self._join,
+                    "leave": self._leave,
+                    "prepare": self._prepare,
+                    "receive": self._receive,
+                    "timings": self._timings,
+                }
+                return commands[verb](**request.get("arguments", {}))
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def _hello(self) -> dict[str, Any]:
+        return {"nccl_version": weight_group.nccl_version(), "nccl_cumem": weight_group.nccl_cumem()}
+
+    def _join(self, rank_offset: int, **group: Any) -> dict[str, Any]:
+        self._leave()
+        rank = rank_offset + _rank()
+        self._group = weight_group.WeightGroup(rank=rank, device=str(self._device), **group)
+        return {}
+
+    def _leave(self) -> dict[str, Any]:
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
+        return {}
+
+    def _abort(self) -> dict[str, Any]:
+        """Frees whoever waits for bytes that will not come."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+        return {}
+
+    def _prepare(self, digest: str, buckets: Sequence[Mapping[str, Any]] | None, memory: int) -> dict[str, Any]:
+        """Makes ready for a layout, in slots of at most `memory` bytes in all but at least two: how many buckets will
+        be taken ahead of the pause. `buckets` may be left out for a layout that is known.
+        """
+        self._arrived, self._watchers = [], []
+        if self._plan is None or self._known != (digest, memory):
+            if buckets is None:
+                return {"unknown": True}
+            self._plan = None  # its slots are given up first
+            self._slots = self._allocate([bucket["num_bytes"] for bucket in buckets], memory)
+            self._plan, self._known = Plan(buckets, self._slots), (digest, memory)
+        return {"ahead": min(len(self._slots), len(self._plan.sizes))}
+
+    def _allocate(self, sizes: Sequence[int], memory: int) -> list[torch.Tensor]:
+        """Raises MemoryError when there is no room for as few as two slots."""
+        self._slots = []
+        largest = max(sizes)
+        # With a slot for each bucket, none need be larger than its bucket.
+        fitting = max(min(2, len(sizes)), memory // largest)
+        wanted = sizes if sum(sizes) <= memory else [largest] * min(len(sizes), fitting)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # nobody may still be reading from what is given back now
+            torch.cuda.empty_cache()
+            room = torch.cuda.mem_get_info(self._device)[0] - RESERVE_BYTES
+            if sum(wanted) > room:
+                wanted = [largest] * min(len(sizes), max(0, room) // largest)
+            if len(wanted) < min(2, len(sizes)):
+                raise MemoryError(f"two buckets of {largest} bytes have no room in {max(0, room)}")
+        return [torch.empty(size, dtype=torch.uint8, device=self._device) for size in wanted]
+
+    def _receive(self) -> dict[str, Any]:
+        """Returns when the buckets that fit have arrived. The engine may decode: nothing touches the model."""
+        assert self._plan is not None, "prepare comes first"
+        began = time.monotonic()
+        self._plan.check(self._model)
+        if self._marks and self._marks[-1][1] is not None:
+            self._group.stream.wait_event(self._marks[-1][1])  # until then the slots are being read
+        ahead = min(len(self._slots), len(self._plan.sizes))
+        arrived = [self._group.enqueue(self._plan.target(bucket)) for bucket in range(ahead)]
+        if arrived[-1] is not None:
+            arrived[-1].synchronize()
+        self._arrived = arrived
+        return {"seconds": time.monotonic() - began}
+
+    def watch(self, connection: socket.socket) -> None:
+        """The next load sends its outcome there, itself: the scheduler's loop spins while the engine is paused, and
+        each time that a thread of this process wants its turn costs that thread 5 ms.
+        """
+        self._watchers.append(connection)
+
+    def load(self) -> None:
+        """Brings every bucket into the model: those that have arrived, and the others as they arrive.
+
+        An error is for the watchers: raised here, it would end the engine.
+        """
+        began = time.monotonic()
+        try:
+            self._load()
+            error = ""
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        self._arrived = []
+        self._load_cpu_s = time.monotonic() - began
+        watchers, self._watchers = self._watchers, []
+        for connection in watchers:
+            with suppress(OSError):  # it has gone
+                connection.sendall(_line({"error": error}))
+
+    def _load(self) -> None:
+        plan, group, arrived = self._plan, self._group, list(self._arrived)
+        assert plan is not None, "nothing was prepared"
+        assert arrived, "nothing has arrived"
+        slots, buckets = len(self._slots), len(plan.sizes)
+        self._marks = [("begun", self._mark())]
+        if group is not None and group.stream is not None:
+            current = torch.cuda.current_stream()
+        for bucket in range(buckets):
+            if arrived[bucket] is not None:
+                current.wait_event(arrived[bucket])
+            plan.load(self._model, bucket)
+            loaded = self._mark()
+            self._marks.append((f"bucket {bucket}", loaded))
+            following = bucket + slots
+            if following < buckets:
+                # Its slot is free as soon as this bucket has left it.
+                if loaded is not None:
+                    group.stream.wait_event(loaded)
+                arrived.append(group.enqueue(plan.target(following)))
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _timings(self) -> dict[str, Any]:
+        """Of the last load: what the scheduler spent on it, and the GPU, from the end of the pass before it."""
+        seconds = {"load_cpu_s": self._load_cpu_s}
+        marks = [event for _, event in self._marks]
+        if marks and marks[-1] is not None:
+            marks[-1].synchronize()
+            seconds["load_gpu_s"] = marks[0].elapsed_time(marks[-1]) / 1e3
+        return seconds | {"recorded": self._plan.recorded if self._plan is not None else 0.0}
+
+
+_receiver: Receiver | None = None
+
+
+def start(model: Any, _tensors: object) -> None:
+    """A weight loader that loads nothing: the first call begins to listen."""
+    global _receiver
+    if _receiver is not None:
+        return
+    _receiver = Receiver(model)
+    path = Path(os.environ[DIRECTORY_VARIABLE]) / f"weights-{_rank()}.sock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen()
+    threading.Thread(target=_serve, args=(listener, _receiver), name="polyhead-receiver", daemon=True).start()
+
+
+def load(_model: Any, _tensors: object) -> None:
+    """A weight loader: everything that the replica has prepared."""
+    assert _receiver is not None, "start comes first"
+    _receiver.load()
+
+
+def _serve(listener: socket.socket, receiver: Receiver) -> None:
+    while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=_converse, args=(connection, receiver), daemon=True).start()
+
+
+def _converse(connection: socket.socket, receiver: Receiver) -> None:
+    """One JSON object a line, each answered by one; after "watch" comes another one, from the next load."""
+    with connection, connection.makefile("rb") as stream:
+        while line := stream.readline(_LINE_MAX):
+            request = json.loads(line)
+            if request["verb"] == "watch":
+                receiver.watch(connection)
+                connection.sendall(_line({}))
+            else:
+                connection.sendall(_line(receiver.handle(request)))
+
+
+def _line(answer: Mapping[str, Any]) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
+
+
+def _rank() -> int:
+    """Among the engine's own ranks."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _weights(model: Any) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _views(tensors: Sequence[Sequence[Any]], flat: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """`tensors`: name, dtype and shape of each, in the order of their bytes."""
+    views = []
+    start = 0
+    for name, dtype_name, shape in tensors:
+        dtype = getattr(torch, dtype_name)
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        views.append((name, flat[start:end].view(dtype).view(shape)))
+        start = end
+    return views
