@@ -50,7 +50,7 @@ def train(directory: Path, model: Path, prompts: Path, max_staleness: int, steps
         "trainer": {
             "device": "cuda",
             "max_tokens_per_gpu": 16384,
-            "optimizer": {"lr": 5e-6, "beta2": 0.98},
+            "optimizer": {"lr": 1e-5, "beta2": 0.98},
             "checkpoint": {"save_interval": 1000, "export_hf": False},
             "weights": {"backend": "nccl"},
         },
