@@ -878,7 +878,7 @@ async def test_nobody_waits_for_a_group_that_a_recovery_made_too_old(start: Star
     for step in (1, 2, 3):
         await driver.generate(4)
         await driver.score()
-        await driver.train(step)
+        await driver.train(step, trained=False)
         await driver.publish(step)
     await driver.fill()
     epoch, _ = await store.acquire_epoch()
