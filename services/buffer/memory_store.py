@@ -73,10 +73,14 @@ class MemoryStore(Store):
 
     async def open(self, params: RunParams) -> None:
         if self._state is None or not self._state.next_order:
-            self._state = self._state or MemoryState(params, self._clock_ms)
+            self._state = self._state or self._new_state(params)
         else:
             policy.check_same_run(self._state.params, params)
         self._state.params = params
+
+    def _new_state(self, params: RunParams) -> MemoryState:
+        first = policy.LEASES_PER_MS * self._clock_ms() if params.leases_from_clock else 0
+        return MemoryState(params, self._clock_ms, last_lease=first)
 
     async def close(self) -> None:
         """Nothing is held open."""

@@ -43,6 +43,9 @@ def for_memory(waiting: Waiting) -> Waiting:
 UNCOUNTED_LOSSES = 2
 """So many leases in a row may expire without a heartbeat: their answers may have been lost on the way."""
 
+LEASES_PER_MS = 16
+"""How fast ids of leases advance with the clock from one new run to the next: more than are granted in the long run."""
+
 KEPT_SUBMITS = 10_000
 """Submits whose request ids are remembered, the newest ones."""
 

@@ -39,6 +39,9 @@ class RunParams:
     dataset_digest: str
     seed: int
     """Of the shuffle; 0 when the rows keep their order."""
+    leases_from_clock: bool = False
+    """Lease ids of a new run begin at the store's clock: a worker that is late with a sample of a store that was lost
+    holds a lease that its successor never grants."""
 
 
 @dataclass(frozen=True, slots=True)

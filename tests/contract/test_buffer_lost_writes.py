@@ -19,7 +19,7 @@ from services.buffer.witness import Witness
 from services.cli import progress
 from services.common.errors import UnavailableError
 from tests.kit import valkey
-from tests.kit.buffer_driver import Driver, params
+from tests.kit.buffer_driver import Driver, outcomes, params, refs
 
 
 @pytest.fixture
@@ -150,3 +150,21 @@ def test_a_position_file_without_a_number_is_passed_over(server: valkey.Valkey, 
     witness.recall()
     witness.save()
     assert (tmp_path / "position").read_text() == "5\n"
+
+
+async def test_a_worker_of_a_store_that_was_emptied_finds_its_lease_lost(server: valkey.Valkey) -> None:
+    store = RedisStore(server.url, run_name="emptied")
+    try:
+        await store.open(params(leases_from_clock=True))
+        driver = Driver(store)
+        await driver.start()
+        late = driver.generated(await driver.generate_lease(2))
+        await store._scripts._redis.flushall()
+        await driver.start()
+        # The same samples are leased again, for whatever prompts come now.
+        now = await driver.generate_lease(2)
+        assert [ref for ref, _ in refs(now)] == [each.ref for each in late]
+        assert outcomes(await store.complete_generate(late)) == ["LEASE_LOST", "LEASE_LOST"]
+        assert outcomes(await store.complete_generate(driver.generated(now))) == ["OK", "OK"]
+    finally:
+        await store.close()
