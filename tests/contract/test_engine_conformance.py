@@ -16,7 +16,8 @@ from tests.kit.hf_reference import greedy, teacher_forced, teacher_forced_after_
 from tests.kit.tiny_model import EOS_ID, build_tokenizer
 
 # One worker for all that shares an engine.
-pytestmark = pytest.mark.xdist_group("engine")
+# The first test starts SGLang, beside the engines of the demo.
+pytestmark = [pytest.mark.xdist_group("engine"), pytest.mark.timeout(400)]
 
 LONG = 4000
 """Tokens that no test waits for: what runs so long is still running when the test acts."""

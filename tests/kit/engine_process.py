@@ -85,7 +85,7 @@ def _running(
 ) -> Iterator[EngineProcess]:
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_healthy(url, process, within_s=120)
+        wait_healthy(url, process, within_s=300)
         yield EngineProcess(kind, url, process, model_path, context_length)
     finally:
         process.terminate()

@@ -68,7 +68,8 @@ class Tally:
     crash matrix."""
 
     def strikes(self, victim: str) -> int:
-        return self.kills[victim] + self.freezes[victim] + self.stops[victim] + self.full_disks[victim]
+        """Kills and freezes."""
+        return self.kills[victim] + self.freezes[victim]
 
     def add(self, other: Tally) -> None:
         for name, counts in vars(other).items():

@@ -28,6 +28,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "clock": ("point",),
 }
 """What may happen to a victim: a kill at an armed point or at any time, SIGSTOP, SIGTERM, a full disk."""
+# Beside the kills and freezes that a campaign is to make.
+_EXTRA = ("stop", "full")
 
 
 class Strike(NamedTuple):
@@ -39,7 +41,7 @@ class Shares:
     """Gives out strikes, each victim's points hit least first."""
 
     def __init__(self, strikes: int, seed: int) -> None:
-        """`strikes` is of each victim that is a process."""
+        """`strikes` are the kills and freezes of each victim that is a process."""
         self._wanted = HITS if strikes >= WHOLE else 0
         self._left = Counter(dict.fromkeys(VICTIMS, strikes))
         self._left.update({other: HITS * len(points_of(other)) if self._wanted else strikes for other in OTHERS})
@@ -62,8 +64,8 @@ class Shares:
             if not self._open(victim):
                 return None
             must = self._missing(victim) >= self._left[victim]
-            self._left[victim] -= 1
             kind = "point" if must else self._rng.choice(KINDS.get(victim, (*_KINDS, "stop")))
+            self._left[victim] -= kind not in _EXTRA
             if kind != "point":
                 return Strike(kind)
             cost = {name: self._taken[name] + avoid[name] for name in points_of(victim)}
@@ -74,7 +76,7 @@ class Shares:
     def undo(self, victim: str, strike: Strike) -> None:
         """It was not carried out."""
         with self._lock:
-            self._left[victim] += 1
+            self._left[victim] += strike.kind not in _EXTRA
             if strike.point:
                 self._taken[strike.point] -= 1
 
