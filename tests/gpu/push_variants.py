@@ -13,7 +13,7 @@ from services.common.process import free_port
 from services.common.weight_group import WeightGroup
 
 if TYPE_CHECKING:
-    from tests.gpu.push import Bench
+    from tests.gpu.push_bench import Bench
 
 ALL = 1 << 20
 """MiB: room for any model here."""
