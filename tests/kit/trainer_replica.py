@@ -73,6 +73,8 @@ class Receiver:
 class FakeEngine:
     """`before` maps a verb to what happens at its start: raise, hang, die; `after`, to what becomes of its answer."""
 
+    member: ClassVar[type[Receiver]] = Receiver
+
     def __init__(self, index: int, directory: Path, ranks: int) -> None:
         self.index = index
         self.receivers: list[Receiver] = []
@@ -95,7 +97,7 @@ class FakeEngine:
 
     async def start(self) -> None:
         """Anew, after its processes were killed."""
-        self.receivers = [await asyncio.to_thread(Receiver.take) for _ in range(self._ranks)]
+        self.receivers = [await asyncio.to_thread(self.member.take) for _ in range(self._ranks)]
         self.state = pb.REPLICA_STATE_JOINING
 
     def kill(self) -> None:
