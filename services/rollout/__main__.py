@@ -53,7 +53,7 @@ async def serve(config: Config, process: Process) -> None:
 
 
 def _receivers(config: Config, replica: Replica, worker: Worker) -> list[WeightReceiver]:
-    layout = ModelLayout.of_directory(config.model.hf_checkpoint)
+    layout = ModelLayout.of_directory(config.model.hf_checkpoint, config.model.dtype)
     return [
         WeightReceiver(
             replica,

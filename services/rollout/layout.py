@@ -35,14 +35,16 @@ Shape = tuple[int, ...]
 class ModelLayout:
     """Parameter names and shapes. Empty when the directory holds no safetensors: then only the engine can tell."""
 
-    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, shapes: Mapping[str, Shape], dtype: str | None = None) -> None:
+        """`dtype`: the one that trainer and engine hold every parameter in; None: any will do."""
         self._shapes = dict(shapes)
+        self._dtype = dtype
         self._accepted: set[str] = set()
 
     @classmethod
-    def of_directory(cls, directory: Path) -> ModelLayout:
-        """Raises ConfigError for a broken file."""
-        return cls(_shapes_in(directory))
+    def of_directory(cls, directory: Path, dtype: str | None = None) -> ModelLayout:
+        """What is stored there may have another `dtype`. Raises ConfigError for a broken file."""
+        return cls(_shapes_in(directory), dtype)
 
     def check(self, manifest: weights_pb2.WeightManifest) -> None:
         """Raises InvalidArgumentError, naming the tensor, unless the manifest brings every parameter exactly once."""
@@ -54,8 +56,14 @@ class ModelLayout:
         for number, bucket in enumerate(manifest.buckets):
             _check_bucket(bucket, f"manifest.buckets[{number}]", sent)
         self._check_names(sent)
+        self._check_dtypes(manifest)
         if manifest.layout_digest:
             self._accepted.add(manifest.layout_digest)
+
+    def _check_dtypes(self, manifest: weights_pb2.WeightManifest) -> None:
+        for tensor in (tensor for bucket in manifest.buckets for tensor in bucket.tensors):
+            if self._dtype not in (None, tensor.dtype):
+                raise InvalidArgumentError(f"dtype {tensor.dtype}, the engine's is {self._dtype}", field=tensor.name)
 
     def check_directory(self, directory: Path) -> None:
         """Raises InvalidArgumentError unless the directory holds every parameter in safetensors."""

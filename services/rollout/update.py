@@ -78,6 +78,7 @@ class Update:
         # Retracted requests keep their salt: they would find the prompt's KV of the old version in the cache.
         self._flush = pause_mode == "retract" and engine.info is not None and engine.info.flushes
         self._paused_at = 0.0
+        """0 until the engine is told to pause."""
         self._trace = rollout_pb2.UpdateTrace()
         self._aborted_before = 0
         self._running_before = 0
@@ -239,7 +240,8 @@ class Update:
         if life.updating is not None:
             life.abort_update(torn=False)
         self._replica.pause(self._engine, paused=False)
-        await self._settle(self._end_session, self._continue)
+        if self._paused_at:
+            await self._settle(self._end_session, self._continue)
 
     async def _quarantine(self, give_back: Callable[[pb.ReleaseReason], int]) -> None:
         replica, engine = self._replica, self._engine

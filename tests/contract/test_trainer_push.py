@@ -27,6 +27,10 @@ def as_bytes(weights):
     return b"".join(tensor.numpy().tobytes() for tensor in weights.values())
 
 
+def refuse(reason):
+    raise UnavailableError(reason, field="engine receiver")
+
+
 class Push:
     """A publisher in epoch 1 of a buffer with no trainer loop around it."""
 
@@ -85,6 +89,26 @@ async def test_all_replicas_get_the_same_bytes_in_buckets(tmp_path):
     assert all(line["bytes"] == 1_600_000 and line["requests_continued"] == 3 for line in push.lines)
     assert all(line["engine"] == 0 for line in push.lines)
     assert all(engine.calls[-1] == "LeaveWeightGroup" for engine in push.rig.engines)
+
+
+async def test_an_engine_that_stages_gets_its_first_buckets_ahead_of_the_pause(tmp_path):
+    weights = make_weights(0)
+    async with pushing(tmp_path, 1) as push:
+        (engine,) = push.rig.engines
+        engine.stages = True
+        # Refused once, as when there is no room: nothing has begun, and it is tried again over a new group.
+        engine.before["StageUpdate"] = lambda: (engine.before.clear(), refuse("two buckets have no room"))
+        await push.offer(weights)
+        await asyncio.wait_for(push.publisher.wait_published(Version(1, 0)), 20.0)
+        await until(lambda: len(push.lines) == 2)
+    assert engine.received[Version(1, 0)] == as_bytes(weights)
+    refused, done = push.lines
+    assert "two buckets have no room" in refused["error"]
+    assert done["ok"]
+    assert {"prepare_s", "ahead_s", "begin_s", "send_s", "commit_s"} <= done["phases"].keys()
+    staged = ["JoinWeightGroup", "StageUpdate"]
+    failed = [*staged, "AbortUpdate", "LeaveWeightGroup"]
+    assert engine.calls == [*failed, *staged, "BeginUpdate", "LoadStaged", "CommitUpdate", "LeaveWeightGroup"]
 
 
 async def test_a_replica_that_joins_later_gets_the_present_version(tmp_path):

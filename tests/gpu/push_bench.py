@@ -14,15 +14,16 @@ import torch
 from services.trainer.weights.snapshot import MIB, Snapshot, build_manifest
 from tests.gpu.models import random_weights
 from tests.gpu.push_link import Link
-from tests.gpu.push_pause import Pauses, lost, pauses
+from tests.gpu.push_pause import Pauses, lost, pauses, went_on
 from tests.gpu.push_process import JsonProcess
 from tests.gpu.push_variants import Variant
 
 PROMPT = 32
 # Requests decode for so long before the first push.
 SETTLED_S = 1.0
-# Between a push and the window that it is compared with, and from there to the next push.
-APART_S = 0.2
+# About what a push takes of the time of the requests, and what is added for the first and the last.
+PUSH_S = 0.1
+MARGIN_S = 2.0
 
 FIELDS = (
     "model_params",
@@ -50,7 +51,7 @@ class Scene:
     name: str
     shape: dict[str, Any]
     length: int
-    """Tokens of each request: as many as last for ten pushes."""
+    """Tokens of each request: as many as last for 7 s."""
     engine: dict[str, Any]
     versions: bool = False
     """Whether the version of each token is found by teacher forcing too."""
@@ -80,9 +81,9 @@ class Bench:
         """Of the engine that loaded the exported directory."""
         self.requests = options.requests
 
-    def length(self, pushes: int) -> int:
-        """Tokens that last for so many pushes, and the time before the first."""
-        return self.scene.length * (pushes + 4) // 14
+    def length(self, pushes: int, apart_s: float) -> int:
+        """Tokens that last for so many pushes with their windows, and the time before the first."""
+        return round(self.scene.length * (pushes * (PUSH_S + 2 * apart_s) + MARGIN_S) / 7)
 
     @property
     def params(self) -> int:
@@ -114,36 +115,40 @@ class Bench:
         snapshot = self.snapshot(variant.bucket_mb)
         snapshot.fill(self.weights[0])
         await self.link.push(snapshot)  # repairs the engine too, if the variant before has failed
-        await self.start_requests(variant.name, self.length(variant.pushes), variant.every)
+        length = self.length(variant.pushes, variant.apart_s)
+        await self.start_requests(variant.name, length, variant.every)
         await asyncio.sleep(SETTLED_S)
         pushes = []
         for number in range(variant.pushes):
             # The engine's own weights come last.
             snapshot.fill(self.weights[(variant.pushes - 1 - number) % 2])
-            pushes.append(await self._push(snapshot))
+            pushes.append(await self._push(snapshot, variant.apart_s))
         requests = await self.finish_requests()
         await self.link.leave()
         equal = await self.link.checksum() == self.checksum
         return self._row(variant, requests, pushes, equal)
 
-    async def _push(self, snapshot: Snapshot) -> Push:
+    async def _push(self, snapshot: Snapshot, apart_s: float) -> Push:
         begin = time.monotonic()
         pushed = await self.link.push(snapshot)
         end = time.monotonic()
         trace = dict(pushed.trace) | {"pause_s": pushed.pause_s} | await self.link.timings()
-        await asyncio.sleep(APART_S)
+        await asyncio.sleep(apart_s)
         control = time.monotonic()
-        await asyncio.sleep(end - begin + APART_S)
+        await asyncio.sleep(end - begin + apart_s)
         return Push(begin, end, control, trace)
 
     def _row(self, variant: Variant, requests: list[dict[str, Any]], pushes: list[Push], equal: bool) -> dict[str, Any]:
         arrivals = [request["arrivals"] for request in requests]
+        length = self.length(variant.pushes, variant.apart_s)
         # Those at the end may have come too late, when requests had their last token.
-        pushes = [push for push in pushes if all(times and times[-1][0] > push.end + APART_S for times in arrivals)]
+        pushes = [push for push in pushes if all(times and times[-1][0] > push.control for times in arrivals)]
         assert pushes, "the requests ended before the first push did"
+        apart = all(went_on(arrivals, push.end, push.control) for push in pushes)
+        assert apart, "a pause reached into the window that it is to be compared with"
         seen = [pauses(arrivals, push.begin, push.end) for push in pushes]
         control = [pauses(arrivals, push.control, push.control + push.end - push.begin) for push in pushes]
-        aborted, missing = lost(requests, self.length(variant.pushes))
+        aborted, missing = lost(requests, length)
         phases = {
             name: statistics.median(push.trace.get(name, 0.0) for push in pushes) for name in sorted(pushes[-1].trace)
         }
@@ -179,7 +184,7 @@ class Bench:
                 "median_gap_s": round(seen[-1].median_gap_s, 5),
                 "tokens_at_a_time": variant.every,
                 "phases_s": {name: round(value, 5) for name, value in phases.items()},
-                "request_tokens": self.length(variant.pushes),
+                "request_tokens": length,
                 **self.options.host,
             },
         }

@@ -38,6 +38,11 @@ def pauses(requests: Sequence[Arrivals], begin: float, end: float) -> Pauses:
     return Pauses(statistics.median(found), max(found), len(found), statistics.median(medians))
 
 
+def went_on(requests: Sequence[Arrivals], end: float, by: float) -> bool:
+    """Whether each request had a token between the end of a push and a later time."""
+    return all(any(end < at <= by for at, _ in arrivals) for arrivals in requests)
+
+
 def lost(requests: Sequence[dict[str, Any]], length: int) -> tuple[int, int]:
     """Requests that did not end by their length, and tokens that did not come."""
     aborted = sum(request["end"] != "length" for request in requests)

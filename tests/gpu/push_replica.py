@@ -37,7 +37,7 @@ async def main(path: Path) -> None:
     receiver = WeightReceiver(
         replica,
         engine,
-        ModelLayout.of_directory(config.model.hf_checkpoint),
+        ModelLayout.of_directory(config.model.hf_checkpoint, config.model.dtype),
         lambda _: 0,
         timeout_s=config.trainer.weights.timeout_s,
         load_pause_mode="in_place",

@@ -13,7 +13,7 @@ from services.common.process import free_port
 from services.common.weight_group import WeightGroup
 
 if TYPE_CHECKING:
-    from tests.gpu.push import Bench
+    from tests.gpu.push_bench import Bench
 
 ALL = 1 << 20
 """MiB: room for any model here."""
@@ -32,6 +32,8 @@ class Variant:
     pushes: int = 5
     every: int = 1
     """Tokens of a request that the engine sends at a time."""
+    apart_s: float = 0.2
+    """Between a push and the window that it is compared with, and from there to the next push."""
 
     def scaled(self, num_bytes: int) -> Variant:
         if num_bytes > _FULL_BYTES / 4:
@@ -46,7 +48,8 @@ VARIANTS = (
     Variant("all ahead, four tokens at a time", 1024, ALL, pushes=10, every=4),
     Variant("2 of 2 GiB ahead", 2048, 4096, pushes=10),
     Variant("none ahead, 2 GiB", 2048, 0),
-    Variant("all ahead, retract", 1024, ALL, mode="retract", pushes=3),
+    # Prompts and what was generated are prefilled again, one request after the other.
+    Variant("all ahead, retract", 1024, ALL, mode="retract", pushes=2, apart_s=2.5),
 )
 VERSIONS, SLIME = "versions", "slime"
 STEPS = [*(variant.name for variant in VARIANTS[:-1]), VERSIONS, SLIME, VARIANTS[-1].name]
@@ -94,7 +97,7 @@ async def slime_sequence(bench: Bench) -> float:
         size += num_bytes
     seconds = []
     for label in ("slime-0", "slime-1"):  # the first one connects
-        await bench.start_requests(label, bench.length(10))
+        await bench.start_requests(label, bench.length(10, 0.2))
         await asyncio.sleep(0.5)
         began = time.monotonic()
         await link.client._post("/pause_generation", {"mode": "abort"})

@@ -14,7 +14,7 @@ from tests.gpu.models import random_weights
 from tests.gpu.push_variants import VARIANTS
 
 if TYPE_CHECKING:
-    from tests.gpu.push import Bench
+    from tests.gpu.push_bench import Bench
 
 PUSHES = 3
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,8 @@ class FakeEngine:
         """The answer to update_weights_from_distributed: a reason."""
         self.fail_update_touched: bool | None = None
         self.hang_update = False
+        self.on_load: Callable[[], None] = lambda: None
+        """What a custom weight loader does."""
         self.token_at_abort: int | None = None
         """Comes with the end of every request that is aborted: of the pass that was under way."""
         self.info: dict[str, Any] = {}
@@ -154,6 +156,9 @@ class FakeEngine:
                         answer["weights_touched"] = self.fail_update_touched
                     return web.json_response(answer, status=400)
                 self.version = body["weight_version"] or self.version
+            case "update_weights_from_tensor":
+                await asyncio.to_thread(self.on_load)
+                self.version = body["weight_version"]
             case "update_weights_from_disk":
                 if self.fail_update is not None:
                     return web.json_response({"success": False, "message": self.fail_update}, status=400)

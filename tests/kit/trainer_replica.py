@@ -73,6 +73,8 @@ class Receiver:
 class FakeEngine:
     """`before` maps a verb to what happens at its start: raise, hang, die; `after`, to what becomes of its answer."""
 
+    member: ClassVar[type[Receiver]] = Receiver
+
     def __init__(self, index: int, directory: Path, ranks: int) -> None:
         self.index = index
         self.receivers: list[Receiver] = []
@@ -85,6 +87,9 @@ class FakeEngine:
         self.calls: list[str] = []
         self.before: dict[str, Callable[[], Any]] = {}
         self.after: dict[str, Callable[[], Any]] = {}
+        self.stages = False
+        """Whether it takes its first bucket ahead of the pause."""
+        self._ahead: asyncio.Task[None] | None = None
         self._ranks = ranks
         self._path = directory / f"bucket-{index}"
         self._parts: list[bytes] = []
@@ -92,7 +97,7 @@ class FakeEngine:
 
     async def start(self) -> None:
         """Anew, after its processes were killed."""
-        self.receivers = [await asyncio.to_thread(Receiver.take) for _ in range(self._ranks)]
+        self.receivers = [await asyncio.to_thread(self.member.take) for _ in range(self._ranks)]
         self.state = pb.REPLICA_STATE_JOINING
 
     def kill(self) -> None:
@@ -129,7 +134,19 @@ class FakeEngine:
     def begin(self, request: rpb.BeginUpdateRequest) -> None:
         if self.state == pb.REPLICA_STATE_SERVING and Version.from_proto(request.version) <= self.version:
             raise PreconditionError(f"not newer than {self.version}, which is served", field="version")
+        if not self.stages:
+            self._manifest, self._parts = request.manifest, []
+
+    def stage(self, request: rpb.StageUpdateRequest) -> int:
         self._manifest, self._parts = request.manifest, []
+        self._ahead = asyncio.create_task(self.load(0))
+        return 1
+
+    async def load_staged(self) -> None:
+        assert self._ahead is not None
+        await self._ahead
+        for bucket in range(1, len(self._manifest.buckets)):
+            await self.load(bucket)
 
     async def load(self, bucket: int) -> None:
         size = self._manifest.buckets[bucket].num_bytes
@@ -229,13 +246,22 @@ class FakeReplica(rollout_pb2_grpc.RolloutServiceServicer):
     async def JoinWeightGroup(self, request: rpb.JoinWeightGroupRequest, context: Any) -> rpb.JoinWeightGroupResponse:
         engine = await self._enter("JoinWeightGroup", request)
         await engine.join(request)
-        return rpb.JoinWeightGroupResponse()
+        return rpb.JoinWeightGroupResponse(stages=engine.stages)
 
     async def LeaveWeightGroup(
         self, request: rpb.LeaveWeightGroupRequest, context: Any
     ) -> rpb.LeaveWeightGroupResponse:
         await self._enter("LeaveWeightGroup", request)
         return rpb.LeaveWeightGroupResponse()
+
+    async def StageUpdate(self, request: rpb.StageUpdateRequest, context: Any) -> rpb.StageUpdateResponse:
+        engine = await self._enter("StageUpdate", request)
+        return rpb.StageUpdateResponse(buckets=engine.stage(request))
+
+    async def LoadStaged(self, request: rpb.LoadStagedRequest, context: Any) -> rpb.LoadStagedResponse:
+        engine = await self._enter("LoadStaged", request)
+        await engine.load_staged()
+        return rpb.LoadStagedResponse()
 
     async def BeginUpdate(self, request: rpb.BeginUpdateRequest, context: Any) -> rpb.BeginUpdateResponse:
         engine = await self._enter("BeginUpdate", request)

@@ -1,7 +1,7 @@
 """The engine's end of a weight group as a process of its own: joins and receives as it is told on standard input.
 
-One JSON object a line in, one out: {"join": {...}} and {"receive": bytes, "to": path}. A weight group's name may exist
-once per process, so the two ends of a channel cannot share one.
+One JSON object a line in, one out: {"join": {...}}, {"receive": bytes, "to": path} and {"leave": true}. As rank 0 it
+sends what it keeps. A weight group's name may exist once per process, so two ends of a channel cannot share one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ def main() -> None:
                 if group is not None:
                     group.close()
                 group = WeightGroup(**command["join"])
+            elif "leave" in command:
+                if group is not None:
+                    group.close()
+                group = None
             else:
                 assert group is not None
-                flat = torch.empty(command["receive"], dtype=torch.uint8)
+                flat = torch.randint(256, [command["receive"]], dtype=torch.uint8)
                 group.broadcast(flat)
                 Path(command["to"]).write_bytes(flat.numpy().tobytes())
             print("{}", flush=True)

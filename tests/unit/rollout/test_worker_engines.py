@@ -229,7 +229,7 @@ async def test_requests_end_before_an_aborting_push_and_are_resumed(make_pair):
     held = await generating(rig)
     await rig.push(V1, mode="ABORT", engine=1)
     assert [body["mode"] for name, body in rig.engines[1].calls if name == "pause_generation"] == ["in_place"]
-    assert rig.replica.stats.requests_aborted == 2
+    await until(lambda: rig.replica.stats.requests_aborted == 2)
     await finished(rig, held)
 
 

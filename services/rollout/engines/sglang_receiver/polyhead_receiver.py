@@ -175,7 +175,7 @@ class Receiver:
         return {}
 
     def _abort(self) -> dict[str, Any]:
-        """Frees whoever waits for bytes that will not come."""
+        """Frees whoever waits for bytes that will not come; under gloo once the trainer's end is closed too."""
         group, self._group = self._group, None
         if group is not None:
             group.abort()
@@ -213,15 +213,20 @@ class Receiver:
 
     def _receive(self) -> dict[str, Any]:
         """Returns when the buckets that fit have arrived. The engine may decode: nothing touches the model."""
-        assert self._plan is not None, "prepare comes first"
+        plan, group = self._plan, self._group
+        assert plan is not None, "prepare comes first"
+        assert group is not None, "join comes first"
         began = time.monotonic()
-        self._plan.check(self._model)
+        plan.check(self._model)
         if self._marks and self._marks[-1][1] is not None:
-            self._group.stream.wait_event(self._marks[-1][1])  # until then the slots are being read
-        ahead = min(len(self._slots), len(self._plan.sizes))
-        arrived = [self._group.enqueue(self._plan.target(bucket)) for bucket in range(ahead)]
-        if arrived[-1] is not None:
-            arrived[-1].synchronize()
+            group.stream.wait_event(self._marks[-1][1])  # until then the slots are being read
+        try:
+            arrived = [group.enqueue(plan.target(bucket)) for bucket in range(min(len(self._slots), len(plan.sizes)))]
+            if arrived[-1] is not None:
+                arrived[-1].synchronize()
+        finally:
+            if group is not self._group:
+                group.close()  # given up meanwhile, and not to be closed under this call
         self._arrived = arrived
         return {"seconds": time.monotonic() - began}
 
@@ -317,7 +322,7 @@ def _serve(listener: socket.socket, receiver: Receiver) -> None:
 
 def _converse(connection: socket.socket, receiver: Receiver) -> None:
     """One JSON object a line, each answered by one; after "watch" comes another one, from the next load."""
-    with connection, connection.makefile("rb") as stream:
+    with suppress(OSError), connection, connection.makefile("rb") as stream:  # it may not wait for its answer
         while line := stream.readline(_LINE_MAX):
             request = json.loads(line)
             if request["verb"] == "watch":
