@@ -194,11 +194,11 @@ async def test_a_repeated_request_gets_all_its_turns(start: Start, store: Store)
 
 
 async def test_a_repeated_score_request_brings_its_payloads_and_new_time(start: Start, store: Store) -> None:
-    driver = await start(lease_ttl_ms=300)
+    driver = await start(lease_ttl_ms=900)
     await driver.generate(2)
     first = await store.lease_score("s", 2, payload=True, request_id="a")
     for _ in range(3):
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.35)
         assert await store.lease_score("s", 2, payload=True, request_id="a") == first
     await store.complete_score([Scored(ref, lease_id, float(ref.index), b"") for ref, lease_id in refs(first)])
     assert not (await store.lease_score("s", 2, payload=True, request_id="a")).groups

@@ -148,7 +148,8 @@ async def test_what_a_function_started_ends_with_its_process() -> None:
     async with running_pool(BY_ORDER) as pool:
         await pool.score([item("orphan")])
     left = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "61.25"]]
-    assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE] == []
+    _, alive = psutil.wait_procs([each for each in left if each.status() != psutil.STATUS_ZOMBIE], timeout=10)
+    assert alive == []
 
 
 async def test_close_leaves_no_process() -> None:
