@@ -17,7 +17,7 @@ from tests.kit.tiny_model import EOS_ID, build_tokenizer
 
 # One worker for all that shares an engine.
 # The first test starts SGLang, beside the engines of the demo.
-pytestmark = [pytest.mark.xdist_group("engine"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 LONG = 4000
 """Tokens that no test waits for: what runs so long is still running when the test acts."""
@@ -145,12 +145,14 @@ async def test_batch_stream_names_the_index(api: EngineApi) -> None:
 
 async def test_a_request_may_choose_its_stream_interval(api: EngineApi) -> None:
     params = {"temperature": 0, "max_new_tokens": 9, "ignore_eos": True}
-    for interval, counts in ((1, [1] * 9), (4, None)):
+    sizes = {}
+    for interval in (1, 4):
         events = [event async for event in api.stream([7, 9], **params, stream_interval=interval)]
-        sizes = [len(event["output_ids"]) for event in events if event["output_ids"]]
-        assert sum(sizes) == 9
-        assert max(sizes) == interval
-        assert counts is None or sizes == counts
+        sizes[interval] = [len(event["output_ids"]) for event in events if event["output_ids"]]
+        assert sum(sizes[interval]) == 9
+    # An HTTP server that is behind sends what has come together.
+    assert max(sizes[4]) >= 4
+    assert len(sizes[1]) > len(sizes[4])
 
 
 async def test_a_client_that_goes_away_frees_its_slots(api: EngineApi) -> None:

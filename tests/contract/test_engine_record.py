@@ -19,7 +19,7 @@ from tests.kit.record_rig import RecordRig, recording, versions
 
 # One worker for all that shares an engine.
 # The first test starts SGLang, beside the engines of the demo.
-pytestmark = [pytest.mark.xdist_group("engine"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 PROMPTS = [[5], [7, 9, 11], list(range(3, 40)), [20] * 32, list(range(60, 99)), [30, 31]]
 LONG = 3000
