@@ -28,6 +28,8 @@ WARM_UP = 4
 PAUSE_S = 0.01
 """Before a client that found nothing asks again."""
 LIMIT_S = 120.0
+STAGES = {"rollout": "generate", "reward": "score", "trainer": "train"}
+"""Of which each role leases: records to generate, 16 payloads to score, 64 payloads, a step's, to train."""
 
 _spawned = multiprocessing.get_context("spawn")
 
@@ -44,8 +46,8 @@ class _Shared:
 @dataclass(frozen=True)
 class Load:
     samples_per_s: float
-    leases_ms: list[float]
-    """Of each lease that was granted something, all stages."""
+    leases_ms: dict[str, list[float]]
+    """Of each lease that was granted something, by stage."""
     cpu_ms: dict[str, float]
     """Per sample: of the three clients together, and of each process that was watched."""
 
@@ -80,7 +82,10 @@ def run(open_side: Callable[[], Side], steps: int, watched: dict[str, int], rate
             each.kill()
     began, ended, *watched_s = found["trainer"]["result"]
     samples = steps * STEP_SAMPLES
-    leases = [1e3 * took for each in found.values() for at, took in each["leases"] if began <= at <= ended]
+    leases = {
+        STAGES[name]: [1e3 * took for at, took in each["leases"] if began <= at <= ended]
+        for name, each in found.items()
+    }
     clients_s = sum(each["cpu_s"] for each in found.values()) * steps / (steps + WARM_UP)
     cpu_s = {"clients": clients_s} | dict(zip(watched, watched_s, strict=True))
     return Load(samples / (ended - began), leases, {name: round(1e3 * s / samples, 3) for name, s in cpu_s.items()})
