@@ -8,7 +8,7 @@ from typing import Literal
 from services.common.errors import ConfigError
 
 # How the log of a server ends that found no room for its file: it keeps no promise that is not on disk.
-NO_ROOM = ("AOF write error", "No space left on device", "Disk quota exceeded", "File too large")
+NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
 # sun_path holds 108 bytes, the last one a zero.
 _SOCKET_PATH_BYTES = 107
 

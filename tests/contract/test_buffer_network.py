@@ -21,8 +21,8 @@ from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import UnavailableError
 from services.common.versions import Version
-from tests.contract.test_buffer_service import GENERATE, SCORE, TRAIN, completed, config, scored, serving  # noqa: F401
 from tests.kit import valkey
+from tests.kit.buffer_face import GENERATE, SCORE, TRAIN, completed, scored, service_config, serving
 from tests.kit.faults.links import FAULTS
 from tests.kit.faults.proxy import Proxy
 
@@ -32,6 +32,11 @@ LEASE_S = 1.0
 STEPS = 3
 # A connection on which nothing arrives any more is given up within 30 s: then a call gets through.
 PATIENCE_S = 45.0
+
+
+@pytest.fixture(name="config")
+def _config(tmp_path: Path) -> Config:
+    return service_config(tmp_path)
 
 
 @dataclass
@@ -98,7 +103,7 @@ async def proxied(upstream: str) -> AsyncIterator[Proxy]:
 
 
 async def strike(server: valkey.Valkey, base: Config, between: str, fault: str) -> None:
-    config = base.model_copy(deep=True)  # noqa: F811
+    config = base.model_copy(deep=True)
     config.run.name = f"{between}-{fault}"
     async with (
         proxied(str(server.socket_path)) as to_store,
@@ -130,7 +135,7 @@ async def strike(server: valkey.Valkey, base: Config, between: str, fault: str) 
 
 
 @pytest.mark.timeout(120)
-async def test_nothing_is_lost_or_doubled_whatever_the_network_does(config: Config, tmp_path: Path) -> None:  # noqa: F811
+async def test_nothing_is_lost_or_doubled_whatever_the_network_does(config: Config, tmp_path: Path) -> None:
     """Rows 20 to 24 of the crash matrix. All at once: most of the time is waiting."""
     config.buffer.lease_ttl_s = LEASE_S
     unheard: list[str] = []
@@ -146,7 +151,7 @@ async def test_nothing_is_lost_or_doubled_whatever_the_network_does(config: Conf
     assert not unheard
 
 
-async def test_a_call_through_a_dead_network_ends_with_its_deadline(config: Config) -> None:  # noqa: F811
+async def test_a_call_through_a_dead_network_ends_with_its_deadline(config: Config) -> None:
     """Nobody hangs up: an answer that never comes is an error that says so, and leaves no task behind."""
     with valkey.running() as server:
         async with (
@@ -162,7 +167,7 @@ async def test_a_call_through_a_dead_network_ends_with_its_deadline(config: Conf
             assert len(asyncio.all_tasks()) == before
 
 
-async def test_calls_go_on_while_one_of_several_buffers_is_up(config: Config) -> None:  # noqa: F811
+async def test_calls_go_on_while_one_of_several_buffers_is_up(config: Config) -> None:
     with valkey.running() as server:
         async with (
             serving(server.url, config) as one,
@@ -179,7 +184,7 @@ async def test_calls_go_on_while_one_of_several_buffers_is_up(config: Config) ->
 
 
 async def test_a_store_without_room_on_its_disk_keeps_what_it_acknowledged(
-    config: Config,  # noqa: F811
+    config: Config,
 ) -> None:
     """With `appendfsync always` the server ends in the middle of a command; calls wait until it is there again."""
     with valkey.running(appendfsync="always") as server:

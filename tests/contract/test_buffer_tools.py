@@ -16,8 +16,8 @@ from services.common.buffer_client import BufferClient
 from services.common.config import Config, dump, load
 from services.common.errors import InvalidArgumentError, LimitError, PreconditionError
 from services.common.versions import Version
-from tests.contract.test_buffer_service import completed, scored, serving
 from tests.kit import valkey
+from tests.kit.buffer_face import completed, scored, serving
 
 GENERATE, SCORE = sample_pb2.STAGE_GENERATE, sample_pb2.STAGE_SCORE
 FIRST = Version(1, 0)

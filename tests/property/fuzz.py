@@ -75,6 +75,7 @@ class Fuzz:
         self._address = address
         self._store = redis.Redis.from_url(server.url)
         options = [("grpc.max_send_message_length", 2 * MESSAGE_BYTES), ("grpc.max_receive_message_length", -1)]
+        # The buffer that this harness has started, on this machine.
         self._channel = grpc.insecure_channel(address, options=options)
         self._scene = Scene(self._channel, self._rng, GROUP_SIZE)
         self._mutator = Mutator(self._rng, sample_pb2.Sample)

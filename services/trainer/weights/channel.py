@@ -45,16 +45,16 @@ class Pushed:
     """Seconds of each phase."""
 
 
-class Clock:
+class Laps:
     """How long each phase took, one after the other."""
 
     def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
         self._at = time.monotonic()
 
-    def lap(self, name: str) -> None:
+    def end(self, name: str) -> None:
         now = time.monotonic()
-        self.laps[name], self._at = now - self._at, now
+        self.seconds[name], self._at = now - self._at, now
 
 
 class Channel:
@@ -127,7 +127,7 @@ class Channel:
         """Sends every bucket and commits. Raises PolyheadError; the replica has been told to abort by then."""
         assert self._group is not None, "join comes before push"
         wire_version = version.to_proto()
-        clock = Clock()
+        laps = Laps()
         begin = rpb.BeginUpdateRequest(
             epoch=self._epoch,
             version=wire_version,
@@ -137,17 +137,17 @@ class Channel:
             engine=self._engine,
         )
         try:
-            staged = await self._stage(wire_version, snapshot, clock) if self._stages else 0
+            staged = await self._stage(wire_version, snapshot, laps) if self._stages else 0
             await self._call("BeginUpdate", begin)
-            clock.lap("begin_s")
+            laps.end("begin_s")
             if self._stages:
                 await self._send_staged(wire_version, snapshot, staged)
             else:
                 await self._send_buckets(wire_version, snapshot)
-            clock.lap("send_s")
+            laps.end("send_s")
             commit = rpb.CommitUpdateRequest(epoch=self._epoch, version=wire_version, engine=self._engine)
             done = await self._call("CommitUpdate", commit)
-            clock.lap("commit_s")
+            laps.end("commit_s")
         except BaseException as error:
             abort = rpb.AbortUpdateRequest(
                 epoch=self._epoch, version=wire_version, reason=str(error), engine=self._engine
@@ -155,10 +155,10 @@ class Channel:
             await self._last_words("AbortUpdate", abort)
             await self._leave_group()
             raise
-        trace = clock.laps | {field.name: value for field, value in done.trace.ListFields()}
+        trace = laps.seconds | {field.name: value for field, value in done.trace.ListFields()}
         return Pushed(done.pause.ToNanoseconds() / 1e9, done.requests_continued, done.requests_aborted, trace)
 
-    async def _stage(self, version: WeightVersion, snapshot: Snapshot, clock: Clock) -> int:
+    async def _stage(self, version: WeightVersion, snapshot: Snapshot, laps: Laps) -> int:
         """Sends what the engine takes ahead of its pause: how many buckets that is."""
         assert self._group is not None
         request = rpb.StageUpdateRequest(
@@ -169,9 +169,9 @@ class Channel:
             engine=self._engine,
         )
         buckets: int = (await self._call("StageUpdate", request)).buckets
-        clock.lap("prepare_s")
+        laps.end("prepare_s")
         await self._collect(partial(self._group.broadcast, *snapshot.buckets[:buckets], after=snapshot.filled))
-        clock.lap("ahead_s")
+        laps.end("ahead_s")
         return buckets
 
     async def _send_staged(self, version: WeightVersion, snapshot: Snapshot, staged: int) -> None:

@@ -52,17 +52,16 @@ class Snapshot:
         """Pushes that still read from it."""
         self.filled: torch.cuda.Event | None = None
         """On a GPU, when the last `fill` is done there: the wire has to wait for that, and for nothing else."""
-        self.views = {
+        self._views = {
             name: view
             for bucket, flat in zip(manifest.buckets, self.buckets, strict=True)
             for name, view in _views(bucket, flat)
         }
-        """Each tensor's place in the buckets."""
 
     def fill(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Copies the weights in. Nobody may be reading from the snapshot."""
         with torch.no_grad():
-            for name, view in self.views.items():
+            for name, view in self._views.items():
                 view.copy_(weights[name])
         if self.buckets and self.buckets[0].is_cuda:
             self.filled = torch.cuda.Event()
