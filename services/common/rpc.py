@@ -88,7 +88,7 @@ def _typed(handler: Any, method: str) -> Any:
             check_parts(data, descriptor, "request")
             return parse(data)
         except LimitError as error:
-            return _Refused(error)
+            return _Refused(error.with_traceback(None))
         except DecodeError as error:
             return _Refused(InvalidArgumentError(f"cannot be parsed: {error}", field="request"))
 
@@ -98,13 +98,16 @@ def _typed(handler: Any, method: str) -> Any:
                 raise request.error
             return await inner(request, context)
         except PolyheadError as error:
-            details, metadata = to_status(error)
-            await context.abort(error.code, details, metadata)
+            code, (details, metadata) = error.code, to_status(error)
         except (grpc.aio.AbortError, grpc.aio.AioRpcError):
             raise
         except Exception:  # a fault of ours: told here with its trace, and answered by gRPC as UNKNOWN
             log.exception("rpc_failed", method=method)
             raise
+        # What aborts the call stands in a cycle with this frame: the request, which may be large, would last until the
+        # next collection of cycles, and so would those frames that the error knows.
+        request = None
+        await context.abort(code, details, metadata)
 
     return grpc.unary_unary_rpc_method_handler(behaviour, deserialize, serializer(handler.response_serializer))
 
