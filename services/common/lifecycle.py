@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
+import uvloop
 
 from services.common.config import Config, load
 from services.common.errors import PolyheadError
@@ -53,7 +54,7 @@ def run_service(role: str, serve: Serve) -> int:
         configure_logging(role, arguments.index)
         _set_title(role, arguments.index)
         keep_freed_memory()
-        return asyncio.run(_serve(role, arguments.index, config, serve)) or 0
+        return uvloop.run(_serve(role, arguments.index, config, serve)) or 0
     except PolyheadError as error:
         log.error("ended", error=type(error).__name__, reason=str(error))
         print(f"polyhead {role}: {error}", file=sys.stderr)

@@ -107,7 +107,7 @@ def _typed(handler: Any, method: str) -> Any:
         # What aborts the call stands in a cycle with this frame: the request, which may be large, would last until the
         # next collection of cycles, and so would those frames that the error knows.
         request = None
-        await context.abort(code, details, metadata)
+        return await context.abort(code, details, metadata)
 
     return grpc.unary_unary_rpc_method_handler(behaviour, deserialize, serializer(handler.response_serializer))
 

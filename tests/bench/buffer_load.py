@@ -8,7 +8,7 @@ import os
 import queue
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import stamina.instrumentation
+import uvloop
 
 from services.common.process import keep_freed_memory
 from services.common.versions import Version
@@ -109,28 +110,38 @@ def _run_role(
         finally:
             await side.close()
 
-    asyncio.run(live())
+    uvloop.run(live())
 
 
 async def _rollout(side: Side, shared: _Shared, rate: float) -> None:
-    while not shared.epoch.value:
-        await asyncio.sleep(PAUSE_S)
     due = time.monotonic()
-    while not shared.stop.is_set():
+
+    async def generate() -> int:
+        nonlocal due
         moved = await side.generate(Version(shared.epoch.value, shared.step.value))
-        if not moved:
-            await asyncio.sleep(PAUSE_S)
-        elif rate:
+        if rate and moved:
             due = max(due + moved / rate, time.monotonic() - BATCH / rate)
             await asyncio.sleep(max(0.0, due - time.monotonic()))
+        return moved
+
+    await _overlapping(generate, shared)
 
 
 async def _reward(side: Side, shared: _Shared) -> None:
-    while not shared.epoch.value:
-        await asyncio.sleep(PAUSE_S)
-    while not shared.stop.is_set():
-        if not await side.score():
+    await _overlapping(side.score, shared)
+
+
+async def _overlapping(verb: Callable[[], Awaitable[int]], shared: _Shared) -> None:
+    """Two of a client's calls overlap, as the services lease what comes next while they complete what they have."""
+
+    async def repeat() -> None:
+        while not shared.epoch.value:
             await asyncio.sleep(PAUSE_S)
+        while not shared.stop.is_set():
+            if not await verb():
+                await asyncio.sleep(PAUSE_S)
+
+    await asyncio.gather(repeat(), repeat())
 
 
 async def _trainer(side: Side, shared: _Shared, steps: int, watched: list[int]) -> list[float]:

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from services.common.process import free_port
 from tests.bench.buffer_flow import GROUP_SIZE, GROUPS, MAX_STALENESS
 from tests.kit.valkey import Valkey, running
 
@@ -44,7 +43,7 @@ class Scene:
     def __init__(self, server: Valkey, directory: Path, max_staleness: int, max_memory_mb: int) -> None:
         self.server = server
         self.directory = directory
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"unix:{directory}/buffer.sock"
         (directory / "data.jsonl").write_text("".join(json.dumps({"input": f"{n} + 1 ="}) + "\n" for n in range(100)))
         self._config = directory / "run.toml"
         self._config.write_text(
@@ -75,10 +74,10 @@ class Scene:
 
     def wait_until_up(self) -> None:
         """Raises TimeoutError."""
-        host, _, port = self.address.rpartition(":")
         deadline = time.monotonic() + _START_LIMIT_S
         while time.monotonic() < deadline:
-            with suppress(OSError), socket.create_connection((host, int(port))):
+            with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(self.address.removeprefix("unix:"))
                 return
             time.sleep(0.01)
         raise TimeoutError("the buffer does not listen")
