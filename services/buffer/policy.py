@@ -31,6 +31,9 @@ REASONS = {
 }
 """Why nothing could be leased, by code. The figures are those of `Waiting`."""
 
+VERSION_REFUSED = frozenset({"below", "abandoned"})
+"""The reasons that only another weight version ends."""
+
 
 def for_memory(waiting: Waiting) -> Waiting:
     """The reason of a batch that lacks groups while none is admitted: memory, counted in groups."""

@@ -76,7 +76,7 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
             with self._wakeups.queue(request.stage, kind) as ticket:
                 lease = await self._lease_unless_cancelled(request)
                 left_s = until - clock()
-                if lease.groups or left_s <= 0 or not await ticket.wait(left_s):
+                if lease.groups or left_s <= 0 or _is_in_vain(lease) or not await ticket.wait(left_s):
                     return self._lease_response(request, lease)
 
     async def _lease_unless_cancelled(self, request: pb.LeaseRequest) -> records.Lease:
@@ -321,6 +321,11 @@ class BufferService(buffer_pb2_grpc.BufferServiceServicer):
             self._wakeups.wake(sample_pb2.STAGE_TRAIN)
         if closed_groups:
             self._wakeups.wake(sample_pb2.STAGE_GENERATE)
+
+
+def _is_in_vain(lease: records.Lease) -> bool:
+    """Whether nothing that may arrive changes the answer: the caller has to come with another weight version."""
+    return lease.waiting is not None and lease.waiting.code in policy.VERSION_REFUSED
 
 
 def _count(groups: Sequence[LeasedGroup]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import LimitError, PolyheadError, UnavailableError
+from services.common.payloads import fetch_payloads
 from services.reward.items import item_of_group, item_of_sample
 from services.reward.jobs import FailureKind, Job, Result
 from services.reward.outbox import RETRY_S, Outbox
@@ -45,6 +46,7 @@ class Puller:
         self._replica_id = replica_id
         self._stats = stats
         self._max_inflight = config.reward.max_inflight
+        self._limits = limits
         self._samples_per_rpc = limits.samples_per_rpc
         self._gather_s = GATHER_S if config.staleness.max_staleness else SYNC_GATHER_S
         self._lease_ttl_s = config.buffer.lease_ttl_s
@@ -83,16 +85,14 @@ class Puller:
             begun = loop.time()
             try:
                 response = await self._buffer.lease(
-                    sample_pb2.STAGE_SCORE, self._replica_id, max_samples=room, wait_s=POLL_S
+                    sample_pb2.STAGE_SCORE, self._replica_id, max_samples=room, wait_s=POLL_S, include_payload=False
                 )
             except (UnavailableError, LimitError) as error:
                 log.warning("lease_failing", reason=str(error))
                 await asyncio.sleep(RETRY_S)
                 continue
             self._lease_ttl_s = response.lease_ttl.ToNanoseconds() / 1e9 or self._lease_ttl_s
-            for group in response.groups:
-                await self._complete_payloads(group)
-            taken = self._take(response)
+            taken = await self._take(response)
             if 0 < taken < room:
                 await asyncio.sleep(self._gather_s)
             elif not taken and loop.time() - begun < _SHORT_POLL_S:
@@ -105,40 +105,41 @@ class Puller:
             await self._settled.wait()
         return min(room, self._samples_per_rpc)
 
-    def _take(self, response: pb.LeaseResponse) -> int:
-        """Hands what was leased to the pool. Returns how many samples were leased."""
-        jobs: list[Job] = []
-        for group in response.groups:
-            if group.judge:
-                jobs += self._take_group(group)
-                continue
-            for leased in group.samples:
-                try:
-                    sample = sample_pb2.Sample.FromString(leased.sample)
-                except DecodeError as error:
-                    self._give_back(
-                        leased.sample_id, leased.lease_id, pb.RELEASE_REASON_FATAL, f"not a Sample: {error}"
-                    )
-                    continue
-                job = Job(item_of_sample(sample, group), partial(self._on_result, leased))
-                self._leased[leased.lease_id] = (leased.sample_id, job)
-                jobs.append(job)
-        self._pool.submit(jobs)
-        taken = sum(len(group.samples) for group in response.groups)
-        if taken:
-            self._has_leased.set()
-        return taken
+    async def _take(self, response: pb.LeaseResponse) -> int:
+        """Hands what was leased to the pool, as it is fetched. Returns how many samples were leased."""
+        group_of = {sample.lease_id: group for group in response.groups for sample in group.samples}
+        samples = [sample for group in response.groups for sample in group.samples]
+        try:
+            async for fetched in fetch_payloads(self._buffer, samples, self._limits):
+                alone = [sample for sample in fetched if not group_of[sample.lease_id].judge]
+                self._submit(job for sample in alone for job in self._take_sample(sample, group_of[sample.lease_id]))
+        except PolyheadError as error:
+            log.warning("fetch_failing", reason=str(error))
+            for sample in samples:
+                if not sample.sample and not group_of[sample.lease_id].judge:
+                    reason = f"it could not be fetched: {error}"
+                    self._give_back(sample.sample_id, sample.lease_id, pb.RELEASE_REASON_UNAVAILABLE, reason)
+            await asyncio.sleep(RETRY_S)
+        self._submit(job for group in response.groups if group.judge for job in self._take_group(group))
+        return len(samples)
 
-    async def _complete_payloads(self, group: pb.LeasedGroup) -> None:
-        """Fetches what a big group, leased whole, came without. On failure it stays without."""
-        for leased in group.samples:
-            if group.judge and not leased.sample:
-                try:
-                    response = await self._buffer.fetch([leased.sample_id])
-                except PolyheadError as error:
-                    log.warning("fetch_failing", sample_id=leased.sample_id, reason=str(error))
-                    return
-                leased.sample = response.samples[0].sample
+    def _submit(self, jobs: Iterable[Job]) -> None:
+        self._pool.submit(list(jobs))
+        if self._leased:
+            self._has_leased.set()
+
+    def _take_sample(self, leased: pb.LeasedSample, group: pb.LeasedGroup) -> list[Job]:
+        """The job of scoring a sample; none when it cannot be read."""
+        try:
+            if not leased.sample:
+                raise DecodeError("the buffer has no payload of it that fits into a message")
+            sample = sample_pb2.Sample.FromString(leased.sample)
+        except DecodeError as error:
+            self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_FATAL, f"not a Sample: {error}")
+            return []
+        job = Job(item_of_sample(sample, group), partial(self._on_result, leased))
+        self._leased[leased.lease_id] = (leased.sample_id, job)
+        return [job]
 
     def _take_group(self, group: pb.LeasedGroup) -> list[Job]:
         """The job of judging a group; none when that is settled at once."""

@@ -41,6 +41,7 @@ from tests.bench.buffer_recovery import measure_recovery
 from tests.bench.buffer_scene import Scene, scene
 from tests.bench.buffer_waiting import measure_waiting
 
+LEASE_WAIT_S = 0.25
 _TMPFS = Path("/dev/shm")
 
 
@@ -80,7 +81,9 @@ def _pair(place: Scene, steps: int, number: int) -> tuple[Load, Load]:
 
 def _through_grpc(place: Scene, steps: int, rate: float = 0.0) -> Load:
     watched = {"buffer": place.pid, "store": place.server.pid}
-    return buffer_load.run(partial(ThroughGrpc, place.address), steps, watched, rate)
+    # At a given rate it is asked what a lease takes, not how long the next sample is in coming.
+    side = partial(ThroughGrpc, place.address, 0.0 if rate else LEASE_WAIT_S)
+    return buffer_load.run(side, steps, watched, rate)
 
 
 def _median_cpu(loads: list[Load]) -> dict[str, float]:

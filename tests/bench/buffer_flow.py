@@ -70,13 +70,16 @@ class Side(ABC):
 
 def _pairs(items: Sequence[T]) -> Iterator[list[Sequence[T]]]:
     """Of calls' worth of them: two calls overlap."""
-    for first in range(0, len(items), 2 * BATCH):
-        yield [items[at : at + BATCH] for at in range(first, min(first + 2 * BATCH, len(items)), BATCH)]
+    for first in range(0, len(items), 4 * BATCH):
+        yield [items[at : at + BATCH] for at in range(first, min(first + 4 * BATCH, len(items)), BATCH)]
 
 
 class ThroughGrpc(Side):
-    def __init__(self, address: str) -> None:
+    """`wait_s`: how long a lease that finds nothing waits in the buffer."""
+
+    def __init__(self, address: str, wait_s: float) -> None:
         super().__init__()
+        self._wait_s = wait_s
         self._client = BufferClient(address)
 
     async def begin(self) -> Version:
@@ -89,7 +92,12 @@ class ThroughGrpc(Side):
     async def generate(self, version: Version) -> int:
         with self.timed() as granted:
             lease = await self._client.lease(
-                sample_pb2.STAGE_GENERATE, "r", max_samples=BATCH, weight_version=version, include_payload=False
+                sample_pb2.STAGE_GENERATE,
+                "r",
+                max_samples=BATCH,
+                weight_version=version,
+                include_payload=False,
+                wait_s=self._wait_s,
             )
             granted += lease.groups
         samples = [
@@ -107,24 +115,30 @@ class ThroughGrpc(Side):
 
     async def score(self) -> int:
         with self.timed() as granted:
-            lease = await self._client.lease(sample_pb2.STAGE_SCORE, "s", max_samples=BATCH)
+            lease = await self._client.lease(
+                sample_pb2.STAGE_SCORE, "s", max_samples=BATCH, wait_s=self._wait_s, include_payload=False
+            )
             granted += lease.groups
+        leased = [each for group in lease.groups for each in group.samples]
+        if not leased:
+            return 0
+        fetched = await self._client.fetch([each.sample_id for each in leased])
+        assert all(each.sample for each in fetched.samples)
         samples = [
             pb.CompletedSample(
                 sample_id=each.sample_id, lease_id=each.lease_id, score=sample_pb2.Score(reward=float(each.index % 2))
             )
-            for group in lease.groups
-            for each in group.samples
-            if each.sample
+            for each in leased
         ]
-        if samples:
-            await self._client.complete(sample_pb2.STAGE_SCORE, "s", samples)
+        await self._client.complete(sample_pb2.STAGE_SCORE, "s", samples)
         return len(samples)
 
     async def train(self, version: Version) -> int:
         epoch, step = version
         with self.timed() as granted:
-            lease = await self._client.lease(sample_pb2.STAGE_TRAIN, "t", epoch=epoch, step=step, include_payload=False)
+            lease = await self._client.lease(
+                sample_pb2.STAGE_TRAIN, "t", epoch=epoch, step=step, include_payload=False, wait_s=self._wait_s
+            )
             granted += lease.groups
         trained = 0
         ids = [each.sample_id for group in lease.groups for each in group.samples]
@@ -185,15 +199,17 @@ class ThroughScripts(Side):
 
     async def score(self) -> int:
         with self.timed() as granted:
-            lease = await self._store.lease_score("s", BATCH, payload=True, request_id=self._request_id())
+            lease = await self._store.lease_score("s", BATCH, payload=False, request_id=self._request_id())
             granted += lease.groups
+        if not lease.groups:
+            return 0
+        assert all(each.payload for each in await self._store.fetch([ref for ref, _ in refs(lease)]))
         scores = [
             Scored(ref, lease_id, reward, sample_pb2.Score(reward=reward).SerializeToString())
             for ref, lease_id in refs(lease)
             for reward in [float(ref.index % 2)]
         ]
-        if scores:
-            await self._store.complete_score(scores)
+        await self._store.complete_score(scores)
         return len(scores)
 
     async def train(self, version: Version) -> int:

@@ -28,6 +28,7 @@ WARM_UP = 4
 """Steps before measuring."""
 PAUSE_S = 0.01
 """Before a client that found nothing asks again."""
+OVERLAP = 2
 LIMIT_S = 120.0
 STAGES = {"rollout": "generate", "reward": "score", "trainer": "train"}
 """Of which each role leases: records to generate, 16 payloads to score, 64 payloads, a step's, to train."""
@@ -141,7 +142,7 @@ async def _overlapping(verb: Callable[[], Awaitable[int]], shared: _Shared) -> N
             if not await verb():
                 await asyncio.sleep(PAUSE_S)
 
-    await asyncio.gather(repeat(), repeat())
+    await asyncio.gather(*(repeat() for _ in range(OVERLAP)))
 
 
 async def _trainer(side: Side, shared: _Shared, steps: int, watched: list[int]) -> list[float]:

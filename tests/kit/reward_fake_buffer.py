@@ -70,7 +70,7 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         self.calls.append("Lease")
         self._notify()
         assert request.stage == sample_pb2.STAGE_SCORE
-        assert request.include_payload
+        assert not request.include_payload
         assert request.max_samples > 0
         try:
             await self.until(lambda: self.waiting, request.wait.ToNanoseconds() / 1e9)
@@ -82,6 +82,17 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
             self._lease_one(response, self.waiting.pop(0))
         self._notify()
         return response
+
+    async def Fetch(self, request: pb.FetchRequest, context: Any) -> pb.FetchResponse:
+        found = [(sample_id, self._samples[sample_id]) for sample_id in request.sample_ids]
+        return pb.FetchResponse(
+            samples=[
+                pb.FetchedSample(
+                    sample_id=sample_id, sample=each if isinstance(each, bytes) else each.SerializeToString()
+                )
+                for sample_id, each in found
+            ]
+        )
 
     async def Extend(self, request: pb.ExtendRequest, context: Any) -> pb.ExtendResponse:
         self.calls.append("Extend")
@@ -126,12 +137,10 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
 
     def _lease_one(self, response: pb.LeaseResponse, sample: sample_pb2.Sample | bytes) -> None:
         lease_id = next(self._ids)
-        known = isinstance(sample, sample_pb2.Sample)
-        sample_id = sample.sample_id if known else f"broken-{lease_id}"
+        sample_id = sample.sample_id if isinstance(sample, sample_pb2.Sample) else f"broken-{lease_id}"
         self._samples[sample_id] = sample
         self.leased[lease_id] = sample_id
-        payload = sample.SerializeToString() if known else sample
-        leased = pb.LeasedSample(sample_id=sample_id, lease_id=lease_id, sample=payload)
+        leased = pb.LeasedSample(sample_id=sample_id, lease_id=lease_id)
         response.groups.append(pb.LeasedGroup(group_id="g00000001", group_size=8, order=1, samples=[leased]))
 
     def _result(self, sample: Any, outcome: pb.Outcome) -> pb.SampleResult:
