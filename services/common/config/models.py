@@ -354,6 +354,8 @@ class RewardConfig(Section):
     address: str = "127.0.0.1:0"
     scorer: str = "math"
     """"math", "exact", or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
+    group_rm: bool = False
+    """Whole groups are scored: the function gets a list of samples, and gives a list (slime: --group-rm)."""
     buffer_filter: str = ""
     """The dotted path of a function with slime's signature that says which unfinished groups are continued first.
     Default: the oldest (slime: --buffer-filter-path)."""
