@@ -49,6 +49,7 @@ def batch_metrics(
         "staleness_max": max(staleness, default=0),
         "samples": len(samples),
         "groups": len(groups),
+        "groups_of_one": sum(len(group.samples) == 1 for group in groups),
         "group_ids": [group.group_id for group in groups],
         "prompt_ordinals": [group.prompt_ordinal for group in groups],
         "completion_tokens": sum(completions),

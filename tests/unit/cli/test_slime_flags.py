@@ -173,6 +173,13 @@ def test_flags_of_the_kl_in_the_loss_and_of_grpo_set_our_keys():
     assert (algorithm.kl_unbiased, algorithm.normalize_std, algorithm.old_logprobs) == (True, False, "rollout")
 
 
+def test_the_quickstarts_grpo_arguments_are_taken_unchanged():
+    arguments = """--advantage-estimator grpo --use-kl-loss --kl-loss-coef 0.00 --kl-loss-type low_var_kl
+        --entropy-coef 0.00 --eps-clip 0.2 --eps-clip-high 0.28"""
+    algorithm = load(None, slime_flags.to_overrides(arguments.split())).trainer.algorithm
+    assert (algorithm.needs_reference, algorithm.kl_loss_coef, algorithm.kl_type) == (True, 0.0, "low_var_kl")
+
+
 def test_tis_and_rollout_logprobs_exclude_each_other():
     with pytest.raises(ConfigError, match="correction needs old_logprobs = recomputed"):
         load(None, slime_flags.to_overrides(["--use-tis", "--use-rollout-logprobs"]))
