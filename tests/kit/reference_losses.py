@@ -19,6 +19,31 @@ def ratio_of(log_ratio: Any) -> Any:
     return torch.exp(torch.clamp(torch.as_tensor(log_ratio, dtype=torch.float64), -20.0, 20.0))
 
 
+def settings_of(algorithm: Any, constant: float) -> dict[str, Any]:
+    """What a configuration says, under names of our own."""
+    correction = algorithm.correction
+    return {
+        "kind": algorithm.policy_loss,
+        "low": algorithm.eps_clip,
+        "high": algorithm.eps_clip_high or algorithm.eps_clip,
+        "dual": algorithm.eps_clip_c,
+        "weights": correction.weights,
+        "level": correction.level,
+        "w_low": correction.low,
+        "w_high": correction.high,
+        "reject": correction.reject,
+        "r_low": correction.reject_low,
+        "r_high": correction.reject_high,
+        "veto": correction.veto,
+        "delta": algorithm.opsm_delta,
+        "kl_coef": algorithm.kl_loss_coef,
+        "kl": algorithm.kl_type,
+        "unbiased": algorithm.kl_unbiased,
+        "entropy_coef": algorithm.entropy_coef,
+        "constant": constant,
+    }
+
+
 def number(value: Any) -> float:
     """Without its gradient."""
     return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)

@@ -25,7 +25,7 @@ def sample_weights(
       nothing to the sum and still counts as a sample (slime: sum / max(mask sum, 1) / samples).
     * ``per_token``: the mean over all trained tokens of the step (DAPO, arXiv:2503.14476, equation 8).
     * ``constant``: the sum over trained tokens, divided by samples and by `constant`, which it needs: a long completion
-      weighs no less per token than a short one (Dr. GRPO, arXiv:2503.20783, appendix).
+      weighs no less per token than a short one (Dr. GRPO, arXiv:2503.20783).
     """
     counts = np.asarray(trained_tokens, dtype=np.float64)
     if reduction == "per_token":

@@ -97,7 +97,9 @@ def reference_loss(exact, samples, algorithm):
         ]
         for tokens, sample in zip(nested, batch, strict=True)
     ]
-    loss = reference_losses.batch_loss(trained, algorithm.loss_reduction, reference_settings(algorithm))
+    loss = reference_losses.batch_loss(
+        trained, algorithm.loss_reduction, reference_losses.settings_of(algorithm, constant=50.0)
+    )
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in policy.named_parameters()}
 
@@ -120,30 +122,6 @@ def reference_values(batch, algorithm):
         return values
     white = iter(reference_advantages.whitened([v for of_sample in values for v in of_sample if v is not None]))
     return [[None if v is None else next(white) for v in of_sample] for of_sample in values]
-
-
-def reference_settings(algorithm):
-    correction = algorithm.correction
-    return {
-        "kind": algorithm.policy_loss,
-        "low": algorithm.eps_clip,
-        "high": algorithm.eps_clip_high or algorithm.eps_clip,
-        "dual": algorithm.eps_clip_c,
-        "weights": correction.weights,
-        "level": correction.level,
-        "w_low": correction.low,
-        "w_high": correction.high,
-        "reject": correction.reject,
-        "r_low": correction.reject_low,
-        "r_high": correction.reject_high,
-        "veto": correction.veto,
-        "delta": algorithm.opsm_delta,
-        "kl_coef": algorithm.kl_loss_coef,
-        "kl": algorithm.kl_type,
-        "unbiased": algorithm.kl_unbiased,
-        "entropy_coef": algorithm.entropy_coef,
-        "constant": 50.0,
-    }
 
 
 ALGORITHMS = {

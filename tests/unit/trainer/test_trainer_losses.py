@@ -50,31 +50,6 @@ def algorithms(draw):
     )
 
 
-def settings_of(algorithm, constant=7.0):
-    """The same for the reference, under names of its own."""
-    correction = algorithm.correction
-    return {
-        "kind": algorithm.policy_loss,
-        "low": algorithm.eps_clip,
-        "high": algorithm.eps_clip_high or algorithm.eps_clip,
-        "dual": algorithm.eps_clip_c,
-        "weights": correction.weights,
-        "level": correction.level,
-        "w_low": correction.low,
-        "w_high": correction.high,
-        "reject": correction.reject,
-        "r_low": correction.reject_low,
-        "r_high": correction.reject_high,
-        "veto": correction.veto,
-        "delta": algorithm.opsm_delta,
-        "kl_coef": algorithm.kl_loss_coef,
-        "kl": algorithm.kl_type,
-        "unbiased": algorithm.kl_unbiased,
-        "entropy_coef": algorithm.entropy_coef,
-        "constant": constant,
-    }
-
-
 def random_samples(rng, spread, *, impossible=False):
     """Samples of one or two sequences of 0 to 6 tokens, one advantage each; log-probs apart by about `spread`."""
     samples = []
@@ -88,7 +63,9 @@ def random_samples(rng, spread, *, impossible=False):
                 token = {name: min(new + float(rng.normal(0, spread)), 0.0) for name in FIELDS}
                 token |= {"new": new, "entropy": float(rng.exponential()), "advantage": advantage}
                 if impossible and rng.random() < 0.2:
-                    token |= {"new": -math.inf} if rng.random() < 0.5 else dict.fromkeys(("new", *FIELDS), -math.inf)
+                    # Of what the engine sampled, the engine never says so.
+                    names = [("new",), ("new", "old"), ("new", "old", "ref"), ("ref",)][int(rng.integers(4))]
+                    token |= dict.fromkeys(names, -math.inf)
                 sequence.append(token)
             sample.append(sequence)
         samples.append(sample)
@@ -146,7 +123,7 @@ def wanted(samples, algorithm, reduction):
                 leaves += [new, entropy]
                 copied[-1].append({**token, "new": new, "entropy": entropy})
         copies.append(copied)
-    loss = reference.batch_loss(copies, reduction, settings_of(algorithm))
+    loss = reference.batch_loss(copies, reduction, reference.settings_of(algorithm, constant=7.0))
     gradients = (
         torch.autograd.grad(loss, leaves, allow_unused=True) if leaves and loss.requires_grad else [None] * len(leaves)
     )
@@ -169,11 +146,25 @@ def test_any_objective_matches_the_reference_under_any_packing(algorithm, reduct
         np.testing.assert_allclose(got_gradients, gradients, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["clip", "gspo"])
-@pytest.mark.parametrize("seed", range(20))
-def test_impossible_tokens_match_the_reference_and_stay_finite(kind, seed):
+RECOMPUTED = {"old_logprobs": "recomputed"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"policy_loss": "gspo"},
+        {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_type": "low_var_kl", "kl_unbiased": True},
+        *({**RECOMPUTED, "correction": {"weights": "clip", "level": each}} for each in ("token", "sequence")),
+        {**RECOMPUTED, "correction": {"weights": "mask", "level": "geometric", "veto": 1e-4}},
+        {**RECOMPUTED, "correction": {"reject": "geometric"}, "opsm_delta": 0.1},
+    ],
+    ids=["clip", "gspo", "kl", "token-weights", "sequence-weights", "geometric-mask", "rejection"],
+)
+@pytest.mark.parametrize("seed", range(8))
+def test_impossible_tokens_match_the_reference_and_stay_finite(keys, seed):
     samples = random_samples(np.random.default_rng(seed), 0.3, impossible=True)
-    algorithm = AlgorithmConfig(policy_loss=kind)
+    algorithm = AlgorithmConfig(**keys)
     loss, gradients = wanted(samples, algorithm, "per_sample")
     got, got_gradients = ours(samples, algorithm, "per_sample")
     assert math.isfinite(got)
