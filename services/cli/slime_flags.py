@@ -11,6 +11,8 @@ from services.cli import slime_engine_flags
 from services.common.config import parse_overrides
 from services.common.errors import ConfigError
 
+TIS = "trainer.algorithm.correction.weights"
+
 # flag -> key. A flag that takes a value.
 VALUE_FLAGS: dict[str, str] = {
     "--hf-checkpoint": "model.hf_checkpoint",
@@ -40,9 +42,20 @@ VALUE_FLAGS: dict[str, str] = {
     "--rm-type": "reward.scorer",
     "--custom-rm-path": "reward.scorer",
     "--buffer-filter-path": "reward.buffer_filter",
-    "--advantage-estimator": "trainer.algorithm.advantage",
+    "--ref-load": "model.ref_checkpoint",
+    "--advantage-estimator": "trainer.algorithm.name",
+    "--custom-advantage-function-path": "trainer.algorithm.advantage_function",
+    "--gamma": "trainer.algorithm.gamma",
+    "--lambd": "trainer.algorithm.lambd",
     "--eps-clip": "trainer.algorithm.eps_clip",
     "--eps-clip-high": "trainer.algorithm.eps_clip_high",
+    "--eps-clip-c": "trainer.algorithm.eps_clip_c",
+    "--tis-clip": "trainer.algorithm.correction.high",
+    "--tis-clip-low": "trainer.algorithm.correction.low",
+    "--kl-loss-coef": "trainer.algorithm.kl_loss_coef",
+    "--kl-loss-type": "trainer.algorithm.kl_type",
+    "--kl-coef": "trainer.algorithm.kl_coef",
+    "--entropy-coef": "trainer.algorithm.entropy_coef",
     "--max-tokens-per-gpu": "trainer.max_tokens_per_gpu",
     "--lr": "trainer.optimizer.lr",
     "--lr-warmup-iters": "trainer.optimizer.warmup_steps",
@@ -68,6 +81,11 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--mask-offpolicy-in-partial-rollout": ("staleness.mask_offpolicy", True),
     "--calculate-per-token-loss": ("trainer.algorithm.loss_reduction", "per_token"),
     "--disable-grpo-std-normalization": ("trainer.algorithm.normalize_std", False),
+    "--normalize-advantages": ("trainer.algorithm.normalize_advantages", True),
+    "--use-rollout-logprobs": ("trainer.algorithm.old_logprobs", "rollout"),
+    "--use-tis": (TIS, "clip"),
+    "--use-kl-loss": ("trainer.algorithm.use_kl_loss", True),
+    "--use-unbiased-kl": ("trainer.algorithm.kl_unbiased", True),
 }
 
 # Dotted paths that name what is built in here.
@@ -110,6 +128,9 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         else:
             raise ConfigError(f"unknown flag{_nearest(flag)}", field=flag)
     overrides |= slime_engine_flags.engine_overrides(engine_flags, overrides)
+    if TIS in overrides:
+        # slime's own default, and what a correction is of.
+        overrides.setdefault("trainer.algorithm.old_logprobs", "recomputed")
     overrides.setdefault("run.dir", _default_dir(overrides))
     return overrides
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from services.common.config.algorithm import AlgorithmConfig
+from services.common.config.section import Section
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -26,12 +29,6 @@ def plain_flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
         if setting is False:
             raise ValueError(f"{flag} = false: a flag that is not wanted is left out")
     return flags
-
-
-class Section(BaseModel):
-    """A table of the file: unknown keys are errors, strings are not coerced into numbers."""
-
-    model_config = ConfigDict(extra="forbid", strict=False, use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
@@ -63,6 +60,8 @@ class RunConfig(Section):
 class ModelConfig(Section):
     hf_checkpoint: Path = Path()
     """A Hugging Face model directory: config.json, safetensors, tokenizer (slime: --hf-checkpoint)."""
+    ref_checkpoint: Path | None = None
+    """The frozen model of the KL terms. Default: hf_checkpoint, which is where training began (slime: --ref-load)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -377,17 +376,6 @@ class OptimizerConfig(Section):
     """Linear warm-up, then constant."""
 
 
-class AlgorithmConfig(Section):
-    advantage: Literal["grpo"] = "grpo"
-    normalize_std: bool = True
-    """Divide by the group's standard deviation (slime: not --disable-grpo-std-normalization)."""
-    eps_clip: Annotated[float, Field(gt=0)] = 0.2
-    eps_clip_high: Annotated[float, Field(gt=0)] | None = None
-    """Default: eps_clip."""
-    loss_reduction: Literal["per_sample", "per_token"] = "per_sample"
-    """per_sample: mean over samples of the token mean. per_token: mean over all tokens of the batch."""
-
-
 class CheckpointConfig(Section):
     save_interval: Positive = 100
     """Steps between checkpoints; the last step always writes one."""
@@ -419,6 +407,8 @@ class TrainerConfig(Section):
     threads: Positive = 1
     max_tokens_per_gpu: Positive = 4096
     """Tokens packed into one micro-batch; a longer sample makes one of its own."""
+    offload_reference: bool = True
+    """With device = "cuda": the reference model leaves the GPU while nothing asks for its log-probs."""
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
