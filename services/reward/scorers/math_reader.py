@@ -14,12 +14,13 @@ from latex2sympy2_extended.sets import FiniteSet
 from sympy import Float, Integer, Interval, Mul, Pow, Rational, S, Tuple, UnevaluatedExpr
 
 # A number, a/b, a root with a factor, or a fraction of one of them over an integer; each with a sign.
-_ROOT = r"\d{0,15}\\sqrt\{\d{1,15}\}"
+# Not of zero: SymPy contradicts itself about a root of it that it has not evaluated.
+_ROOT = r"(?:[1-9]\d{0,14})?\\sqrt\{[1-9]\d{0,14}\}"
 _TERM = re.compile(
     rf"""(?P<minus>-)?(?:
         (?P<number>\d{{1,15}}(?:\.\d{{1,15}})?)
         | (?P<over>\d{{1,15}})/(?P<under>0*[1-9]\d{{0,14}})
-        | (?P<factor>\d{{0,15}})\\sqrt\{{(?P<root>\d{{1,15}})\}}
+        | (?P<factor>[1-9]\d{{0,14}})?\\sqrt\{{(?P<root>[1-9]\d{{0,14}})\}}
         | \\[dtc]?frac\{{(?P<top>-?\d{{1,15}}|-?{_ROOT})\}}\{{(?P<bottom>0*[1-9]\d{{0,14}})\}}
     )""",
     re.VERBOSE | re.ASCII,
