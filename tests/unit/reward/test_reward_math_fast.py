@@ -91,15 +91,32 @@ small = st.integers(0, 60).map(str)
 small_roots = st.builds(r"{}\sqrt{{{}}}".format, small | st.just(""), small)
 quotients = st.builds(r"\frac{{{}}}{{{}}}".format, small | small_roots, st.integers(1, 60))
 exact = st.builds("{}{}".format, signs, small | small_roots | quotients | st.just(r"\frac{6}{2\sqrt{3}}"))
+hundredths = st.integers(0, 9999).map(lambda each: f"{each / 100:g}")
+rounded = hundredths | hundredths.map(r"{}\%".format) | st.integers(0, 9999).map(lambda each: f"{each / 1e4:g}")
+numbers = exact | rounded
 
 
 @pytest.mark.timeout(120)
 @settings(SLOW, max_examples=30)
-@given(exact, exact)
-def test_exact_values_are_equal_where_math_verify_says_so(one: str, other: str) -> None:
+@given(numbers, numbers)
+def test_numbers_are_equal_where_math_verify_says_so(one: str, other: str) -> None:
     values = by_math_verify(f"${one}$"), by_math_verify(f"${other}$")
     equal = equal_values(*values)
     assert equal is None or equal == verify(*values, timeout_seconds=None)
+
+
+@pytest.mark.timeout(120)
+@SLOW
+@given(st.integers(0, 4000), st.sampled_from([1, 100, 10_000]), st.integers(-2, 2), st.integers(-1, 1))
+def test_decimals_and_percentages_close_to_each_other(number: int, scale: int, off: int, digits: int) -> None:
+    """By hundreds, by the last of five digits, and not at all."""
+    one, other = number / 1000, (number + off) / scale
+    forms = [f"{one:g}", rf"{one:g}\%", f"{other:g}", rf"{other * 100 + digits * 1e-5:.5f}\%", str(number)]
+    values = [by_math_verify(f"${form}$") for form in forms]
+    for gold in values:
+        for answer in values:
+            equal = equal_values(gold, answer)
+            assert equal is None or equal == verify(gold, answer, timeout_seconds=None)
 
 
 @SLOW
@@ -115,8 +132,21 @@ def test_one_value_in_two_forms(factor: int, denominator: int, root: int) -> Non
 def test_what_is_too_close_or_not_exact_is_left_to_math_verify() -> None:
     assert equal_values(Rational(1), Rational(10**9 + 1, 10**9)) is None
     assert equal_values(Rational(10) ** 400, Rational(10) ** 400 + 1) is None
-    for formula in ("0.25", r"25\%", "x", "(1,2)", r"1+\sqrt{2}", "2^{3}", r"\sqrt[3]{8}", r"\sqrt{-4}"):
+    for formula in (
+        "1.00",
+        "1.000001",
+        r"1\%",
+        r"100\%",
+        "x",
+        "(1,2)",
+        r"1+\sqrt{2}",
+        "2^{3}",
+        r"\sqrt[3]{8}",
+        "[1,3]",
+    ):
         assert equal_values(by_math_verify(f"${formula}$"), Rational(1)) is None
+    assert equal_values(by_math_verify(r"$\sqrt{-4}$"), Rational(1)) is None
+    assert equal_values(by_math_verify(r"$\begin{pmatrix}1\\2\end{pmatrix}$"), Rational(1)) is None
 
 
 WORDS = [
