@@ -56,6 +56,7 @@ def table(figures: dict[str, Any]) -> str:
         ("`math`, scores a second", figures["math_scores_per_s"], ""),
         ("bare math-verify, scores a second", figures["math_verify_scores_per_s"], ""),
         ("ratio", figures["ratio_to_math_verify"], "≥ 3"),
+        ("the same inside the processes, without sets, intervals and points", figures["ratio_of_numbers"], ""),
         ("by kind of answer: " + ", ".join(kinds), ", ".join(f"{ratio:g}" for ratio in kinds.values()), ""),
         ("verdicts that differ", figures["different_verdicts"], "0"),
         ("slower beside a scorer that waits for ever", f"{figures['slowdown_with_hung_pct']}%", "≤ 10%"),

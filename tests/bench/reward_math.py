@@ -21,6 +21,7 @@ from tests.bench import math_pairs
 PROCESSES = 2
 _CHUNK = 16
 _TIMEOUT_S = 60.0
+_COLLECTIONS = ("finite_set", "interval", "point")
 
 
 class Round(NamedTuple):
@@ -52,7 +53,7 @@ async def measure_math(rounds: int) -> dict[str, Any]:
         "math_verify_scores_per_s": round(len(pairs) / statistics.median(each.wall_s for each in theirs)),
         "ratio_to_math_verify": round(statistics.median(ratios), 2),
         "ratio_of_each_round": [round(ratio, 2) for ratio in ratios],
-        "ratio_by_kind": _by_kind(pairs, ours, theirs),
+        **_inside(pairs, ours, theirs),
         "different_verdicts": sum(_differences(one.verdicts, ours[0].verdicts) for one in (*ours, *theirs)),
         "wrong_verdicts": _differences(ours[0].verdicts, expected),
     }
@@ -103,14 +104,18 @@ def _verify(pair: tuple[str, str]) -> tuple[float, float]:
     return float(equal), time.perf_counter() - begun
 
 
-def _by_kind(pairs: Sequence[dict[str, Any]], ours: Sequence[Round], theirs: Sequence[Round]) -> dict[str, float]:
-    """Of the seconds inside the processes."""
+def _inside(pairs: Sequence[dict[str, Any]], ours: Sequence[Round], theirs: Sequence[Round]) -> dict[str, Any]:
+    """Ratios of the seconds inside the processes, of which a bare math-verify spends most on a few kinds."""
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for side, rounds in enumerate((theirs, ours)):
         for each in rounds:
             for pair, seconds in zip(pairs, each.seconds, strict=True):
                 spent[pair["kind"]][side] += seconds
-    return {kind: round(bare / pool, 2) for kind, (bare, pool) in sorted(spent.items())}
+    numbers = [seconds for kind, seconds in spent.items() if kind not in _COLLECTIONS]
+    return {
+        "ratio_by_kind": {kind: round(bare / pool, 2) for kind, (bare, pool) in sorted(spent.items())},
+        "ratio_of_numbers": round(sum(bare for bare, _ in numbers) / sum(pool for _, pool in numbers), 2),
+    }
 
 
 def _differences(one: Sequence[float], other: Sequence[float]) -> int:
