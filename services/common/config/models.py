@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+from services.common.config.remote import RemoteConfig
+from services.common.config.section import Positive, Seconds, Section
+
+REMOTE = "remote"
 BUILT_IN_FILTERS = ("none", "nonzero_std", "nonzero_std_with_fallback")
 FlagValue = bool | int | float | str | list[int | float | str]
 
@@ -26,12 +28,6 @@ def plain_flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
         if setting is False:
             raise ValueError(f"{flag} = false: a flag that is not wanted is left out")
     return flags
-
-
-class Section(BaseModel):
-    """A table of the file: unknown keys are errors, strings are not coerced into numbers."""
-
-    model_config = ConfigDict(extra="forbid", strict=False, use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
@@ -353,7 +349,7 @@ class RewardConfig(Section):
     replicas: Positive = 1
     address: str = "127.0.0.1:0"
     scorer: str = "math"
-    """"math", "exact", or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
+    """"math", "exact", "remote", or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
     buffer_filter: str = ""
     """The dotted path of a function with slime's signature that says which unfinished groups are continued first.
     Default: the oldest (slime: --buffer-filter-path)."""
@@ -362,6 +358,16 @@ class RewardConfig(Section):
     score_timeout_s: Seconds = 10.0
     """A score that takes longer is killed, with its process."""
     max_inflight: Positive = 256
+    remote: RemoteConfig = Field(default_factory=RemoteConfig)
+    """The servers of scorer = "remote" (docs/rewards_remote.md)."""
+
+    @model_validator(mode="after")
+    def _remote_is_wanted_and_there(self) -> RewardConfig:
+        if self.scorer == REMOTE and not self.remote.urls:
+            raise ValueError('scorer = "remote" needs remote.urls')
+        if self.scorer != REMOTE and self.remote.urls:
+            raise ValueError(f'remote.urls is for scorer = "remote", not {self.scorer!r}')
+        return self
 
 
 class OptimizerConfig(Section):
