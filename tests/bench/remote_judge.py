@@ -2,7 +2,8 @@
 
 The judge is a process of its own behind real HTTP. Ideal is what `CONCURRENCY` calls at a time get done when a fifth of
 them has to be made again and nothing else takes time. A plain loop of as many workers, which calls again at once, is
-measured in the same run: on a busy machine it is as far from the ideal. No right score is 0, so that an invented one would show.
+measured in the same run: on a busy machine it is as far from the ideal. No right score is 0, so that an invented one
+would show.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import orjson
 
 from services.common.config.remote import RemoteConfig
 from services.common.errors import ConfigError
+from services.common.wire import decode_tokens
 from services.reward.remote.http_client import HttpSession
 from services.reward.remote.outcomes import Answer, BadAnswerError, Request
 from services.reward.remote.texts import filled
@@ -112,7 +113,7 @@ class Classify:
 
     async def _call(self, requests: Sequence[Request], *, with_tokens: bool) -> list[Answer]:
         if with_tokens:
-            body: dict[str, Any] = {"input_ids": [list(each.token_ids) for each in requests]}
+            body: dict[str, Any] = {"input_ids": [decode_tokens(each.token_ids).tolist() for each in requests]}
         else:
             body = {"text": [filled(self._classify.text, each.item) for each in requests]}
         answers = await self._http.post(self._url, body)

@@ -39,7 +39,8 @@ class Request(NamedTuple):
     """One sample to score."""
 
     item: Item
-    token_ids: Sequence[int] = ()
+    token_ids: bytes = b""
+    """int32, where they are wanted and known."""
 
 
 Answer = Verdict | SampleError | CallError

@@ -16,7 +16,6 @@ from typing import Any
 import structlog
 
 from services.common.config.remote import RemoteConfig
-from services.common.wire import decode_tokens
 from services.reward.filters import WaitingItem
 from services.reward.jobs import FailureKind, Job, Result
 from services.reward.pool import ScorerPool
@@ -41,13 +40,11 @@ _LOOK_S = 0.5
 class _Entry:
     """A job on its way."""
 
-    __slots__ = ("alone", "always_broke", "item", "job", "request", "tries")
+    __slots__ = ("alone", "always_broke", "job", "request", "tries")
 
     def __init__(self, job: Job, item: Item) -> None:
         self.job = job
-        self.item = item
-        tokens = decode_tokens(job.token_ids).tolist() if job.token_ids else ()
-        self.request = Request(item, tokens)
+        self.request = Request(item, job.token_ids)
         self.tries = 0
         self.always_broke = True
         """Whether each failure so far may have been the sample's."""
