@@ -75,7 +75,7 @@ async def test_scores_carry_where_they_come_from_and_no_process_is_needed(buffer
 async def test_an_outage_leaves_samples_generated_says_why_and_ends_by_itself(buffer: FakeBuffer) -> None:
     async with (
         http_server(lambda body: web.Response(status=503, text="loading the model")) as server,
-        replica(config_for(buffer, server, breaker_reset_s=0.5), buffer),
+        replica(config_for(buffer, server, breaker_reset_s=0.2), buffer),
     ):
         buffer.add(*(generated(number, "ok") for number in range(100)))
         await buffer.until(lambda: buffer.replicas[-1].trouble)

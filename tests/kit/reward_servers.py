@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,8 +31,6 @@ QUICK: dict[str, Any] = {
     "max_response_kb": 64,
 }
 
-Handle = Callable[[web.Request, Any], Any]
-
 
 @dataclass
 class HttpServer:
@@ -42,6 +41,7 @@ class HttpServer:
     calls: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    tls: ssl.SSLContext | None = None
 
     def __post_init__(self) -> None:
         self._runner: web.AppRunner | None = None
@@ -55,7 +55,7 @@ class HttpServer:
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self.tls).start()
 
     async def stop(self) -> None:
         if self._runner is not None:
@@ -82,8 +82,8 @@ HANG_UP = object()
 
 
 @asynccontextmanager
-async def http_server(answer: Callable[[dict[str, Any]], Any]) -> AsyncIterator[HttpServer]:
-    server = HttpServer(answer)
+async def http_server(answer: Callable[[dict[str, Any]], Any], **fields: Any) -> AsyncIterator[HttpServer]:
+    server = HttpServer(answer, **fields)
     await server.start()
     try:
         yield server

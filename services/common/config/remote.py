@@ -138,6 +138,9 @@ class RemoteConfig(Section):
                 raise ValueError(f"{place.url}: {what} is for loopback addresses only; use {place.scheme}s://")
         if len({(place.host, place.port) for place in places}) < len(places) and self.kind in ("grpc", "classify"):
             raise ValueError("urls names a server twice")
+        if self.breaker_max_reset_s < self.breaker_reset_s:
+            limits = self.breaker_max_reset_s, self.breaker_reset_s
+            raise ValueError("breaker_max_reset_s = {:g} is below breaker_reset_s = {:g}".format(*limits))
         if (self.cert is None) != (self.key is None):
             raise ValueError("cert and key belong together")
         judge = self.judge

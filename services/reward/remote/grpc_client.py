@@ -83,8 +83,10 @@ class GrpcClient:
         try:
             async with asyncio.timeout(self._config.connect_timeout_s):
                 found = await resolve(self._place.host, self._place.port, self._networks)
-        except (OSError, TimeoutError) as error:
-            raise UnreachableError(f"cannot be resolved: {str(error) or 'timed out'}") from error
+        except TimeoutError as error:
+            raise UnreachableError("cannot be resolved: timed out") from error
+        except OSError as error:
+            raise UnreachableError(f"cannot be resolved: {error.strerror}") from error
         ours = [each["host"] for each in found if each["family"] == found[0]["family"]]
         if found[0]["family"] == socket.AF_INET6:
             return "ipv6:" + ",".join(f"[{host}]:{self._place.port}" for host in ours)

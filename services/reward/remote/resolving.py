@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Sequence
 
@@ -23,7 +24,7 @@ async def resolve(host: str, port: int, networks: Sequence[Network]) -> list[Res
         for address in addresses:
             check_address(address, networks, literal=address == host, host=host)
     except ValueError as error:
-        raise OSError(str(error)) from None
+        raise PermissionError(errno.EACCES, str(error)) from None
     return [
         ResolveResult(
             hostname=host,

@@ -128,6 +128,7 @@ class RemoteStation:
             else:
                 assert self._filters is not None
                 self._filters.submit([job])
+        self._tell_available()
         self._changed.set()
         if not self._any_left:
             asyncio.get_running_loop().call_soon(self._give_up)
@@ -146,15 +147,20 @@ class RemoteStation:
 
     def _on_change(self) -> None:
         """Of the state of a breaker or of the filters."""
-        admits = any(endpoint.breaker.admits for endpoint in self._endpoints)
-        if admits and (self._filters is None or self._filters.available.is_set()):
-            self.available.set()
-        else:
-            self.available.clear()
+        self._tell_available()
         self._changed.set()
         if not self._any_left:
             log.warning("scorer_unreachable", reason=self.trouble)
             self._give_up()
+
+    def _tell_available(self) -> None:
+        # What is queued is enough to find out whether a server is back.
+        found_out = self.room is None or not self._queue
+        admits = found_out and any(endpoint.breaker.admits for endpoint in self._endpoints)
+        if admits and (self._filters is None or self._filters.available.is_set()):
+            self.available.set()
+        else:
+            self.available.clear()
 
     async def _watch_filters(self, filters: ScorerPool) -> None:
         running = True
@@ -207,6 +213,8 @@ class RemoteStation:
                 entries.append(entry)
                 if entry.alone:
                     break
+        if not entries:
+            self._tell_available()
         return entries
 
     async def _call(self, endpoint: Endpoint, entries: list[_Entry]) -> None:

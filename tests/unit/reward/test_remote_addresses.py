@@ -12,7 +12,10 @@ from services.common.config import load
 from services.common.config.remote import RemoteConfig
 from services.common.errors import ConfigError
 from services.common.outbound import parse_network
+from services.reward.jobs import FailureKind
 from services.reward.remote.resolving import CheckedResolver, resolve
+from tests.kit.reward_items import item
+from tests.kit.reward_servers import GrpcServer, HttpServer, remote
 
 # By the text alone, before anything starts.
 REFUSED_URLS = [
@@ -157,6 +160,30 @@ async def test_localhost_is_this_machine_and_nothing_else(answers):
         await resolve("localhost", 80, [])
 
 
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+async def test_what_was_checked_is_what_is_called(answers, kind):
+    answers += ["127.0.0.1"]
+    server: Any = HttpServer(lambda body: 1) if kind == "http" else GrpcServer(lambda asked: 1.0)
+    await server.start()
+    # Plaintext gRPC is for names of this machine only.
+    name = "reward.example" if kind == "http" else "localhost"
+    url = server.url.replace("127.0.0.1", name)
+    async with remote(kind, url) as station:
+        [result] = await station.score([item("ok")])
+    if kind == "http":
+        assert result.failure is FailureKind.UNAVAILABLE
+        assert "reward.example is 127.0.0.1, a private address" in result.reason
+    else:
+        assert result.verdict == (1.0, {})
+    async with remote(kind, url, networks=["127.0.0.0/8"]) as station:
+        assert (await station.score([item("ok")]))[0].verdict == (1.0, {})
+    answers[:] = ["169.254.169.254"]
+    async with remote(kind, url, networks=["127.0.0.0/8"]) as station:
+        [result] = await station.score([item("ok")])
+    assert f"{name} is 169.254.169.254, link-local" in result.reason
+    await server.stop()
+
+
 @pytest.mark.parametrize("network", ["0.0.0.0/0", "8.8.8.0/24", "169.254.0.0/16", "fe80::/10", "224.0.0.0/4", "::/0"])
 def test_a_network_of_names_is_private(network):
     with pytest.raises(ConfigError) as caught:
@@ -174,6 +201,7 @@ def test_a_network_of_names_is_private(network):
         ({"urls": "http://reward.example/", "cert": "mine.pem"}, "cert and key belong together"),
         ({"urls": "http://reward.example/", "token": "x"}, "POLYHEAD_REWARD__REMOTE__TOKEN"),
         ({"urls": "http://reward.example/", "concurency": 3}, "did you mean reward.remote.concurrency?"),
+        ({"urls": "http://reward.example/", "breaker_reset_s": 60}, "breaker_max_reset_s = 30 is below"),
         ({"kind": "judge", "urls": "https://reward.example/v1"}, "judge.model and judge.prompt"),
         ({"kind": "judge", "judge": {"pattern": "(a)(b)"}}, "has 2 groups"),
         ({"kind": "judge", "judge": {"low": 2, "high": 1}}, "low = 2 is not below high = 1"),

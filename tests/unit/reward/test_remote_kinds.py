@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from polyhead.v1 import reward_pb2
+from services.common.errors import ConfigError
 from services.reward.jobs import FailureKind, Job, Result
 from services.reward.remote.station import RemoteStation
 from tests.kit.reward_items import item
@@ -276,6 +278,25 @@ async def test_grpc_over_mutual_tls(tmp_path: Path):
                 assert (await one(station)).failure is FailureKind.UNAVAILABLE
         async with remote("grpc", f"grpcs://127.0.0.1:{server.port}", **files) as station:
             assert (await one(station)).failure is FailureKind.UNAVAILABLE, "the certificate is localhost's"
+
+
+async def test_http_over_mutual_tls(tmp_path: Path):
+    certificate, key = make_certificate(tmp_path / "server")
+    own, own_key = make_certificate(tmp_path / "client", "reward-0")
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=own)
+    tls.load_cert_chain(certificate, key)
+    tls.verify_mode = ssl.CERT_REQUIRED
+    files = {"ca": certificate, "cert": own, "key": own_key, "token": "word"}
+    async with http_server(lambda body: 1, tls=tls) as server:
+        url = f"https://localhost:{server.port}/score"
+        async with remote("http", url, **files) as station:
+            assert (await one(station)).verdict == (1.0, {})
+        for settings in ({"ca": certificate}, {**files, "ca": own}):
+            async with remote("http", url, **settings) as station:
+                assert (await one(station)).failure is FailureKind.UNAVAILABLE
+    with pytest.raises(ConfigError, match="the certificates cannot be used"):
+        async with remote("http", url, ca=tmp_path / "nowhere.pem"):
+            pass
 
 
 async def test_batches_fill_up_to_their_size_within_the_delay():
