@@ -17,6 +17,8 @@ from services.reward.jobs import Job
 from tests.kit.engine_process import ADMIN_KEY, start_sglang
 from tests.kit.reward_items import item
 from tests.kit.reward_servers import remote
+from tests.kit.runs import Run
+from tests.kit.systems import small_flags, small_inputs
 from tests.kit.tiny_model import build_tiny_reward_model
 
 pytestmark = [
@@ -64,3 +66,18 @@ async def test_rewards_of_sglang_are_those_of_transformers(model: Path, url: str
             wanted[each] = reference(**tokenizer(f"What?{each}", return_tensors="pt")).logits.item()
     assert max(wanted.values()) - min(wanted.values()) > 0.1
     assert {each: result.verdict.reward for each, result in rewards.items()} == pytest.approx(wanted, abs=1e-4, rel=0)
+
+
+def test_a_run_has_its_rewards_from_sglang(url: str, tmp_path: Path) -> None:
+    remote_flags = {"kind": "classify", "urls": url, "timeout_s": "60"}
+    command = [
+        *small_flags(small_inputs(tmp_path / "inputs")),
+        *("--reward.scorer", "remote", "--num-rollout", "4", "--run-dir", str(tmp_path / "run")),
+        *(part for key, value in remote_flags.items() for part in (f"--reward.remote.{key}", value)),
+    ]
+    run = Run(tmp_path / "run", *command, environment={"POLYHEAD_REWARD__REMOTE__TOKEN": ADMIN_KEY})
+    assert run.finish(within_s=200) == 0, run.tail()
+    summary = run.summary()
+    assert (summary["ledger_imbalance"], summary["ledger"]["dead"]) == (0, 0)
+    assert len({line["reward_mean"] for line in run.steps()}) == 4
+    assert ADMIN_KEY not in (run.dir / "config.toml").read_text()
