@@ -39,8 +39,8 @@ VALUE_FLAGS: dict[str, str] = {
     "--rollout-temperature": "rollout.sampling.temperature",
     "--rollout-top-p": "rollout.sampling.top_p",
     "--rollout-top-k": "rollout.sampling.top_k",
-    "--rm-type": "reward.scorer",
     "--custom-rm-path": "reward.scorer",
+    "--rm-url": "reward.remote.urls",
     "--buffer-filter-path": "reward.buffer_filter",
     "--ref-load": "model.ref_checkpoint",
     "--advantage-estimator": "trainer.algorithm.name",
@@ -88,6 +88,12 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--use-unbiased-kl": ("trainer.algorithm.kl_unbiased", True),
 }
 
+# flag -> key, where the value is translated.
+_TRANSLATED = {"--rm-type": "reward.scorer", "--dynamic-sampling-filter-path": "batch.dynamic_sampling_filter"}
+
+# slime's names for scorers that have another one here.
+_SCORERS = {"remote_rm": "remote"}
+
 # Dotted paths that name what is built in here.
 _FILTERS = {
     "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": "nonzero_std",
@@ -122,6 +128,9 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             overrides[LIST_FLAGS[flag]] = _values(flag, rest)
         elif flag == "--dynamic-sampling-filter-path":
             overrides["batch.dynamic_sampling_filter"] = _filter(inline if equals else _values(flag, rest, 1)[0])
+        elif flag == "--rm-type":
+            scorer = inline if equals else _values(flag, rest, 1)[0]
+            overrides["reward.scorer"] = _SCORERS.get(scorer, scorer)
         elif flag in VALUE_FLAGS:
             text = inline if equals else _values(flag, rest, 1)[0]
             overrides |= parse_overrides([f"--{VALUE_FLAGS[flag]}={text}"])
@@ -138,7 +147,7 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 def describe() -> str:
     """Every flag with the key it sets, a line each."""
     rows = {**VALUE_FLAGS, **LIST_FLAGS, **{flag: f"{key} = {value}" for flag, (key, value) in SWITCHES.items()}}
-    rows["--dynamic-sampling-filter-path"] = "batch.dynamic_sampling_filter"
+    rows |= _TRANSLATED
     rows |= slime_engine_flags.DESCRIPTIONS
     return "\n".join(f"{flag:36} {key}" for flag, key in sorted(rows.items()))
 
@@ -159,7 +168,7 @@ def _filter(path: str) -> str:
 
 def _nearest(flag: str) -> str:
     known = [
-        *(*VALUE_FLAGS, *LIST_FLAGS, *SWITCHES, "--dynamic-sampling-filter-path"),
+        *(*VALUE_FLAGS, *LIST_FLAGS, *SWITCHES, *_TRANSLATED),
         *slime_engine_flags.KNOWN,
     ]
     near = difflib.get_close_matches(flag, known, n=1)

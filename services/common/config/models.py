@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from services.common.config.algorithm import AlgorithmConfig
-from services.common.config.section import Section
+from services.common.config.remote import RemoteConfig
+from services.common.config.section import Positive, Seconds, Section
 
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+REMOTE = "remote"
 BUILT_IN_FILTERS = ("none", "nonzero_std", "nonzero_std_with_fallback")
 FlagValue = bool | int | float | str | list[int | float | str]
 
@@ -352,7 +352,7 @@ class RewardConfig(Section):
     replicas: Positive = 1
     address: str = "127.0.0.1:0"
     scorer: str = "math"
-    """"math", "exact", or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
+    """"math", "exact", "remote", or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
     group_rm: bool = False
     """Whole groups are scored: the function gets a list of samples, and gives a list (slime: --group-rm)."""
     buffer_filter: str = ""
@@ -363,6 +363,16 @@ class RewardConfig(Section):
     score_timeout_s: Seconds = 10.0
     """A score that takes longer is killed, with its process."""
     max_inflight: Positive = 256
+    remote: RemoteConfig = Field(default_factory=RemoteConfig)
+    """The servers of scorer = "remote" (docs/rewards_remote.md)."""
+
+    @model_validator(mode="after")
+    def _remote_is_wanted_and_there(self) -> RewardConfig:
+        if self.scorer == REMOTE and not self.remote.urls:
+            raise ValueError('scorer = "remote" needs remote.urls')
+        if self.scorer != REMOTE and self.remote.urls:
+            raise ValueError(f'remote.urls is for scorer = "remote", not {self.scorer!r}')
+        return self
 
 
 class OptimizerConfig(Section):

@@ -50,6 +50,14 @@ def test_a_wrong_flag_is_named(arguments, message):
     assert message in str(caught.value)
 
 
+def test_slimes_remote_rm_is_the_remote_scorer():
+    arguments = "--rm-type remote_rm --rm-url http://10.0.0.7:8000/score"
+    reward = load(None, slime_flags.to_overrides(arguments.split())).reward
+    assert (reward.scorer, reward.remote.kind, reward.remote.urls) == ("remote", "http", ["http://10.0.0.7:8000/score"])
+    with pytest.raises(ConfigError, match=r"needs remote\.urls"):
+        load(None, slime_flags.to_overrides(["--rm-type=remote_rm"]))
+
+
 ENGINES = """
     --rollout-num-gpus 8 --rollout-num-gpus-per-engine 2 --sglang-mem-fraction-static 0.8 --sglang-enable-metrics
     --sglang-cuda-graph-bs 1 2 4 --sglang-attention-backend=fa3 --sglang-server-concurrency 64
