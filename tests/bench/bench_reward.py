@@ -6,6 +6,8 @@
 * `slowdown_with_hung_pct`, `hung_dies_after_s`: what a scorer that never answers costs another one
   (`reward_hung.py`).
 * `overhead_ms`: per sample through a whole service, beyond the function itself (`reward_overhead.py`).
+* `judge_efficiency`: of the ideal, with a judge elsewhere that takes 50 ms and fails on a fifth of the calls; beside it
+  a plain loop of as many callers (`reward_judge.py`).
 * `invented_scores`: rewards that nothing has given.
 
 A machine with other work to do gives other figures, and `conditions` says how much it had (`load_before`, per core).
@@ -29,6 +31,7 @@ import structlog
 
 from services.common.errors import PolyheadError
 from tests.bench.reward_hung import measure_hung
+from tests.bench.reward_judge import measure_judge
 from tests.bench.reward_math import PROCESSES, measure_math
 from tests.bench.reward_overhead import measure_overhead
 
@@ -38,6 +41,7 @@ LIMITS = {
     "slowdown_with_hung_pct": 10,
     "hung_lives_beyond_its_limit_s": 1,
     "overhead_ms": 0.5,
+    "judge_efficiency": 0.9,  # or more
     "invented_scores": 0,
 }
 
@@ -45,7 +49,8 @@ LIMITS = {
 async def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     figures = await measure_math(arguments.rounds)
     figures |= await measure_hung(arguments.rounds, arguments.seconds)
-    figures["invented_scores"] = figures.pop("hung_but_scored")
+    figures |= await measure_judge()
+    figures["invented_scores"] += figures.pop("hung_but_scored")
     return figures | await measure_overhead(arguments.samples)
 
 
@@ -69,6 +74,8 @@ def table(figures: dict[str, Any]) -> str:
         ),
         ("overhead a sample, leased and completed", f"{figures['overhead_ms']} ms", "≤ 0.5 ms"),
         ("overhead a sample, by `RewardService.Score`", f"{figures['overhead_call_ms']} ms", "≤ 0.5 ms"),
+        ("a judge of 50 ms with 20% errors, of the ideal", figures["judge_efficiency"], "≥ 0.9"),
+        ("the same beside a plain loop", figures["judge_ratio_to_plain_loop"], ""),
         ("invented scores", figures["invented_scores"], "0"),
     ]
     lines = ["| figure | measured | asked |", "|---|---|---|"]

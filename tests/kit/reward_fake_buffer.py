@@ -78,7 +78,7 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         response = pb.LeaseResponse()
         response.lease_ttl.FromNanoseconds(int(self.lease_ttl_s * 1e9))
         while self.waiting and sum(len(group.samples) for group in response.groups) < request.max_samples:
-            self._lease_one(response, self.waiting.pop(0))
+            self._lease_one(response, self.waiting.pop(0), payload=request.include_payload)
         self._notify()
         return response
 
@@ -134,12 +134,12 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         self._notify()
         return pb.RegisterReplicaResponse(ttl=Duration(seconds=10))
 
-    def _lease_one(self, response: pb.LeaseResponse, sample: sample_pb2.Sample | bytes) -> None:
+    def _lease_one(self, response: pb.LeaseResponse, sample: sample_pb2.Sample | bytes, *, payload: bool) -> None:
         lease_id = next(self._ids)
         sample_id = sample.sample_id if isinstance(sample, sample_pb2.Sample) else f"broken-{lease_id}"
         self._samples[sample_id] = sample
         self.leased[lease_id] = sample_id
-        leased = pb.LeasedSample(sample_id=sample_id, lease_id=lease_id)
+        leased = pb.LeasedSample(sample_id=sample_id, lease_id=lease_id, sample=_bytes(sample) if payload else b"")
         response.groups.append(pb.LeasedGroup(group_id="g00000001", group_size=8, order=1, samples=[leased]))
 
     def _result(self, sample: Any, outcome: pb.Outcome) -> pb.SampleResult:
@@ -147,6 +147,10 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
 
     def _notify(self) -> None:
         self._changed.set()
+
+
+def _bytes(sample: sample_pb2.Sample | bytes) -> bytes:
+    return sample if isinstance(sample, bytes) else sample.SerializeToString()
 
 
 def generated(number: int, completion: str, label: str = "42") -> sample_pb2.Sample:
