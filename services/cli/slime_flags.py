@@ -39,6 +39,7 @@ VALUE_FLAGS: dict[str, str] = {
     "--rollout-top-k": "rollout.sampling.top_k",
     "--rm-type": "reward.scorer",
     "--custom-rm-path": "reward.scorer",
+    "--reward-key": "reward.reward_key",
     "--buffer-filter-path": "reward.buffer_filter",
     "--advantage-estimator": "trainer.algorithm.advantage",
     "--eps-clip": "trainer.algorithm.eps_clip",

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from services.reward.scorers.base import Item, SampleError, Verdict
+from services.reward.scorers.boxed import last_box
 
 _EXTRACTION = [LatexExtractionConfig(), ExprExtractionConfig()]
-# A box being opened; an escaped character, which is no brace; a brace.
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_PLAIN = -1
 # An answer without a box stands at the end; reading all of a long completion would cost tens of milliseconds.
 _TAIL = 4096
 
@@ -55,21 +52,5 @@ def _parse(text: str) -> list[Any]:
 
 def _answer_text(completion: str) -> str:
     """The last complete box, else the end of the completion."""
-    box = _last_box(completion) if "\\boxed" in completion else None
+    box = last_box(completion) if "\\boxed" in completion else None
     return box or completion[-_TAIL:]
-
-
-def _last_box(text: str) -> str | None:
-    """The last ``\\boxed{…}`` with balanced braces, in one pass over the text whatever it holds."""
-    opened: list[int] = []
-    last: tuple[int, int] | None = None
-    for token in _BRACES.finditer(text):
-        if token[0] == "}":
-            start = opened.pop() if opened else _PLAIN
-            if start != _PLAIN and (last is None or start > last[0]):
-                last = start, token.end()
-        elif token[0] == "{":
-            opened.append(_PLAIN)
-        elif token[0].endswith("{") and len(token[0]) > 2:
-            opened.append(token.start())
-    return text[slice(*last)] if last else None
