@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import takewhile
 
 from services.reward.scorers.base import Item, Scorer, Verdict
-from services.reward.scorers.boxed import last_box
+from services.reward.scorers.boxed import last_box, last_boxed
 from services.reward.scorers.effort import explodes, is_too_large, processor_time
 
 # An answer without a box ends the completion.
@@ -42,5 +42,4 @@ def _readable_end(completion: str) -> str:
 
 def _text(answer: str) -> str:
     """Without the box around it, and without white space."""
-    inside = (last_box(answer) or answer).removeprefix("\\boxed")
-    return "".join(inside.split()).removeprefix("{").removesuffix("}").strip("$")
+    return "".join((last_boxed(answer) or answer).split()).strip("$")

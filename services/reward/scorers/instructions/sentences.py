@@ -12,6 +12,8 @@ _ABBREVIATIONS = re.compile(
     r"mr|mrs|ms|dr|prof|st|jr|sr|vs|rev|gen|col|capt|lt|e\.g|i\.e|cf|al|fig|inc|ltd|co|corp|dept|est|approx",
     re.IGNORECASE,
 )
+# a.m., U.S.: they end a sentence or not, which the next word tells.
+_DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]")
 _LONGEST_WORD = 40
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -24,7 +26,7 @@ def sentences(text: str) -> list[str]:
     found: list[str] = []
     start = 0
     for end in _END.finditer(text):
-        if end[0] == "." and _abbreviates(text, end.start()):
+        if end[0] == "." and _abbreviates(text, end.start(), text[end.end() : end.end() + 2].strip()):
             continue
         found.append(text[start : end.end()].strip())
         start = end.end()
@@ -42,9 +44,11 @@ def count_words(text: str) -> int:
     return sum(1 for _ in re.finditer(r"\w+", text))
 
 
-def _abbreviates(text: str, point: int) -> bool:
+def _abbreviates(text: str, point: int, following: str) -> bool:
     before = _LAST_WORD.search(text[max(0, point - _LONGEST_WORD) : point])
     word = before[0] if before else ""
     line = text[max(0, point - _LONGEST_WORD) : point].rpartition("\n")[2]
     is_item = word.isdigit() and line.strip(" \t*#>-") == word and len(line) < _LONGEST_WORD
-    return _ABBREVIATIONS.fullmatch(word) is not None or (len(word) == 1 and word.isupper() and word != "I") or is_item
+    is_initial = len(word) == 1 and word.isupper() and word != "I"
+    goes_on = following[:1].islower() and _DOTTED.fullmatch(word) is not None
+    return _ABBREVIATIONS.fullmatch(word) is not None or is_initial or is_item or goes_on
