@@ -3,8 +3,9 @@
 It shuts itself off as far as the kernel lets it, sets its limits and runs the program as ``__main__`` in DIRECTORY.
 Run by its path, by an interpreter without site-packages: it imports the standard library only.
 
-The input is JSON: "files", by name; "program", the file to run; and "input", what the program reads. The answer is the
-exit status, and what the program writes to the descriptor that is its standard output.
+The input is JSON: "files", by name; "program", the file to run; and "input", what the program reads. The file it
+came in is emptied when the program begins: until then, what fails is the sandbox. The answer is the exit status, and
+what the program writes to its standard output.
 """
 
 import contextlib
@@ -17,11 +18,9 @@ import runpy
 import signal
 import sys
 
-UNABLE = 125
-"""Exit status when the sandbox itself failed."""
 _NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000  # mounts, IPC, users, processes, net
 _NEW_NET = 0x10000000 | 0x40000000  # users and net alone: some containers allow this and no mounts
-_MS_NOSUID_NODEV, _MS_REC, _MS_PRIVATE = 2 | 4, 16384, 1 << 18
+_MS_RDONLY, _MS_NOSUID_NODEV, _MS_REC, _MS_PRIVATE = 1, 2 | 4, 1 << 14, 1 << 18
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
 _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY = 442, -100, 0x8000, 1
 _HIDDEN = ("/proc", "/run", "/dev/shm")  # noqa: S108 - hidden from the program
@@ -36,6 +35,7 @@ def main() -> None:
     try:
         _die_with(parent)
         request = json.load(sys.stdin)
+        told = os.dup(0)
         isolated = _isolate()
         if isolated:
             child = os.fork()
@@ -49,8 +49,10 @@ def main() -> None:
         _limit(limits)
         if not isolated:
             _guard_network()
+        os.ftruncate(told, 0)
+        os.close(told)
     except BaseException:
-        os._exit(UNABLE)
+        os._exit(1)
     _run(directory, request["program"])
 
 
@@ -58,7 +60,7 @@ def _die_with(parent: int) -> None:
     """The kernel ends this process with its parent, however that ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(UNABLE)
+        os._exit(1)
 
 
 def _isolate() -> bool:
@@ -94,7 +96,7 @@ def _make_read_only(directory: str, size_mb: int) -> None:
     _mount("tmpfs", directory, "tmpfs", _MS_NOSUID_NODEV, f"size={size_mb}m,nr_inodes=4096,mode=700")
     for path in _HIDDEN:
         if os.path.isdir(path) and not _holds_python(path):  # noqa: PTH112 - as above
-            _mount("tmpfs", path, "tmpfs", _MS_NOSUID_NODEV, "size=0,nr_inodes=1,mode=500")
+            _mount("tmpfs", path, "tmpfs", _MS_NOSUID_NODEV | _MS_RDONLY, "nr_inodes=1,mode=500")
 
 
 def _mount(source: str, target: str, kind: "str | None", flags: int, data: "str | None") -> None:

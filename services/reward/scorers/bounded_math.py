@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import takewhile
 
 from services.reward.scorers.base import Item, Scorer, Verdict
@@ -26,7 +27,7 @@ class BoundedMath:
 
     def __call__(self, item: Item) -> Verdict:
         box = last_box(item.completion) if "\\boxed" in item.completion else None
-        if is_too_large(item.label):
+        if _label_is_too_large(item.label):
             return Verdict(float(box is not None and _text(box) == _text(item.label)), {"parsed": 0.0})
         if box is not None and is_too_large(box):
             return Verdict(0.0, {"parsed": 0.0})
@@ -34,9 +35,15 @@ class BoundedMath:
             return self._scorer(item._replace(completion=box or _readable_end(item.completion)))
 
 
+@lru_cache(maxsize=4096)
+def _label_is_too_large(label: str) -> bool:
+    """Remembered: a group has one label."""
+    return is_too_large(label)
+
+
 def _readable_end(completion: str) -> str:
     lines = completion[-_TAIL:].split("\n")
-    kept = list(takewhile(lambda line: not explodes(line), reversed(lines)))
+    kept = list(takewhile(lambda line: not explodes(line, prose=True), reversed(lines)))
     return "\n".join(reversed(kept))
 
 

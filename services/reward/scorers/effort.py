@@ -15,7 +15,7 @@ from services.reward.scorers.base import SampleError
 MAX_CHARACTERS = 1000
 """The longest answer of MATH-500 has 159."""
 _MAX_DEPTH = 10
-_MAX_POWER = 20_000
+_MAX_POWER = 100_000
 _MAX_RANGE = 100
 _TOWER = 10**9
 _BRACKET = re.compile(r"[({\[]|[)}\]]")
@@ -28,8 +28,12 @@ _GRAND_FACTORIAL = re.compile(
 )
 # A power or a factorial of numbers alone; with letters in it, it stays as it is written.
 _LARGE_EXPONENT = re.compile(r"\d[)}]?\s*(?:\^|\*\*)\s*(?:[-+{(]*\d|\Z)|\d\s*!")
-_COUNTED = re.compile(r"\\(?:sum|prod)")
-_CHOSEN = re.compile(r"binom|choose|\\Gamma|\bgamma|factorial")
+# What nothing large is made without. Most answers have none of it.
+_GROWING = re.compile(r"[\^!]|\*\*|sum|prod|binom|choose|amma|factorial")
+# The upper bound of a sum or product, and the numbers that something is chosen from.
+_COUNTED = re.compile(r"\\(?:sum|prod)[^^]{0,60}\^\s*(?:\{\s*)?(\d+)")
+_CHOSEN = re.compile(r"binom\s*\{[^{}]*\d{5}|binom\s*\{[^{}]*\}\s*\{[^{}]*\d{5}|\d{5}\s*\\choose|amma\s*\W{0,6}\d{5}")
+_PROSE = re.compile(r"[^$\\]*")
 
 
 def is_too_large(answer: str) -> bool:
@@ -37,18 +41,19 @@ def is_too_large(answer: str) -> bool:
     return len(answer) > MAX_CHARACTERS or explodes(answer)
 
 
-def explodes(text: str) -> bool:
+def explodes(text: str, *, prose: bool = False) -> bool:
     """Whether reading `text` as mathematics may take more time or memory than an answer is worth.
 
     Towers of powers, factorials of factorials and the like make numbers of millions of digits in one step, which no
-    clock can interrupt; deep brackets take a parser seconds each.
+    clock can interrupt; deep brackets take a parser seconds each. In `prose`, exclamation marks outside LaTeX are none.
     """
-    return (
-        _depth(text) > _MAX_DEPTH
-        or _largest_power(text) > _MAX_POWER
-        or _GRAND_FACTORIAL.search(text) is not None
-        or (_COUNTED.search(text) is not None and _largest(text) > _MAX_RANGE)
-        or (_CHOSEN.search(text) is not None and _largest(text) > _MAX_POWER)
+    if sum(map(text.count, "({[")) > _MAX_DEPTH and _depth(text) > _MAX_DEPTH:
+        return True
+    return _GROWING.search(text) is not None and (
+        _largest_power(text) > _MAX_POWER
+        or (_GRAND_FACTORIAL.search(text) is not None and not (prose and _PROSE.fullmatch(text)))
+        or any(_value(bound) > _MAX_RANGE for bound in _COUNTED.findall(text))
+        or _CHOSEN.search(text) is not None
     )
 
 
@@ -96,10 +101,6 @@ def _operand(text: str, start: int) -> str:
         if not depth:
             return text[start : bracket.end()]
     return text[start:]
-
-
-def _largest(text: str) -> int:
-    return max(map(_value, _DIGITS.findall(text)), default=0)
 
 
 def _value(digits: str) -> int:

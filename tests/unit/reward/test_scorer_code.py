@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from services.reward.jobs import FailureKind
-from services.reward.sandbox.run import Limits, run
+from services.reward.sandbox.run import Limits, SandboxError, run
 from services.reward.scorers import build, code_tests
 from services.reward.scorers.base import SampleError
 from services.reward.scorers.builtin import Options
@@ -37,6 +37,7 @@ PROGRAMS: list[tuple[str, Any, float]] = [
     ("", ADD, 0.0),
     ("print('KEY 3'); add = lambda a, b: a + b", ADD, 1.0),
     ("import sys; sys.exit(0)", ADD, 0.0),
+    *((f"import os; os._exit({status})", ADD, 0.0) for status in (1, 125, 255)),
     ("import os; os._exit(0)", ADD, 0.0),
     ("import os; os.kill(os.getpid(), 9); os._exit(0)", ADD, 0.0),
     ("print('3'); raise SystemExit", ADD, 0.0),
@@ -120,6 +121,12 @@ def test_a_program_that_does_not_end(program: str) -> None:
     assert time.monotonic() - begun < 20
 
 
+def test_a_sandbox_that_cannot_be_had_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.reward.sandbox.run._LAUNCH", "/nowhere/launch.py")
+    with pytest.raises(SandboxError, match="could not be set up"):
+        scorer(item("print(1)", '[{"input": "", "output": "1"}]'))
+
+
 def _namespaces() -> bool:
     """Whether this kernel gives a process namespaces of its own: it has hidden those of others."""
     return run({"m.py": "import os; print(os.getpid())"}, "m.py", "", seconds=10, limits=Limits()).output == "1\n"
@@ -154,7 +161,7 @@ def test_nothing_of_ours_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         "print('secret' in said, os.listdir('.'))"
     )
     outcome = run({"m.py": program}, "m.py", "", seconds=10, limits=Limits())
-    assert outcome.output == ("False ['m.py']\n" if _namespaces() else "True ['m.py']\n")
+    assert outcome.output == "False ['m.py']\n"
 
 
 def test_files_outside_are_not_written(tmp_path: Path) -> None:
@@ -170,7 +177,8 @@ def test_files_outside_are_not_written(tmp_path: Path) -> None:
 def test_where_there_are_no_namespaces_sockets_are_refused() -> None:
     here = str(Path(run.__code__.co_filename).parent)
     guarded = (
-        f"import sys\nsys.path.insert(0, {here!r})\nimport launch\nlaunch._guard_network()\n"
+        f"import sys\nsys.path.insert(0, {here!r})\n"
+        "try:\n    import launch\n    launch._guard_network()\nexcept PermissionError:\n    pass  # it is on already\n"
         "import socket\ntry:\n    socket.socket()\nexcept PermissionError as error:\n    print(error)"
     )
     outcome = run({"m.py": guarded}, "m.py", "", seconds=10, limits=Limits())

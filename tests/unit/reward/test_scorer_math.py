@@ -102,6 +102,20 @@ def test_a_bomb_is_no_answer(completion: str) -> None:
     assert scorer(item(completion)) == (0.0, {"parsed": 0.0})
 
 
+@pytest.mark.parametrize(
+    ("end", "label"),
+    [
+        (r"So $\sum_{k=1}^{10} k^2 = 385$", "385"),
+        (r"So $\binom{40}{20} = 137846528820$", "137846528820"),
+        ("The answer is 12345!", "12345"),
+        ("It is 42!!", "42"),
+        (r"It is $2^{20} = 1048576$.", "1048576"),
+    ],
+)
+def test_what_only_looks_like_a_bomb(end: str, label: str) -> None:
+    assert scorer(item(end, label)).reward == 1.0
+
+
 def test_what_stands_behind_a_bomb_is_read() -> None:
     assert scorer(item("It is not $9^{9^{9}}$.\nIt is 42.")).reward == 1.0
 
