@@ -131,7 +131,8 @@ test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
 test-sglang: $(VENV)/dev.installed ## the engine suite and the demo over real SGLang
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
 	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) -n 2 --dist loadfile -k sglang tests/e2e/test_e2e_sglang.py \
-		tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py)
+		tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py \
+		tests/contract/test_reward_sglang.py)
 
 conformance: $(VENV)/dev.installed ## one suite over every kind of engine, real SGLang included
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.buffer.ids import SampleRef
-from services.buffer.memory_state import DEAD, NEVER_EXTENDED, GroupRow, MemoryState, SampleRow
+from services.buffer.memory_state import DEAD, GENERATED, NEVER_EXTENDED, GroupRow, MemoryState, SampleRow
 from services.buffer.records import LeasedGroup, LeasedSample
 
 
@@ -39,6 +39,13 @@ class Handout:
             return 0
         return self._put(group, places, judge=True, payload=self.payload and size <= self.max_bytes)
 
+    def take_together(self, group: GroupRow) -> None:
+        """Leases all generated samples of the group: the first group of an answer whatever its size. Its samples are to
+        be fetched."""
+        places = [index for index, row in enumerate(group.samples) if row.state == GENERATED]
+        if not self.granted or len(places) <= self.left:
+            self._put(group, places, payload=False)
+
     def put_again(self, request_id: str) -> bool:
         """Puts what the replica still holds of an earlier answer to this request into this one, if there is any."""
         held: dict[int, list[int]] = {}
@@ -64,15 +71,15 @@ class Handout:
         known, granted = self.state.grants.get((self.replica_id, self.target), ("", []))
         return granted if request_id and known == request_id else []
 
-    def _size(self, row: SampleRow, *, judge: bool) -> int:
-        return len(row.score if judge else row.partial) + (len(row.payload) if self.payload else 0)
+    def _size(self, row: SampleRow, *, judge: bool, payload: bool = True) -> int:
+        return len(row.score if judge else row.partial) + (len(row.payload) if self.payload and payload else 0)
 
     def _put(self, group: GroupRow, places: Sequence[int], *, judge: bool = False, payload: bool = True) -> int:
         samples: list[LeasedSample] = []
         size = len(group.prompt)
         for index in places:
             row = group.samples[index]
-            size += self._size(row, judge=judge)
+            size += self._size(row, judge=judge, payload=payload or judge)
             self.full = self.full or (not judge and bool(self.granted) and self.bytes + size > self.max_bytes)
             if self.full:
                 break

@@ -257,9 +257,17 @@ class MemoryState:
     def why_no_batch(self, have: int) -> Waiting:
         if self.filtered and self.filtered >= self.params.refill_groups:
             return Waiting("filtered", (have, self.params.batch_groups, self.filtered))
-        judgeable = sum(len(group.alive) for group in self.live() if group.judgeable)
-        to_score = self.count(GENERATED, SCORING) + judgeable
+        to_score = self.count(SCORING)
+        for group in self.live():
+            if self.scorable(group):
+                to_score += sum(row.state == GENERATED or group.judgeable for row in group.alive)
         return Waiting("groups", (have, self.params.batch_groups, self.count(GENERATING), to_score))
+
+    def scorable(self, group: GroupRow) -> bool:
+        """Whether the score stage has work with the group."""
+        states = {row.state for row in group.alive}
+        wait = self.params.scored_whole and states & {PENDING, GENERATING, SCORING}
+        return group.judgeable or (GENERATED in states and not wait)
 
     def fence(self, epoch: int) -> None:
         if epoch < self.epoch:

@@ -175,16 +175,16 @@ class MemoryStore(Store):
                     break
                 if group.judgeable:
                     out.take_whole(group)
-                else:
+                elif not state.params.scored_whole:
                     out.take(group, GENERATED)
+                elif state.scorable(group):
+                    out.take_together(group)
             out.remember(request_id)
         return Lease(
             out.groups,
             None if out.groups else state.why_no_score(),
             closed_groups=closed,
-            left_over=any(
-                group.judgeable or any(row.state == GENERATED for row in group.samples) for group in state.live()
-            ),
+            left_over=any(state.scorable(group) for group in state.live()),
         )
 
     async def lease_train(self, epoch: int, step: int, *, payload: bool, max_bytes: int = UNBOUNDED) -> Lease:

@@ -39,6 +39,8 @@ class RunParams:
     dataset_digest: str
     seed: int
     """Of the shuffle; 0 when the rows keep their order."""
+    scored_whole: bool = False
+    """A group is leased to be scored when all its samples are generated, and all of them together."""
     leases_from_clock: bool = False
     """Lease ids of a new run begin at the store's clock: a worker that is late with a sample of a store that was lost
     holds a lease that its successor never grants."""

@@ -30,5 +30,6 @@ def run_params(config: Config, source: PromptSource | None) -> RunParams:
         lease_ttl_ms=int(config.buffer.lease_ttl_s * 1000),
         dataset_digest=source.digest if source else "",
         seed=source.seed if source else 0,
+        scored_whole=config.reward.group_rm,
         leases_from_clock=True,
     )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.cli import buffer_arguments
+from services.cli import buffer_arguments, reward_arguments
 from services.common.errors import PolyheadError
 
 
@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     buffer = verbs.add_parser("buffer", help="look into a run's mailboxes, requeue, export, import")
     buffer_arguments.add_to(buffer)
     buffer.set_defaults(verb=_buffer)
+
+    reward = verbs.add_parser("reward", help="try a scorer on the rows of a file")
+    reward_arguments.add_to(reward)
+    reward.set_defaults(verb=_reward)
 
     demo = verbs.add_parser("demo", help="a language model learns addition on this machine, in two minutes")
     demo.add_argument("task", nargs="?", choices=("addition", "smollm2"), default="addition")
@@ -125,6 +129,13 @@ def _buffer(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     _refuse_rest(rest)
     return buffer_tools.run(arguments)
+
+
+def _reward(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.cli import reward_test
+
+    _refuse_rest(rest)
+    return reward_test.run(arguments)
 
 
 def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:

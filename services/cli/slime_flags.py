@@ -11,6 +11,8 @@ from services.cli import slime_engine_flags
 from services.common.config import parse_overrides
 from services.common.errors import ConfigError
 
+TIS = "trainer.algorithm.correction.weights"
+
 # flag -> key. A flag that takes a value.
 VALUE_FLAGS: dict[str, str] = {
     "--hf-checkpoint": "model.hf_checkpoint",
@@ -37,13 +39,24 @@ VALUE_FLAGS: dict[str, str] = {
     "--rollout-temperature": "rollout.sampling.temperature",
     "--rollout-top-p": "rollout.sampling.top_p",
     "--rollout-top-k": "rollout.sampling.top_k",
-    "--rm-type": "reward.scorer",
     "--custom-rm-path": "reward.scorer",
     "--reward-key": "reward.reward_key",
+    "--rm-url": "reward.remote.urls",
     "--buffer-filter-path": "reward.buffer_filter",
-    "--advantage-estimator": "trainer.algorithm.advantage",
+    "--ref-load": "model.ref_checkpoint",
+    "--advantage-estimator": "trainer.algorithm.name",
+    "--custom-advantage-function-path": "trainer.algorithm.advantage_function",
+    "--gamma": "trainer.algorithm.gamma",
+    "--lambd": "trainer.algorithm.lambd",
     "--eps-clip": "trainer.algorithm.eps_clip",
     "--eps-clip-high": "trainer.algorithm.eps_clip_high",
+    "--eps-clip-c": "trainer.algorithm.eps_clip_c",
+    "--tis-clip": "trainer.algorithm.correction.high",
+    "--tis-clip-low": "trainer.algorithm.correction.low",
+    "--kl-loss-coef": "trainer.algorithm.kl_loss_coef",
+    "--kl-loss-type": "trainer.algorithm.kl_type",
+    "--kl-coef": "trainer.algorithm.kl_coef",
+    "--entropy-coef": "trainer.algorithm.entropy_coef",
     "--max-tokens-per-gpu": "trainer.max_tokens_per_gpu",
     "--lr": "trainer.optimizer.lr",
     "--lr-warmup-iters": "trainer.optimizer.warmup_steps",
@@ -69,7 +82,18 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--mask-offpolicy-in-partial-rollout": ("staleness.mask_offpolicy", True),
     "--calculate-per-token-loss": ("trainer.algorithm.loss_reduction", "per_token"),
     "--disable-grpo-std-normalization": ("trainer.algorithm.normalize_std", False),
+    "--normalize-advantages": ("trainer.algorithm.normalize_advantages", True),
+    "--use-rollout-logprobs": ("trainer.algorithm.old_logprobs", "rollout"),
+    "--use-tis": (TIS, "clip"),
+    "--use-kl-loss": ("trainer.algorithm.use_kl_loss", True),
+    "--use-unbiased-kl": ("trainer.algorithm.kl_unbiased", True),
 }
+
+# flag -> key, where the value is translated.
+_TRANSLATED = {"--rm-type": "reward.scorer", "--dynamic-sampling-filter-path": "batch.dynamic_sampling_filter"}
+
+# slime's names for scorers that have another one here.
+_SCORERS = {"remote_rm": "remote"}
 
 # Dotted paths that name what is built in here.
 _FILTERS = {
@@ -105,12 +129,18 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             overrides[LIST_FLAGS[flag]] = _values(flag, rest)
         elif flag == "--dynamic-sampling-filter-path":
             overrides["batch.dynamic_sampling_filter"] = _filter(inline if equals else _values(flag, rest, 1)[0])
+        elif flag == "--rm-type":
+            scorer = inline if equals else _values(flag, rest, 1)[0]
+            overrides["reward.scorer"] = _SCORERS.get(scorer, scorer)
         elif flag in VALUE_FLAGS:
             text = inline if equals else _values(flag, rest, 1)[0]
             overrides |= parse_overrides([f"--{VALUE_FLAGS[flag]}={text}"])
         else:
             raise ConfigError(f"unknown flag{_nearest(flag)}", field=flag)
     overrides |= slime_engine_flags.engine_overrides(engine_flags, overrides)
+    if TIS in overrides:
+        # slime's own default, and what a correction is of.
+        overrides.setdefault("trainer.algorithm.old_logprobs", "recomputed")
     overrides.setdefault("run.dir", _default_dir(overrides))
     return overrides
 
@@ -118,7 +148,7 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 def describe() -> str:
     """Every flag with the key it sets, a line each."""
     rows = {**VALUE_FLAGS, **LIST_FLAGS, **{flag: f"{key} = {value}" for flag, (key, value) in SWITCHES.items()}}
-    rows["--dynamic-sampling-filter-path"] = "batch.dynamic_sampling_filter"
+    rows |= _TRANSLATED
     rows |= slime_engine_flags.DESCRIPTIONS
     return "\n".join(f"{flag:36} {key}" for flag, key in sorted(rows.items()))
 
@@ -139,7 +169,7 @@ def _filter(path: str) -> str:
 
 def _nearest(flag: str) -> str:
     known = [
-        *(*VALUE_FLAGS, *LIST_FLAGS, *SWITCHES, "--dynamic-sampling-filter-path"),
+        *(*VALUE_FLAGS, *LIST_FLAGS, *SWITCHES, *_TRANSLATED),
         *slime_engine_flags.KNOWN,
     ]
     near = difflib.get_close_matches(flag, known, n=1)

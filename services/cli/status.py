@@ -42,6 +42,9 @@ def print_status(run_dir: Path | None) -> int:
     for phrase in waiting(ledger):
         console.print(f"waiting  {phrase}", soft_wrap=True)
     console.print(replica_table(replicas))
+    for replica in replicas:
+        if replica.trouble:
+            console.print(f"{replica.replica_id}: {replica.trouble}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -145,6 +145,26 @@ def channel(address: str, *, message_mb: int = 64) -> grpc.aio.Channel:
     return opened
 
 
+def outside_channel(
+    target: str, credentials: grpc.ChannelCredentials | None, *, host: str, response_kb: int
+) -> grpc.aio.Channel:
+    """A channel to a server of somebody else's, known as `host`. `target` holds addresses, not names: ipv4:host:port.
+
+    Proxies of the environment are not used. Without credentials it is plaintext, which the caller answers for.
+    """
+    options: list[tuple[str, int | str]] = [
+        *_TRANSPORT,
+        ("grpc.max_receive_message_length", response_kb << 10),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.enable_retries", 0),
+        ("grpc.default_authority", host),
+    ]
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, credentials, [*options, ("grpc.ssl_target_name_override", host)])
+
+
 @dataclass(frozen=True)
 class Server:
     """A serving gRPC server. `address` holds the real port."""

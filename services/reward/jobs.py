@@ -19,7 +19,7 @@ class FailureKind(StrEnum):
     DIED = "died"
     """The process ended while it was on this item."""
     UNAVAILABLE = "unavailable"
-    """No process could be started: not the item's fault."""
+    """No process could be started, or no server answers: not the item's fault."""
 
 
 class Result(NamedTuple):
@@ -41,11 +41,15 @@ class Job:
     `on_result` is called once, from the event loop, unless the job is cancelled.
     """
 
-    __slots__ = ("cancelled", "item", "on_result", "reported")
+    __slots__ = ("cancelled", "item", "on_result", "reported", "token_ids")
 
-    def __init__(self, item: Item | GroupItem | WaitingItem, on_result: Callable[[Result], None]) -> None:
+    def __init__(
+        self, item: Item | GroupItem | WaitingItem, on_result: Callable[[Result], None], token_ids: bytes = b""
+    ) -> None:
         self.item = item
         self.on_result = on_result
+        self.token_ids = token_ids
+        """Of the sample, int32, for stations that want them; they do not go to pool processes."""
         self.cancelled = False
         self.reported = False
 

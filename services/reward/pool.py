@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -21,6 +21,7 @@ from services.reward.filters import GroupItem, Judgement, WaitingItem
 from services.reward.jobs import FailureKind, Job, Result
 from services.reward.scorers.base import Item, Verdict
 from services.reward.settings import ScorerSettings
+from services.reward.station import score_all
 
 log = structlog.get_logger()
 
@@ -85,6 +86,22 @@ class ScorerPool:
     def scorer(self) -> str:
         return self._settings.name
 
+    @property
+    def wants_tokens(self) -> bool:
+        return False
+
+    @property
+    def room(self) -> int | None:
+        return None
+
+    @property
+    def width(self) -> int:
+        return len(self._slots)
+
+    @property
+    def trouble(self) -> str:
+        return "" if self.available.is_set() else self._why_unavailable
+
     async def start(self) -> None:
         """Returns when every process has loaded the scorer. Raises ConfigError or UnavailableError with the reason."""
         try:
@@ -123,30 +140,7 @@ class ScorerPool:
 
     async def score(self, items: Sequence[Item]) -> list[Result]:
         """One result per item, in order. Cancelling the call cancels what is left of its work."""
-        results: list[Result | None] = [None] * len(items)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        missing = len(items)
-
-        def reporter(place: int) -> Callable[[Result], None]:
-            def report(result: Result) -> None:
-                nonlocal missing
-                results[place] = result
-                missing -= 1
-                if not missing and not done.done():
-                    done.set_result(None)
-
-            return report
-
-        if not items:
-            return []
-        jobs = [Job(item, reporter(place)) for place, item in enumerate(items)]
-        self.submit(jobs)
-        try:
-            await done
-        finally:
-            for job in jobs:
-                job.cancelled = True
-        return [result for result in results if result is not None]
+        return await score_all(self, items)
 
     def _window(self) -> int:
         return max(1, min(MAX_WINDOW, int(WINDOW_S / self._mean_s)))

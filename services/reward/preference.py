@@ -9,7 +9,7 @@ import structlog
 from services.common.buffer_client import BufferClient
 from services.common.errors import PolyheadError
 from services.reward.items import item_of_waiting
-from services.reward.pool import ScorerPool
+from services.reward.station import Station
 from services.reward.stats import Stats
 
 log = structlog.get_logger()
@@ -17,22 +17,22 @@ log = structlog.get_logger()
 INTERVAL_S = 1.0
 
 
-async def keep_preferring(buffer: BufferClient, pool: ScorerPool, stats: Stats, num_samples: int) -> None:
+async def keep_preferring(buffer: BufferClient, station: Station, stats: Stats, num_samples: int) -> None:
     """Until cancelled. While the filter fails or runs out of time, the oldest groups go first."""
-    while pool.orders_partials:
+    while station.orders_partials:
         try:
-            await _prefer_once(buffer, pool, stats, num_samples)
+            await _prefer_once(buffer, station, stats, num_samples)
         except PolyheadError as error:
             log.warning("preference_failing", reason=str(error))
         await asyncio.sleep(INTERVAL_S)
     await asyncio.Event().wait()
 
 
-async def _prefer_once(buffer: BufferClient, pool: ScorerPool, stats: Stats, num_samples: int) -> None:
+async def _prefer_once(buffer: BufferClient, station: Station, stats: Stats, num_samples: int) -> None:
     groups = (await buffer.list_partials()).groups
     if not groups:
         return
-    result = await pool.prefer(item_of_waiting(groups, num_samples))
+    result = await station.prefer(item_of_waiting(groups, num_samples))
     stats.count_preferred(result)
     if result.preferred is None:
         log.warning("buffer_filter_failed", why=result.failure, reason=result.reason)

@@ -1,11 +1,11 @@
-"""One reward replica: the pool, the service, the puller and the heartbeat, from start to drain."""
+"""One reward replica: what scores, the service, the puller and the heartbeat, from start to drain."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import reward_pb2_grpc
@@ -15,37 +15,38 @@ from services.common.config import Config
 from services.common.errors import UnavailableError
 from services.common.lifecycle import Process
 from services.common.registration import keep_registered
-from services.reward.pool import ScorerPool
+from services.reward.opening import running_station
 from services.reward.preference import keep_preferring
 from services.reward.service import FULL_NAME, RewardServicer
-from services.reward.settings import scorer_settings
+from services.reward.station import Station
 from services.reward.stats import Stats
 from services.reward.worker import Puller
 
 HEARTBEAT_S = 1.0
 GRACE_S = 1.0
 GOODBYE_S = 0.5
+_MAX_TROUBLE = 500
 
 
 async def serve(config: Config, process: Process) -> None:
     """Runs until `process.stop` is set. Raises ConfigError when the scorer does not load or the port is taken."""
-    stats = Stats(config.reward.processes)
-    async with (
-        _pool(config) as pool,
-        _server(config, pool, stats) as server,
-        BufferClient(config.buffer.address, message_mb=config.buffer.limits.message_mb) as buffer,
-    ):
+    async with AsyncExitStack() as stack:
+        station = await stack.enter_async_context(running_station(config))
+        stats = Stats(station.width)
+        server = await stack.enter_async_context(_server(config, station, stats))
+        client = BufferClient(config.buffer.address, message_mb=config.buffer.limits.message_mb)
+        buffer = await stack.enter_async_context(client)
         changed = asyncio.Event()
 
         def describe() -> pb.Replica:
-            return _describe(process, server.address, pool, stats)
+            return _describe(process, server.address, station, stats)
 
         heartbeat = asyncio.create_task(keep_registered(buffer, describe, changed, HEARTBEAT_S))
         stopping = asyncio.create_task(_announce(process.stop, changed, server))
-        puller = asyncio.create_task(Puller(buffer, pool, process.replica_id, config, stats).run(process.stop))
+        puller = asyncio.create_task(Puller(buffer, station, process.replica_id, config, stats).run(process.stop))
         batch = config.batch
         groups = batch.over_sampling_batch_size or batch.rollout_batch_size
-        preferring = asyncio.create_task(keep_preferring(buffer, pool, stats, groups))
+        preferring = asyncio.create_task(keep_preferring(buffer, station, stats, groups))
         tasks = (puller, heartbeat, preferring)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -60,20 +61,9 @@ async def serve(config: Config, process: Process) -> None:
 
 
 @asynccontextmanager
-async def _pool(config: Config) -> AsyncIterator[ScorerPool]:
-    reward = config.reward
-    pool = ScorerPool(scorer_settings(config), processes=reward.processes, timeout_s=reward.score_timeout_s)
-    await pool.start()
-    try:
-        yield pool
-    finally:
-        await pool.close()
-
-
-@asynccontextmanager
-async def _server(config: Config, pool: ScorerPool, stats: Stats) -> AsyncIterator[rpc.Server]:
+async def _server(config: Config, station: Station, stats: Stats) -> AsyncIterator[rpc.Server]:
     limits = config.buffer.limits
-    servicer = RewardServicer(pool, stats, max_items=limits.samples_per_rpc)
+    servicer = RewardServicer(station, stats, max_items=limits.samples_per_rpc)
     server = await rpc.serve(
         config.reward.address,
         lambda server: reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server),
@@ -100,10 +90,10 @@ async def _say_goodbye(buffer: BufferClient, last: pb.Replica) -> None:
             await buffer.register_replica(last)
 
 
-def _describe(process: Process, address: str, pool: ScorerPool, stats: Stats) -> pb.Replica:
+def _describe(process: Process, address: str, station: Station, stats: Stats) -> pb.Replica:
     if process.stop.is_set():
         state = pb.REPLICA_STATE_DRAINING
-    elif pool.available.is_set():
+    elif station.available.is_set() and station.room is None:
         state = pb.REPLICA_STATE_SERVING
     else:
         state = pb.REPLICA_STATE_SUSPECT
@@ -114,5 +104,6 @@ def _describe(process: Process, address: str, pool: ScorerPool, stats: Stats) ->
         state=state,
         pid=os.getpid(),
         stats=stats.as_dict(),
-        child_pids={f"scorer-{number}": pid for number, pid in enumerate(pool.pids())},
+        trouble=station.trouble[:_MAX_TROUBLE],
+        child_pids={f"scorer-{number}": pid for number, pid in enumerate(station.pids())},
     )

@@ -1,4 +1,4 @@
-"""`RewardService`: scores for whoever asks, from the same pool as the puller's."""
+"""`RewardService`: scores for whoever asks, from the same station as the puller's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from polyhead.v1 import reward_pb2, reward_pb2_grpc, sample_pb2
 from services.common.errors import InvalidArgumentError, LimitError
 from services.reward.items import item_of_request
 from services.reward.jobs import FailureKind, Result
-from services.reward.pool import ScorerPool
+from services.reward.station import Station
 from services.reward.stats import Stats
 
 FULL_NAME = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
@@ -17,23 +17,25 @@ FULL_NAME = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
 class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
     """Answers each item with a score or with the reason why there is none."""
 
-    def __init__(self, pool: ScorerPool, stats: Stats, *, max_items: int) -> None:
-        self._pool = pool
+    def __init__(self, station: Station, stats: Stats, *, max_items: int) -> None:
+        self._station = station
         self._stats = stats
         self._max_items = max_items
 
     async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:  # noqa: N802 - gRPC names the method
         """Raises InvalidArgumentError for another scorer than this server's, LimitError for too many items."""
-        if request.scorer not in ("", self._pool.scorer):
-            raise InvalidArgumentError(f"this server has {self._pool.scorer!r}, not {request.scorer!r}", field="scorer")
+        if request.scorer not in ("", self._station.scorer):
+            raise InvalidArgumentError(
+                f"this server has {self._station.scorer!r}, not {request.scorer!r}", field="scorer"
+            )
         if len(request.items) > self._max_items:
             raise LimitError(f"{len(request.items)} items, at most {self._max_items}", field="items")
-        results = await self._pool.score([item_of_request(item, place) for place, item in enumerate(request.items)])
+        results = await self._station.score([item_of_request(item, place) for place, item in enumerate(request.items)])
         for result in results:
             self._stats.count(result)
         return reward_pb2.ScoreResponse(
             results=[
-                _to_proto(item.sample_id, result, self._pool.scorer)
+                _to_proto(item.sample_id, result, self._station.scorer)
                 for item, result in zip(request.items, results, strict=True)
             ]
         )

@@ -10,8 +10,8 @@ from services.reward.jobs import FailureKind, Result
 class Stats:
     """Cumulative since the process started."""
 
-    def __init__(self, processes: int) -> None:
-        self._processes = processes
+    def __init__(self, width: int) -> None:
+        self._width = width
         self._started = time.monotonic()
         self._busy_s = 0.0
         self._scored = 0
@@ -37,7 +37,7 @@ class Stats:
         self._buffer_filter_failures += result.preferred is None and result.failure is not FailureKind.UNAVAILABLE
 
     def as_dict(self) -> dict[str, float]:
-        """`busy_seconds` is per process of the pool: over `uptime_seconds` it is the share of the pool in use."""
+        """`busy_seconds` is per item the station can be on: over `uptime_seconds` it is the share of it in use."""
         return {
             "samples_scored": self._scored,
             "failures": sum(self._failed.values()) - self._failed[FailureKind.UNAVAILABLE],
@@ -47,6 +47,6 @@ class Stats:
             "groups_judged": self._judged,
             "filter_failures": self._filter_failures,
             "buffer_filter_failures": self._buffer_filter_failures,
-            "busy_seconds": self._busy_s / self._processes,
+            "busy_seconds": self._busy_s / self._width,
             "uptime_seconds": time.monotonic() - self._started,
         }

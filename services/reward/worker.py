@@ -20,7 +20,7 @@ from services.common.payloads import fetch_payloads
 from services.reward.items import item_of_group, item_of_sample
 from services.reward.jobs import FailureKind, Job, Result
 from services.reward.outbox import RETRY_S, Outbox
-from services.reward.pool import ScorerPool
+from services.reward.station import Station
 from services.reward.stats import Stats
 
 log = structlog.get_logger()
@@ -39,10 +39,10 @@ DRAIN_S = 2.0
 class Puller:
     """Keeps up to `reward.max_inflight` samples leased. `run` once."""
 
-    def __init__(self, buffer: BufferClient, pool: ScorerPool, replica_id: str, config: Config, stats: Stats) -> None:
+    def __init__(self, buffer: BufferClient, station: Station, replica_id: str, config: Config, stats: Stats) -> None:
         limits = config.buffer.limits
         self._buffer = buffer
-        self._pool = pool
+        self._station = station
         self._replica_id = replica_id
         self._stats = stats
         self._max_inflight = config.reward.max_inflight
@@ -80,8 +80,10 @@ class Puller:
     async def _pull(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._pool.available.wait()
             room = await self._room()
+            if not self._station.available.is_set():
+                await self._station.available.wait()
+                continue  # what may be leased now is another question
             begun = loop.time()
             try:
                 response = await self._buffer.lease(
@@ -103,10 +105,10 @@ class Puller:
         while (room := self._max_inflight - len(self._leased)) < max(1, self._max_inflight // 4):
             self._settled.clear()
             await self._settled.wait()
-        return min(room, self._samples_per_rpc)
+        return min(room, self._samples_per_rpc, self._station.room or room)
 
     async def _take(self, response: pb.LeaseResponse) -> int:
-        """Hands what was leased to the pool, as it is fetched. Returns how many samples were leased."""
+        """Hands what was leased to the station, as it is fetched. Returns how many samples were leased."""
         group_of = {sample.lease_id: group for group in response.groups for sample in group.samples}
         samples = [sample for group in response.groups for sample in group.samples]
         try:
@@ -124,7 +126,7 @@ class Puller:
         return len(samples)
 
     def _submit(self, jobs: Iterable[Job]) -> None:
-        self._pool.submit(list(jobs))
+        self._station.submit(list(jobs))
         if self._leased:
             self._has_leased.set()
 
@@ -137,13 +139,14 @@ class Puller:
         except DecodeError as error:
             self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_FATAL, f"not a Sample: {error}")
             return []
-        job = Job(item_of_sample(sample, group), partial(self._on_result, leased))
+        token_ids = sample.segments[0].token_ids if self._station.wants_tokens and len(sample.segments) == 1 else b""
+        job = Job(item_of_sample(sample, group), partial(self._on_result, leased), token_ids)
         self._leased[leased.lease_id] = (leased.sample_id, job)
         return [job]
 
     def _take_group(self, group: pb.LeasedGroup) -> list[Job]:
         """The job of judging a group; none when that is settled at once."""
-        if not self._pool.judges:
+        if not self._station.judges:
             self._settle_group(group, pb.GROUP_VERDICT_KEEP)
             return []
         if not all(leased.sample for leased in group.samples):
@@ -187,7 +190,7 @@ class Puller:
             score = sample_pb2.Score(
                 reward=result.verdict.reward,
                 parts=result.verdict.parts,
-                scorer=self._pool.scorer,
+                scorer=self._station.scorer,
                 seconds=result.seconds,
             )
             self._outbox.complete(pb.CompletedSample(sample_id=leased.sample_id, lease_id=leased.lease_id, score=score))

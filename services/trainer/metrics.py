@@ -49,6 +49,7 @@ def batch_metrics(
         "staleness_max": max(staleness, default=0),
         "samples": len(samples),
         "groups": len(groups),
+        "groups_of_one": sum(len(group.samples) == 1 for group in groups),
         "group_ids": [group.group_id for group in groups],
         "prompt_ordinals": [group.prompt_ordinal for group in groups],
         "completion_tokens": sum(completions),
@@ -72,12 +73,15 @@ def training_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
     Per-token figures are over the optimizer steps that were applied; 0 when none was.
     `mismatch_kl` is the mean over trained tokens of the k3 estimate of KL(rollout policy || trainer policy), each
     token seen by the weights before its own optimizer step. `mismatch_kl_fresh` is the same over tokens that were
-    sampled by the very version being trained, where only numerics differ; None when the batch has none.
+    sampled by the very version being trained, where only numerics differ; None when the batch has none. What an
+    algorithm reports besides is in docs/algorithms.md.
     """
     applied = [result for result in results if result.applied]
     tokens = max(sum(result.tokens for result in applied), 1)
     fresh = sum(result.fresh_tokens for result in applied)
     steps = max(len(results), 1)
+    names = sorted({name for result in applied for name in result.figures})
+    largest = sorted({name for result in applied for name in result.maxima})
     return {
         "loss": sum(result.loss for result in results) / steps,
         "grad_norm": sum(result.grad_norm for result in results) / steps,
@@ -87,6 +91,8 @@ def training_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
         "clip_fraction": sum(result.clipped for result in applied) / tokens,
         "mismatch_kl": sum(result.mismatch_kl for result in applied) / tokens,
         "mismatch_kl_fresh": sum(result.mismatch_kl_fresh for result in applied) / fresh if fresh else None,
+        **{name: sum(result.figures.get(name, 0.0) for result in applied) / tokens for name in names},
+        **{name: max(result.maxima[name] for result in applied if name in result.maxima) for name in largest},
         "trained_tokens": sum(result.tokens for result in applied),
         "micro_batches": sum(result.micro_batches for result in results),
         "optimizer_steps_skipped": sum(not result.applied for result in results),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import structlog
 
 from services.common.config import Config
-from services.trainer.algorithms.advantages import group_advantages
+from services.trainer.advantages import with_advantages
 from services.trainer.backends.torch.backend import StepResult, TorchBackend
+from services.trainer.batch.packing import PackedBatch
 from services.trainer.batch.plan import split_by_groups
-from services.trainer.batch.prepare import prepare_step
+from services.trainer.batch.prepare import StepTokens, prepare_step
 from services.trainer.batch.samples import TrainSample
 from services.trainer.batch.staleness import Clock
 
@@ -27,13 +27,19 @@ def train_batch(
     """The optimizer steps of one batch, each over whole groups.
 
     An optimizer step that is not finite leaves the weights as they were and is tried once more; after that it is left
-    out. The result says for each whether it was applied.
+    out. The result says for each whether it was applied. Raises ConfigError when a user's function fails.
     """
+    parts = split_by_groups(samples, config.batch.num_steps_per_rollout or 1)
+    if not parts:
+        return []
+    steps = [_prepare(part, clock, config) for part in parts]
+    ordered = [sample for part in parts for sample in part]
+    filled = with_advantages(backend, ordered, steps, config)
     results = []
-    for part in split_by_groups(samples, config.batch.num_steps_per_rollout or 1):
-        result = _optimizer_step(backend, part, clock, config)
+    for part, micro_batches in zip(parts, filled, strict=True):
+        result = _optimizer_step(backend, part, micro_batches)
         if not result.applied:
-            result = _optimizer_step(backend, part, clock, config)
+            result = _optimizer_step(backend, part, micro_batches)
         results.append(result)
     return results
 
@@ -43,22 +49,22 @@ def mask_above(config: Config) -> int | None:
     return config.staleness.max_staleness if config.staleness.on_stale == "mask" else None
 
 
-def _optimizer_step(backend: TorchBackend, samples: Sequence[TrainSample], clock: Clock, config: Config) -> StepResult:
+def _prepare(samples: Sequence[TrainSample], clock: Clock, config: Config) -> StepTokens:
     algorithm = config.trainer.algorithm
-    advantages = group_advantages(
-        np.array([sample.reward for sample in samples], dtype=np.float64),
-        [sample.group_id for sample in samples],
-        normalize_std=algorithm.normalize_std,
-    )
-    micro_batches = prepare_step(
+    return prepare_step(
         samples,
-        advantages,
         clock,
         mask_above=mask_above(config),
         mask_offpolicy=config.staleness.mask_offpolicy,
         reduction=algorithm.loss_reduction,
+        constant=algorithm.loss_constant or config.rollout.sampling.max_response_len,
         max_tokens=config.trainer.max_tokens_per_gpu,
     )
+
+
+def _optimizer_step(
+    backend: TorchBackend, samples: Sequence[TrainSample], micro_batches: Sequence[PackedBatch]
+) -> StepResult:
     result = backend.train(micro_batches)
     if not result.applied:
         offenders = [samples[row].sample_id for row in result.offenders]

@@ -13,6 +13,7 @@ from services.common.config import Config
 from services.common.lifecycle import keep_loaded
 from services.common.versions import Version
 from services.trainer import model_dir
+from services.trainer.algorithms.user_function import load_advantage_function
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.checkpoint import Checkpoint, CheckpointStore
 from services.trainer.history import load_forks, record_fork
@@ -30,9 +31,10 @@ def train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, h
     """Trains to the end, or until a stop is requested. `holder` is this process's replica id.
 
     Returns whether the run is complete: its last step is committed, and exported where that is wanted. Raises
-    ConfigError for a model that cannot be trained, FencedError when another trainer takes over, and
-    TrainingDivergedError.
+    ConfigError for a model that cannot be trained or a user's function that fails, FencedError when another trainer
+    takes over, and TrainingDivergedError.
     """
+    load_advantage_function(config)
     backend = TorchBackend(config)
     checkpoints = CheckpointStore(config.run.dir, config.trainer.checkpoint.keep_last)
     # A store that lost its data would count epochs from the beginning, below versions that replicas may still serve.

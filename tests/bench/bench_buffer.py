@@ -3,9 +3,9 @@
 * `samples_per_s`, `ratio_to_scripts`: 8k-token samples from the prompt to the commit, through gRPC and through the
   same scripts alone, in turn on one store (`buffer_flow.py`, `buffer_load.py`); medians of the rounds. Both sides have
   the same three client processes; what only the first has is the buffer's process.
-* `lease_p99_ms`: of the leases that got something, all stages, at half of that rate, and by stage: those to generate
-  carry records alone, those to score 16 payloads (1.1 MB), those to train 64 (4.6 MB). Beside it what an append of one
-  call's payloads and its fsync take on this disk while it is idle, before and after.
+* `lease_p99_ms`: of the leases that got something, all stages, at half of that rate, and by stage. A lease carries
+  records; the samples are fetched, a call's worth at a time. Beside it what an append of one call's payloads and its
+  fsync take on this disk while it is idle, before and after.
 * `in_memory`: the first again with the store's file on a tmpfs, where an fsync is free: what the processors allow.
 * `ray_actor_samples_per_s`, `ray_store_samples_per_s`: the same flow through a Ray actor and through Ray's object
   store, which hold samples in memory only (`buffer_ray.py`).
@@ -120,7 +120,7 @@ def table(figures: dict[str, Any]) -> str:
             f"≤ 3 × fsync p99 + 5 = {limit['lease_p99_ms']} ms",
         ),
         (
-            "the same to generate / score / train: 0 / 1.1 / 4.6 MB of payload",
+            "the same to generate / score / train",
             " / ".join(f"{figures['lease_p99_ms_by_stage'][stage]}" for stage in ("generate", "score", "train"))
             + " ms",
             "",

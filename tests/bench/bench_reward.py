@@ -1,121 +1,123 @@
-"""What the reward service itself costs: ``python tests/bench/bench_reward.py``.
+"""What the reward service costs and how fast it is, each figure beside its limit. `polyhead bench reward`.
 
-`throughput` is the puller's whole path with a buffer in the same process, so without gRPC. `steps` sends what a step of
-the demo sends, 64 samples in eights every 12 ms, through real gRPC and counts the CPU time of service and pool.
+* `math_scores_per_s`, `ratio_to_math_verify`: a thousand pairs through a pool of two processes, and the same pairs
+  through a bare pool of two processes that call math-verify, in turn (`reward_math.py`, `math_pairs.py`); medians of
+  the rounds, and by kind of answer the ratio of the seconds inside the processes.
+* `slowdown_with_hung_pct`, `hung_dies_after_s`: what a scorer that never answers costs another one
+  (`reward_hung.py`).
+* `overhead_ms`: per sample through a whole service, beyond the function itself (`reward_overhead.py`).
+* `invented_scores`: rewards that nothing has given.
+
+A machine with other work to do gives other figures, and `conditions` says how much it had (`load_before`, per core).
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import subprocess
+import importlib.metadata
+import json
+import logging
+import os
+import platform
 import sys
-import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
-import psutil
+import grpc
+import structlog
 
-from polyhead.v1 import buffer_pb2 as pb
-from services.common.config import Config, dump
-from services.common.config.models import BufferConfig, RewardConfig
-from services.reward.pool import ScorerPool
-from services.reward.settings import ScorerSettings
-from services.reward.stats import Stats
-from services.reward.worker import Puller
-from tests.kit.reward_fake_buffer import FakeBuffer, generated
+from services.common.errors import PolyheadError
+from tests.bench.reward_hung import measure_hung
+from tests.bench.reward_math import PROCESSES, measure_math
+from tests.bench.reward_overhead import measure_overhead
 
-COMPLETIONS = {"exact": "14", "math": "5+9=14, so \\boxed{14}"}
-
-
-class LocalBuffer:
-    """Answers leases from a list, at once."""
-
-    def __init__(self, payloads: list[bytes]) -> None:
-        self._payloads = payloads
-        self._left = len(payloads)
-        self._leased = 0
-        self.done = asyncio.Event()
-
-    async def lease(self, stage: int, replica_id: str, *, max_samples: int, wait_s: float) -> pb.LeaseResponse:
-        if self._leased == len(self._payloads):
-            await asyncio.sleep(wait_s)
-            return pb.LeaseResponse()
-        response = pb.LeaseResponse()
-        samples = []
-        for _ in range(min(max_samples, len(self._payloads) - self._leased)):
-            samples.append(
-                pb.LeasedSample(sample_id="g", lease_id=self._leased + 1, sample=self._payloads[self._leased])
-            )
-            self._leased += 1
-        response.groups.append(pb.LeasedGroup(group_size=8, samples=samples))
-        return response
-
-    async def complete(self, stage: int, replica_id: str, samples: list[pb.CompletedSample]) -> pb.CompleteResponse:
-        self._left -= len(samples)
-        if not self._left:
-            self.done.set()
-        return pb.CompleteResponse(results=[pb.SampleResult(outcome=pb.OUTCOME_OK) for _ in samples])
+LIMITS = {
+    "ratio_to_math_verify": 3,
+    "different_verdicts": 0,
+    "slowdown_with_hung_pct": 10,
+    "hung_lives_beyond_its_limit_s": 1,
+    "overhead_ms": 0.5,
+    "invented_scores": 0,
+}
 
 
-async def throughput(scorer: str, count: int) -> None:
-    payload = generated(0, COMPLETIONS[scorer], "14").SerializeToString()
-    buffer = LocalBuffer([payload] * count)
-    pool = ScorerPool(ScorerSettings(scorer, [], {}), processes=1, timeout_s=10)
-    await pool.start()
-    stop = asyncio.Event()
-    child = psutil.Process(pool.pids()[0])
-    begun, cpu, child_cpu = time.perf_counter(), time.process_time(), _cpu_s(child)
-    task = asyncio.create_task(Puller(buffer, pool, "r", Config(), Stats(1)).run(stop))  # type: ignore[arg-type]
-    await buffer.done.wait()
-    wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    child_cpu = _cpu_s(child) - child_cpu
-    stop.set()
-    await task
-    await pool.close()
-    print(
-        f"throughput {scorer}: {wall / count * 1e6:.0f} µs per score, CPU {cpu / count * 1e6:.0f} µs in the service "
-        f"and {child_cpu / count * 1e6:.0f} µs in the pool"
-    )
+async def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    figures = await measure_math(arguments.rounds)
+    figures |= await measure_hung(arguments.rounds, arguments.seconds)
+    figures["invented_scores"] = figures.pop("hung_but_scored")
+    return figures | await measure_overhead(arguments.samples)
 
 
-async def steps(scorer: str, count: int) -> None:
-    buffer = FakeBuffer()
-    await buffer.start()
-    config = Config(buffer=BufferConfig(address=buffer.address), reward=RewardConfig(scorer=scorer))
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "run.toml")
-        await asyncio.to_thread(path.write_text, dump(config))
-        service = psutil.Popen([sys.executable, "-m", "services.reward", "-c", str(path)], stderr=subprocess.DEVNULL)
-        await buffer.until(lambda: buffer.replicas)
-        child = psutil.Process(buffer.replicas[-1].child_pids["scorer-0"])
-        buffer.calls.clear()
-        before, number = [_cpu_s(process) for process in (service, child)], 0
-        for _ in range(count * 8):
-            buffer.add(*(generated(number + place, COMPLETIONS[scorer], "14") for place in range(8)))
-            number += 8
-            await asyncio.sleep(0.012)
-        await buffer.until(lambda: len(buffer.scores) == number)
-        spent = [_cpu_s(process) - start for process, start in zip((service, child), before, strict=True)]
-        service.terminate()
-        await asyncio.to_thread(service.wait)
-    await buffer.stop()
-    print(
-        f"steps {scorer}: per 64 samples CPU {spent[0] / count * 1e3:.1f} ms in the service and "
-        f"{spent[1] / count * 1e3:.1f} ms in the pool; {len(buffer.calls) / count:.1f} calls"
-    )
+def table(figures: dict[str, Any]) -> str:
+    """The figures beside their limits, for the documentation."""
+    kinds = figures["ratio_by_kind"]
+    rows = [
+        ("`math`, scores a second", figures["math_scores_per_s"], ""),
+        ("bare math-verify, scores a second", figures["math_verify_scores_per_s"], ""),
+        ("ratio", figures["ratio_to_math_verify"], "≥ 3"),
+        ("the same inside the processes, without sets, intervals and points", figures["ratio_of_numbers"], ""),
+        ("by kind of answer: " + ", ".join(kinds), ", ".join(f"{ratio:g}" for ratio in kinds.values()), ""),
+        ("verdicts that differ", figures["different_verdicts"], "0"),
+        ("slower beside a scorer that waits for ever", f"{figures['slowdown_with_hung_pct']}%", "≤ 10%"),
+        ("the same, one that takes a core for ever", f"{figures['slowdown_with_spinning_pct']}%", ""),
+        ("in one pool of two processes, one of which waits for ever", f"{figures['slowdown_in_one_pool_pct']}%", ""),
+        (
+            f"a score that hangs is over, at a limit of {figures['hung_limit_s']:g} s, after",
+            f"{figures['hung_dies_after_s']} s",
+            f"≤ {figures['hung_limit_s'] + 1:g} s",
+        ),
+        ("overhead a sample, leased and completed", f"{figures['overhead_ms']} ms", "≤ 0.5 ms"),
+        ("overhead a sample, by `RewardService.Score`", f"{figures['overhead_call_ms']} ms", "≤ 0.5 ms"),
+        ("invented scores", figures["invented_scores"], "0"),
+    ]
+    lines = ["| figure | measured | asked |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} | {asked} |" for name, value, asked in rows)]) + "\n"
 
 
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def _conditions(arguments: argparse.Namespace, load_before: float) -> dict[str, Any]:
+    return {
+        "load_before": round(load_before, 2),
+        "pool_processes": PROCESSES,
+        "pairs": "tests/bench/math_pairs.jsonl, every label once, new processes each round",
+        "rounds": arguments.rounds,
+        "seconds_of_each_rate": arguments.seconds,
+        "samples_for_overhead": arguments.samples,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "math_verify": importlib.metadata.version("math-verify"),
+        "grpc": grpc.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
 
 
-async def main() -> None:
-    await throughput("exact", 20_000)
-    await throughput("math", 5_000)
-    await steps("exact", 50)
-    await steps("math", 50)
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="polyhead bench reward", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--rounds", type=int, default=3, help="of each comparison")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each rate beside a scorer that hangs")
+    parser.add_argument("--samples", type=int, default=8000, help="for the overhead")
+    parser.add_argument("--table", type=Path, help="only print what an earlier --json FILE says, as a table")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())), end="")
+        return 0
+    # That processes are killed is what is measured.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    load_before = os.getloadavg()[0] / (os.cpu_count() or 1)
+    try:
+        figures = asyncio.run(measure_all(arguments))
+    except PolyheadError as error:
+        print(f"polyhead bench reward: {error}", file=sys.stderr)
+        return error.exit_code
+    figures |= {"limits": LIMITS, "conditions": _conditions(arguments, load_before)}
+    content = json.dumps(figures, indent=1) + "\n"
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(content)
+    print(content, end="")
+    return 0
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    sys.exit(main())

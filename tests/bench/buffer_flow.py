@@ -77,7 +77,7 @@ def _pairs(items: Sequence[T]) -> Iterator[list[Sequence[T]]]:
 class ThroughGrpc(Side):
     """`wait_s`: how long a lease that finds nothing waits in the buffer."""
 
-    def __init__(self, address: str, wait_s: float) -> None:
+    def __init__(self, address: str, wait_s: float = 0.0) -> None:
         super().__init__()
         self._wait_s = wait_s
         self._client = BufferClient(address)

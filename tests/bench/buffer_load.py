@@ -29,9 +29,10 @@ WARM_UP = 4
 PAUSE_S = 0.01
 """Before a client that found nothing asks again."""
 OVERLAP = 2
+"""Calls under way of one client: what comes next is leased while what is there is completed."""
 LIMIT_S = 120.0
 STAGES = {"rollout": "generate", "reward": "score", "trainer": "train"}
-"""Of which each role leases: records to generate, 16 payloads to score, 64 payloads, a step's, to train."""
+"""Of which each role leases: a call's worth to generate or to score, a step to train."""
 
 _spawned = multiprocessing.get_context("spawn")
 
@@ -133,8 +134,6 @@ async def _reward(side: Side, shared: _Shared) -> None:
 
 
 async def _overlapping(verb: Callable[[], Awaitable[int]], shared: _Shared) -> None:
-    """Two of a client's calls overlap, as the services lease what comes next while they complete what they have."""
-
     async def repeat() -> None:
         while not shared.epoch.value:
             await asyncio.sleep(PAUSE_S)

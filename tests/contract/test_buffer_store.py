@@ -322,6 +322,34 @@ async def test_generation_ends_in_a_stored_payload(start: Start, store: Store) -
     assert (await store.ledger(admit=True)).counters == {"tokens_generated": 4}
 
 
+async def test_a_group_is_leased_to_be_scored_together_when_all_of_it_is_generated(start: Start, store: Store) -> None:
+    driver = await start(scored_whole=True, group_size=3, min_group_size=2)
+    samples = driver.generated(await driver.generate_lease(), driver.version)
+    first, rest = [each for each in samples if each.ref.order == 0], [each for each in samples if each.ref.order]
+    await store.complete_generate([*first[:2], *rest])
+    early = await store.lease_score("s", 4, payload=True)
+    assert refs(early)[0][0].order == 1
+    assert len(refs(early)) == 3
+    assert not any(each.payload for each in early.groups[0].samples)
+    await store.complete_generate(first[2:])
+    late = await store.lease_score("s", 1, payload=False)
+    assert [ref for ref, _ in refs(late)] == [SampleRef(0, index) for index in range(3)]
+
+
+async def test_a_sample_given_back_is_scored_when_the_others_of_its_group_are_settled(
+    start: Start, store: Store
+) -> None:
+    driver = await start(scored_whole=True)
+    await store.complete_generate(driver.generated(await driver.generate_lease(2), driver.version))
+    lease = await store.lease_score("s", 2, payload=False)
+    returned, kept = released(lease, pb.RELEASE_REASON_SAMPLE_ERROR, error="odd")
+    await store.release(sample_pb2.STAGE_SCORE, [returned])
+    assert not (await store.lease_score("s", 2, payload=False)).groups
+    await store.complete_score([Scored(kept.ref, kept.lease_id, 1.0, b"")])
+    again = await store.lease_score("s", 2, payload=False)
+    assert [ref for ref, _ in refs(again)] == [returned.ref]
+
+
 async def test_a_group_becomes_ready_as_a_whole(start: Start, store: Store) -> None:
     driver = await start()
     await driver.generate(2)

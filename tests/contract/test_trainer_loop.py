@@ -16,6 +16,7 @@ from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
 from services.common.errors import FencedError, LimitError, PolyheadError, TrainingDivergedError, UnavailableError
 from services.common.versions import Version
+from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.checkpoint import CheckpointStore
 from services.trainer.history import record_fork
 from tests.kit.tiny_model import build_tiny_qwen3
@@ -140,21 +141,24 @@ async def test_three_such_steps_in_a_row_end_the_run(model, tmp_path, monkeypatc
 
 def poison(monkeypatch, steps):
     """Gives the batches of these steps an infinite advantage."""
-    from services.trainer import step as step_module
+    from services.trainer import loop as loop_module
 
     poisoned, seen = [], []
-    prepare = step_module.prepare_step
+    train_batch, train = loop_module.train_batch, TorchBackend.train
 
-    def spoiled(samples, advantages, clock, **settings):
-        batches = prepare(samples, advantages, clock, **settings)
+    def noted(backend, samples, clock, config):
         seen.append(clock.trained.step + 1)
+        return train_batch(backend, samples, clock, config)
+
+    def spoiled(self, micro_batches):
         if seen[-1] in steps:
             poisoned.append(seen[-1])
-            for batch in batches:
+            for batch in micro_batches:
                 batch.advantages[:] = math.inf
-        return batches
+        return train(self, micro_batches)
 
-    monkeypatch.setattr(step_module, "prepare_step", spoiled)
+    monkeypatch.setattr(loop_module, "train_batch", noted)
+    monkeypatch.setattr(TorchBackend, "train", spoiled)
     return poisoned
 
 

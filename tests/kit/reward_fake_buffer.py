@@ -70,7 +70,6 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         self.calls.append("Lease")
         self._notify()
         assert request.stage == sample_pb2.STAGE_SCORE
-        assert not request.include_payload
         assert request.max_samples > 0
         try:
             await self.until(lambda: self.waiting, request.wait.ToNanoseconds() / 1e9)

@@ -22,6 +22,8 @@ async def by_order(args: Any, sample: Any, **kwargs: Any) -> Any:
     elif word == "hang":
         while True:
             pass
+    elif word == "wait":
+        await asyncio.Event().wait()
     elif word == "raise":
         raise ValueError(f"cannot\nscore {rest}")
     elif word == "exit":

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
 )
 
 VOCAB_SIZE = 128
@@ -60,6 +61,12 @@ def build_tiny_qwen3(directory: Path, seed: int = 0, hidden: int = 64, layers: i
     """
     fields = {**_common(hidden, layers), "head_dim": 32, "tie_word_embeddings": True, **overrides}
     return _save(Qwen3ForCausalLM, Qwen3Config(**fields), directory, seed)
+
+
+def build_tiny_reward_model(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2) -> Path:
+    """Writes a random Qwen3 with a classification head of one label and returns `directory`."""
+    fields = {**_common(hidden, layers), "head_dim": 32, "tie_word_embeddings": True, "num_labels": 1}
+    return _save(Qwen3ForSequenceClassification, Qwen3Config(**fields), directory, seed)
 
 
 def build_tiny_qwen2(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **overrides: Any) -> Path:

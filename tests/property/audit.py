@@ -47,6 +47,7 @@ class Found:
     indexes: dict[str, list[int]]
     groups: dict[int, list[int]]
     """States of the open groups' samples, by order."""
+    scored_whole: bool
     closed: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -66,7 +67,7 @@ def read(client: redis.Redis, run_name: str) -> Found:
         assert (record["order"], record["closed"]) == (order, "")
         states[order] = [sample[_STATE] for sample in record["samples"]]
     closed = {name.decode(): _bits(bitmap) for name, bitmap in zip(bits[::2], bits[1::2], strict=True)}
-    return Found(run["accepted"], run["group_size"], indexes, states, closed)
+    return Found(run["accepted"], run["group_size"], indexes, states, run["scored_whole"], closed)
 
 
 def _bits(bitmap: bytes) -> int:
@@ -106,7 +107,9 @@ def _check_indexes(found: Found) -> None:
         assert not whole or (set(alive) == whole and len(whole) == 1), f"group {order} is torn: {states}"
         assert (order in listed["ready"]) == (alive[0] == READY and order not in listed["bound"]), (order, states)
         assert (order in listed["pending"]) == (PENDING in alive and order not in listed["fresh"]), (order, states)
-        scorable = order not in listed["rejected"] and (GENERATED in alive or set(alive) == {SCORED})
+        waits = found.scored_whole and {PENDING, GENERATING, SCORING} & set(alive)
+        generated = GENERATED in alive and not waits
+        scorable = order not in listed["rejected"] and (generated or set(alive) == {SCORED})
         assert (order in listed["scorable"]) == scorable, (order, states)
         for index, state in enumerate(states):
             if state in leases:

@@ -67,6 +67,7 @@ class History(RuleBasedStateMachine):
             judged=judged,
             zero_variance_fallback=judged,
             refill_groups=rng.choice((0, 1, 2, 99)),
+            scored_whole=rng.random() < 0.3,
         )
         self.peers = Peers(self.pair, params)
         self.loop.run_until_complete(self._begin())

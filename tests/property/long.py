@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from services.common.process import die_with_parent
 from tests.property import histories
 
 PART = 25
@@ -104,6 +105,7 @@ def _play(parts: list[tuple[int, int]], asked: argparse.Namespace, began: float)
 
 
 def _work(todo: Queue[Any], told: Queue[Any], commands: int, shrink: bool) -> None:
+    die_with_parent(os.getppid())
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr), cache_logger_on_first_use=True)
     while (part := todo.get()) is not None:
         number, count = part

@@ -191,6 +191,7 @@ SETTINGS = {
     "over-sampling": {"surplus_groups": 2, "drop_zero_variance": True},
     "synchronous": {"max_staleness": 0},
     "drop": {"on_stale": "drop"},
+    "whole groups": {"scored_whole": True, "min_group_size": 2},
 }
 
 

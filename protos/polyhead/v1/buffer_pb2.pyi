@@ -463,7 +463,7 @@ class RecoverResponse(_message.Message):
     def __init__(self, returned_groups: _Optional[int] = ..., replayed_steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("replica_id", "role", "address", "state", "weight_version", "pid", "stats", "child_pids", "engines")
+    __slots__ = ("replica_id", "role", "address", "state", "weight_version", "pid", "stats", "child_pids", "engines", "trouble")
     class StatsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -487,6 +487,7 @@ class Replica(_message.Message):
     STATS_FIELD_NUMBER: _ClassVar[int]
     CHILD_PIDS_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     role: Role
     address: str
@@ -496,7 +497,8 @@ class Replica(_message.Message):
     stats: _containers.ScalarMap[str, float]
     child_pids: _containers.ScalarMap[str, int]
     engines: _containers.RepeatedCompositeFieldContainer[Engine]
-    def __init__(self, replica_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., weight_version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., pid: _Optional[int] = ..., stats: _Optional[_Mapping[str, float]] = ..., child_pids: _Optional[_Mapping[str, int]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ...) -> None: ...
+    trouble: str
+    def __init__(self, replica_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., weight_version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., pid: _Optional[int] = ..., stats: _Optional[_Mapping[str, float]] = ..., child_pids: _Optional[_Mapping[str, int]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., trouble: _Optional[str] = ...) -> None: ...
 
 class Engine(_message.Message):
     __slots__ = ("index", "state", "weight_version", "name", "ranks")

@@ -374,18 +374,27 @@ local function judgeable(g)
   return true
 end
 
+-- Whether the generated samples of the group need not wait for its others.
+local function may_be_scored(g)
+  if not M.scored_whole then return true end
+  for _, s in ipairs(g.samples) do
+    if s[STATE] == PENDING or s[STATE] == GENERATING or s[STATE] == SCORING then return false end
+  end
+  return true
+end
+
 -- Brings the indexes of mailboxes up to date with the groups that were touched.
 local function reindex()
   for _, g in pairs(touched) do
-    local pending, scorable = false, false
+    local pending, generated = false, false
     if g.closed == '' and g.birth_epoch > 0 then
       for _, s in ipairs(g.samples) do
         pending = pending or s[STATE] == PENDING
-        scorable = scorable or s[STATE] == GENERATED
+        generated = generated or s[STATE] == GENERATED
       end
     end
     relist(g, 'pending', pending)
-    relist(g, 'scorable', scorable or judgeable(g))
+    relist(g, 'scorable', generated and may_be_scored(g) or judgeable(g))
   end
 end
 

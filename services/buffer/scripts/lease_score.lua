@@ -8,7 +8,13 @@ if not put_again(out, request_id) then
   for _, m in ipairs(listed('scorable', left)) do
     if out.left == 0 or out.full then break end
     local g = group(tonumber(m))
-    if judgeable(g) then take_whole(out, g) else take(out, g, GENERATED) end
+    if judgeable(g) then
+      take_whole(out, g)
+    elseif not M.scored_whole then
+      take(out, g, GENERATED)
+    elseif may_be_scored(g) then
+      take_together(out, g)
+    end
   end
   remember(out, request_id, false)
 end

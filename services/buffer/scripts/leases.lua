@@ -108,6 +108,21 @@ local function take(out, g, source)
   return #places > 0 and put(out, g, places) or 0
 end
 
+-- Leases all generated samples of the group together: the first group of an answer whatever its size. Its samples are
+-- to be fetched.
+local function take_together(out, g)
+  local places = {}
+  for i, s in ipairs(g.samples) do
+    if s[STATE] == GENERATED then places[#places + 1] = i end
+  end
+  if #out.granted > 0 and #places > out.left then return 0 end
+  local payload = out.payload
+  out.payload = false
+  local taken = put(out, g, places)
+  out.payload = payload
+  return taken
+end
+
 local function grant_of(out, request_id)
   local raw = request_id ~= '' and call('HGET', P .. 'grants', out.stage .. ':' .. out.owner)
   local grant = raw and cmsgpack.unpack(raw)

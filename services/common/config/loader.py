@@ -33,7 +33,7 @@ from services.common.config.models import (
 from services.common.errors import ConfigError
 
 # Never in a file: it would be written to the run directory with the rest of the configuration.
-_SECRETS = ("store.password", "rollout.engine.admin_key")
+_SECRETS = ("store.password", "rollout.engine.admin_key", "reward.remote.token")
 # What `run.deterministic` can promise its bits for.
 _DETERMINISTIC: tuple[tuple[str, Any], ...] = (
     ("staleness.max_staleness", 0),
@@ -139,7 +139,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The resolved configuration as TOML, secrets left out: `load` reads it back to an equal `Config`."""
-    secrets: dict[str, Any] = {"store": {"password"}, "rollout": {"engine": {"admin_key"}}}
+    secrets: dict[str, Any] = {
+        "store": {"password"},
+        "rollout": {"engine": {"admin_key"}},
+        "reward": {"remote": {"token"}},
+    }
     tree = config.model_dump(mode="json", exclude=secrets, exclude_none=True)
     lines = ["# Resolved configuration of this run, written at its start."]
     _write_table(lines, (), tree)

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+from services.common.config.algorithm import AlgorithmConfig
+from services.common.config.remote import RemoteConfig
+from services.common.config.section import Positive, Seconds, Section
+
+REMOTE = "remote"
 BUILT_IN_FILTERS = ("none", "nonzero_std", "nonzero_std_with_fallback")
 FlagValue = bool | int | float | str | list[int | float | str]
 
@@ -26,12 +29,6 @@ def plain_flags(flags: dict[str, FlagValue]) -> dict[str, FlagValue]:
         if setting is False:
             raise ValueError(f"{flag} = false: a flag that is not wanted is left out")
     return flags
-
-
-class Section(BaseModel):
-    """A table of the file: unknown keys are errors, strings are not coerced into numbers."""
-
-    model_config = ConfigDict(extra="forbid", strict=False, use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
@@ -63,6 +60,8 @@ class RunConfig(Section):
 class ModelConfig(Section):
     hf_checkpoint: Path = Path()
     """A Hugging Face model directory: config.json, safetensors, tokenizer (slime: --hf-checkpoint)."""
+    ref_checkpoint: Path | None = None
+    """The frozen model of the KL terms. Default: hf_checkpoint, which is where training began (slime: --ref-load)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -361,10 +360,12 @@ class RewardConfig(Section):
     address: str = "127.0.0.1:0"
     scorer: str = "math"
     """"math", "deepscaler", "dapo", "f1", "gpqa", "ifbench", "code", "exact", "random", or one of these behind
-    "boxed_"; or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
+    "boxed_"; "remote"; or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
     reward_key: str = ""
     """Which entry of a scorer's dict is the reward (slime: --reward-key). Default: the scorer's own, which is "score"
     or "reward" of a user's function."""
+    group_rm: bool = False
+    """Whole groups are scored: the function gets a list of samples, and gives a list (slime: --group-rm)."""
     buffer_filter: str = ""
     """The dotted path of a function with slime's signature that says which unfinished groups are continued first.
     Default: the oldest (slime: --buffer-filter-path)."""
@@ -374,6 +375,16 @@ class RewardConfig(Section):
     """A score that takes longer is killed, with its process."""
     max_inflight: Positive = 256
     code: CodeConfig = Field(default_factory=CodeConfig)
+    remote: RemoteConfig = Field(default_factory=RemoteConfig)
+    """The servers of scorer = "remote" (docs/rewards_remote.md)."""
+
+    @model_validator(mode="after")
+    def _remote_is_wanted_and_there(self) -> RewardConfig:
+        if self.scorer == REMOTE and not self.remote.urls:
+            raise ValueError('scorer = "remote" needs remote.urls')
+        if self.scorer != REMOTE and self.remote.urls:
+            raise ValueError(f'remote.urls is for scorer = "remote", not {self.scorer!r}')
+        return self
 
 
 class OptimizerConfig(Section):
@@ -385,17 +396,6 @@ class OptimizerConfig(Section):
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Linear warm-up, then constant."""
-
-
-class AlgorithmConfig(Section):
-    advantage: Literal["grpo"] = "grpo"
-    normalize_std: bool = True
-    """Divide by the group's standard deviation (slime: not --disable-grpo-std-normalization)."""
-    eps_clip: Annotated[float, Field(gt=0)] = 0.2
-    eps_clip_high: Annotated[float, Field(gt=0)] | None = None
-    """Default: eps_clip."""
-    loss_reduction: Literal["per_sample", "per_token"] = "per_sample"
-    """per_sample: mean over samples of the token mean. per_token: mean over all tokens of the batch."""
 
 
 class CheckpointConfig(Section):
@@ -429,6 +429,8 @@ class TrainerConfig(Section):
     threads: Positive = 1
     max_tokens_per_gpu: Positive = 4096
     """Tokens packed into one micro-batch; a longer sample makes one of its own."""
+    offload_reference: bool = True
+    """With device = "cuda": the reference model leaves the GPU while nothing asks for its log-probs."""
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

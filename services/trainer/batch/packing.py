@@ -34,7 +34,6 @@ class PackItem:
     rollout_logprobs: NDArray[np.float32]
     fresh: NDArray[np.bool_]
     """[n]: sampled by the very weights about to be trained."""
-    advantage: float
     weight: float
     """Of each of its tokens in the loss."""
     temperature: float
@@ -60,13 +59,21 @@ class PackedBatch:
     predict: NDArray[np.int64]
     """[n]: which packed token predicts each trained one."""
     targets: NDArray[np.int64]
-    advantages: NDArray[np.float32]
     weights: NDArray[np.float32]
     """[n]: the loss is the sum of weight * token loss over all micro-batches of the optimizer step."""
     rollout_logprobs: NDArray[np.float32]
     temperatures: NDArray[np.float32]
     fresh: NDArray[np.bool_]
     sample_rows: NDArray[np.int64]
+    sequences: NDArray[np.int64]
+    """[n]: which item of this micro-batch, from 0."""
+    sequence_count: int
+    advantages: NDArray[np.float32]
+    """[n]: 0 until they are known."""
+    old_logprobs: NDArray[np.float32] | None = None
+    """[n]: the trainer's own at the start of the step, where they were needed before."""
+    ref_logprobs: NDArray[np.float32] | None = None
+    """[n]: the reference model's, where there is one."""
 
 
 def pack(items: Sequence[PackItem]) -> PackedBatch:
@@ -82,12 +89,14 @@ def pack(items: Sequence[PackItem]) -> PackedBatch:
         slots=slots,
         predict=np.concatenate([sequence[item.predict] for sequence, item in zip(sequences, items, strict=True)]),
         targets=np.concatenate([item.targets for item in items]).astype(np.int64),
-        advantages=np.repeat(np.array([item.advantage for item in items], dtype=np.float32), counts),
         weights=np.repeat(np.array([item.weight for item in items], dtype=np.float32), counts),
         rollout_logprobs=np.concatenate([item.rollout_logprobs for item in items]),
         temperatures=np.repeat(np.array([item.temperature for item in items], dtype=np.float32), counts),
         fresh=np.concatenate([item.fresh for item in items]),
         sample_rows=np.repeat(np.array([item.sample_row for item in items], dtype=np.int64), counts),
+        sequences=np.repeat(np.arange(len(items)), counts),
+        sequence_count=len(items),
+        advantages=np.zeros(sum(counts), dtype=np.float32),
     )
 
 

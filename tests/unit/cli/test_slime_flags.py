@@ -56,6 +56,14 @@ def test_a_wrong_flag_is_named(arguments, message):
     assert message in str(caught.value)
 
 
+def test_slimes_remote_rm_is_the_remote_scorer():
+    arguments = "--rm-type remote_rm --rm-url http://10.0.0.7:8000/score"
+    reward = load(None, slime_flags.to_overrides(arguments.split())).reward
+    assert (reward.scorer, reward.remote.kind, reward.remote.urls) == ("remote", "http", ["http://10.0.0.7:8000/score"])
+    with pytest.raises(ConfigError, match=r"needs remote\.urls"):
+        load(None, slime_flags.to_overrides(["--rm-type=remote_rm"]))
+
+
 ENGINES = """
     --rollout-num-gpus 8 --rollout-num-gpus-per-engine 2 --sglang-mem-fraction-static 0.8 --sglang-enable-metrics
     --sglang-cuda-graph-bs 1 2 4 --sglang-attention-backend=fa3 --sglang-server-concurrency 64
@@ -149,3 +157,43 @@ def test_partial_rollout_is_how_it_is_and_its_mask_is_a_setting():
     assert load(None, slime_flags.to_overrides(["--mask-offpolicy-in-partial-rollout"])).staleness.mask_offpolicy
     with pytest.raises(ConfigError, match="partial_rollout"):
         load(None, {"staleness.partial_rollout": False})
+
+
+ALGORITHM = """
+    --advantage-estimator reinforce_plus_plus --gamma 0.99 --lambd 1.0 --normalize-advantages --kl-coef 0.01
+    --eps-clip 0.2 --eps-clip-high 0.28 --eps-clip-c 3 --entropy-coef 0.001 --use-tis --tis-clip 5 --tis-clip-low 0.1
+    --kl-loss-coef 0.00 --kl-loss-type low_var_kl --ref-load /models/first
+    --custom-advantage-function-path my.module.advantages
+"""
+
+
+def test_flags_of_the_algorithm_set_our_keys():
+    config = load(None, slime_flags.to_overrides(shlex.split(ALGORITHM)))
+    algorithm = config.trainer.algorithm
+    assert (algorithm.name, algorithm.gamma, algorithm.normalize_advantages) == ("reinforce_plus_plus", 0.99, True)
+    assert (algorithm.eps_clip, algorithm.eps_clip_high, algorithm.eps_clip_c) == (0.2, 0.28, 3.0)
+    assert (algorithm.kl_coef, algorithm.kl_type, algorithm.entropy_coef) == (0.01, "low_var_kl", 0.001)
+    correction = algorithm.correction
+    assert (correction.weights, correction.low, correction.high) == ("clip", 0.1, 5.0)
+    assert (algorithm.old_logprobs, algorithm.advantage_function) == ("recomputed", "my.module.advantages")
+    assert str(config.model.ref_checkpoint) == "/models/first"
+
+
+def test_flags_of_the_kl_in_the_loss_and_of_grpo_set_our_keys():
+    arguments = """--advantage-estimator grpo --use-kl-loss --kl-loss-coef 0.01 --kl-loss-type k3 --use-unbiased-kl
+        --disable-grpo-std-normalization"""
+    algorithm = load(None, slime_flags.to_overrides(arguments.split())).trainer.algorithm
+    assert (algorithm.use_kl_loss, algorithm.kl_loss_coef, algorithm.kl_type) == (True, 0.01, "k3")
+    assert (algorithm.kl_unbiased, algorithm.normalize_std, algorithm.old_logprobs) == (True, False, "rollout")
+
+
+def test_the_quickstarts_grpo_arguments_are_taken_unchanged():
+    arguments = """--advantage-estimator grpo --use-kl-loss --kl-loss-coef 0.00 --kl-loss-type low_var_kl
+        --entropy-coef 0.00 --eps-clip 0.2 --eps-clip-high 0.28"""
+    algorithm = load(None, slime_flags.to_overrides(arguments.split())).trainer.algorithm
+    assert (algorithm.needs_reference, algorithm.kl_loss_coef, algorithm.kl_type) == (True, 0.0, "low_var_kl")
+
+
+def test_tis_and_rollout_logprobs_exclude_each_other():
+    with pytest.raises(ConfigError, match="correction needs old_logprobs = recomputed"):
+        load(None, slime_flags.to_overrides(["--use-tis", "--use-rollout-logprobs"]))

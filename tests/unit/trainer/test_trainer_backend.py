@@ -18,7 +18,8 @@ from services.trainer.batch.samples import decode_groups
 from services.trainer.batch.staleness import Clock
 from services.trainer.step import train_batch
 from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
-from tests.kit.trainer_batch import make_batch, make_group, make_sample
+from tests.kit.trainer_batch import make_batch
+from tests.kit.trainer_ragged import plain_logprobs, ragged_samples
 
 CLOCK = Clock(Version(1, 0), {1: 0})
 BUILDERS = {"qwen3": build_tiny_qwen3, "qwen2": build_tiny_qwen2, "llama": build_tiny_llama}
@@ -34,44 +35,11 @@ def make_config(directory, **trainer):
     return Config(model={"hf_checkpoint": directory}, trainer=trainer)
 
 
-def ragged_samples(seed):
-    """Prompts of several lengths, completions from 1 to 90 tokens, masks with holes, an empty one, a group of one."""
-    rng = np.random.default_rng(seed)
-    groups = []
-    for number, size in enumerate((4, 1, 3)):
-        prompt = rng.integers(3, 128, rng.integers(1, 40)).tolist()
-        samples = []
-        for index in range(size):
-            length = 1 if index == 0 else int(rng.integers(2, 90))
-            mask = np.zeros(length) if index == 2 else (rng.random(length) < 0.8) | (np.arange(length) == length - 1)
-            samples.append(
-                make_sample(
-                    rng,
-                    sample_id=f"g{number}-{index}",
-                    prompt=prompt,
-                    completion_length=length,
-                    loss_mask=mask,
-                    temperature=0.7 + 0.2 * index,
-                )
-            )
-        groups.append(make_group(samples, rng.normal(size=size).tolist()))
-    return decode_groups(groups, vocab_size=128)
-
-
 def prepare(samples, reduction="per_sample", max_tokens=4096):
     rewards = np.array([sample.reward for sample in samples])
     advantages = group_advantages(rewards, [sample.group_id for sample in samples], normalize_std=True)
-    return prepare_step(samples, advantages, CLOCK, mask_above=None, reduction=reduction, max_tokens=max_tokens)
-
-
-def plain_logprobs(model, sample):
-    """Float64 log-probs of all completion tokens, one unpadded sequence at a time."""
-    segment = sample.segments[0]
-    token_ids = torch.tensor(segment.token_ids.astype(np.int64))
-    logits = model(input_ids=token_ids[None], use_cache=False).logits[0]
-    scaled = torch.log_softmax(logits / sample.temperature, dim=-1)
-    positions = torch.arange(segment.prompt_length, len(token_ids))
-    return scaled[positions - 1, token_ids[positions]], scaled[positions - 1]
+    step = prepare_step(samples, CLOCK, mask_above=None, reduction=reduction, max_tokens=max_tokens)
+    return step.filled(advantages[step.rows])
 
 
 @pytest.mark.parametrize("name", BUILDERS)

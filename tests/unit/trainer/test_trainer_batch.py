@@ -123,7 +123,6 @@ def random_items(rng, count):
                 targets=tokens[predict + 1],
                 rollout_logprobs=rng.uniform(-5, 0, len(predict)).astype(np.float32),
                 fresh=rng.random(len(predict)) < 0.5,
-                advantage=float(row),
                 weight=1.0 / (row + 1),
                 temperature=1.0 + row,
                 sample_row=row,
@@ -184,13 +183,12 @@ def test_masking_what_is_off_policy_leaves_the_tokens_of_the_last_version():
 def prepare(samples, *, mask_above=None, mask_offpolicy=False, reduction="per_sample", max_tokens=4096):
     return prepare_step(
         samples,
-        np.arange(len(samples), dtype=np.float64),
         Clock(Version(1, 5), {1: 0}),
         mask_above=mask_above,
         mask_offpolicy=mask_offpolicy,
         reduction=reduction,
         max_tokens=max_tokens,
-    )
+    ).batches
 
 
 def test_only_trained_tokens_are_predicted_and_nothing_behind_the_last_is_fed():

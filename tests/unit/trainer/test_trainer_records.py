@@ -100,6 +100,7 @@ def test_a_metrics_line_has_every_documented_key():
         *("ratio_mean", "clip_fraction", "mismatch_kl", "mismatch_kl_fresh", "staleness", "staleness_max", "samples"),
         *(
             "groups",
+            "groups_of_one",
             "group_ids",
             "prompt_ordinals",
             "completion_tokens",

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from services.common.config import Config
 from services.common.errors import ConfigError
 from services.trainer.algorithms.kl import k3
-from services.trainer.algorithms.policy_loss import clipped_surrogate
-from services.trainer.backends.torch.logprobs import DeviceBatch, to_device, token_logprobs
+from services.trainer.algorithms.objective import Objective, Tokens, objective
+from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, score, to_device, token_logprobs
 from services.trainer.backends.torch.model import load_model
 from services.trainer.backends.torch.optimizer import Optimizer
+from services.trainer.backends.torch.reference import Reference
 from services.trainer.batch.packing import PackedBatch
 
 MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
@@ -41,6 +43,10 @@ class StepResult:
     """k3 estimate of KL(rollout policy || trainer policy)."""
     mismatch_kl_fresh: float = 0.0
     """The same over tokens sampled by the very weights being trained."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Sums of what the algorithm reports besides, by the name of the metric that their mean is."""
+    maxima: dict[str, float] = field(default_factory=dict)
+    """Over trained tokens, by the name of the metric."""
     offenders: list[int] = field(default_factory=list)
     """Rows of samples whose tokens gave a loss that is not finite."""
 
@@ -59,6 +65,7 @@ class TorchBackend:
         self._algorithm = config.trainer.algorithm
         self.model = load_model(config.model.hf_checkpoint, config.model.dtype, self._device)
         self._optimizer = Optimizer(self.model.named_parameters(), config.trainer.optimizer)
+        self._reference = Reference(config, self.vocab_size, self._device) if self._algorithm.needs_reference else None
 
     @property
     def vocab_size(self) -> int:
@@ -73,6 +80,14 @@ class TorchBackend:
         seen: dict[int, str] = {}
         state = self.model.state_dict()
         return {name: tensor for name, tensor in state.items() if seen.setdefault(tensor.data_ptr(), name) == name}
+
+    def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
+        """Of the trained tokens under the present weights, float32[n] for each micro-batch."""
+        return score(self.model, micro_batches, self._device)
+
+    def ref_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]] | None:
+        """The same under the reference model; None when the algorithm has none."""
+        return None if self._reference is None else self._reference.logprobs(micro_batches)
 
     def train(self, micro_batches: Sequence[PackedBatch]) -> StepResult:
         """Forward and backward over all micro-batches, then one optimizer step.
@@ -101,24 +116,34 @@ class TorchBackend:
 
     def _accumulate(self, micro_batch: PackedBatch, result: StepResult) -> None:
         batch = to_device(micro_batch, self._device)
-        tokens = token_logprobs(self.model, batch)
-        surrogate = clipped_surrogate(
-            tokens.logprobs,
-            batch.rollout_logprobs,
-            batch.advantages,
-            eps_clip=self._algorithm.eps_clip,
-            eps_clip_high=self._algorithm.eps_clip_high or self._algorithm.eps_clip,
-        )
-        loss = (surrogate.loss * batch.weights).sum()
+        tokens = token_logprobs(self.model, batch, entropy_gradient=bool(self._algorithm.entropy_coef))
+        losses = objective(self._inputs(batch, tokens), self._algorithm)
+        loss = (losses.loss * batch.weights).sum()
         loss.backward()
         self._optimizer.accumulate()
-        logprobs = tokens.logprobs.detach()
-        _add(result, batch, loss.detach(), logprobs, tokens.entropy, surrogate.ratio, surrogate.clipped)
+        _add(result, batch, loss.detach(), tokens, losses)
         result.tokens += len(micro_batch.targets)
         result.fresh_tokens += int(micro_batch.fresh.sum())
         if not math.isfinite(result.loss):
-            bad = (~torch.isfinite(surrogate.loss.detach())).cpu().numpy()
+            bad = (~torch.isfinite(losses.loss.detach())).cpu().numpy()
             result.offenders += np.unique(micro_batch.sample_rows[bad]).tolist()
+
+    def _inputs(self, batch: DeviceBatch, tokens: TokenLogprobs) -> Tokens:
+        old = batch.old_logprobs
+        if old is None:
+            # Without earlier optimizer steps on this batch, the weights are those at its start.
+            recomputed = self._algorithm.old_logprobs == "recomputed"
+            old = tokens.logprobs.detach() if recomputed else batch.rollout_logprobs
+        return Tokens(
+            logprobs=tokens.logprobs,
+            entropy=tokens.entropy,
+            old_logprobs=old,
+            rollout_logprobs=batch.rollout_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            advantages=batch.advantages,
+            sequences=batch.sequences,
+            sequence_count=batch.sequence_count,
+        )
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """All that a checkpoint has to hold besides `optimizer_steps`, copied to the host: one copy of everything."""
@@ -150,23 +175,23 @@ class TorchBackend:
         self.model.save_pretrained(directory)
 
 
-def _add(
-    result: StepResult,
-    batch: DeviceBatch,
-    loss: torch.Tensor,
-    logprobs: torch.Tensor,
-    entropy: torch.Tensor,
-    ratio: torch.Tensor,
-    clipped: torch.Tensor,
-) -> None:
-    """Adds one micro-batch's sums, read from the device at once."""
-    mismatch = k3(batch.rollout_logprobs, logprobs)
-    sums = torch.stack(
-        [loss, entropy.sum(), ratio.sum(), clipped.sum(), mismatch.sum(), (mismatch * batch.fresh).sum()]
-    ).tolist()
-    result.loss += sums[0]
-    result.entropy += sums[1]
-    result.ratio += sums[2]
-    result.clipped += sums[3]
-    result.mismatch_kl += sums[4]
-    result.mismatch_kl_fresh += sums[5]
+def _add(result: StepResult, batch: DeviceBatch, loss: torch.Tensor, tokens: TokenLogprobs, losses: Objective) -> None:
+    """Adds one micro-batch's sums and maxima, read from the device at once."""
+    mismatch = k3(batch.rollout_logprobs, tokens.logprobs.detach())
+    sums = [
+        *(loss, tokens.entropy.detach().sum(), losses.ratio.sum(), losses.clipped.sum()),
+        *(mismatch.sum(), (mismatch * batch.fresh).sum()),
+        *(values.sum() for values in losses.figures.values()),
+    ]
+    maxima = [values.max() for values in losses.maxima.values()]
+    read = torch.stack([*sums, *maxima]).tolist()
+    result.loss += read[0]
+    result.entropy += read[1]
+    result.ratio += read[2]
+    result.clipped += read[3]
+    result.mismatch_kl += read[4]
+    result.mismatch_kl_fresh += read[5]
+    for name, value in zip(losses.figures, read[6:], strict=False):
+        result.figures[name] = result.figures.get(name, 0.0) + value
+    for name, value in zip(losses.maxima, read[len(sums) :], strict=True):
+        result.maxima[name] = max(result.maxima.get(name, value), value)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.checkpoint import checkpoint
 
 from services.trainer.backends.torch.attention import PackedLayout
@@ -22,11 +25,15 @@ class DeviceBatch(NamedTuple):
     layout: PackedLayout
     predict: torch.Tensor
     targets: torch.Tensor
-    advantages: torch.Tensor
     weights: torch.Tensor
     rollout_logprobs: torch.Tensor
     temperatures: torch.Tensor
     fresh: torch.Tensor
+    sequences: torch.Tensor
+    sequence_count: int
+    advantages: torch.Tensor
+    old_logprobs: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
 
 
 class TokenLogprobs(NamedTuple):
@@ -35,7 +42,7 @@ class TokenLogprobs(NamedTuple):
     logprobs: torch.Tensor
     """Of the token, at the temperature it was sampled with."""
     entropy: torch.Tensor
-    """Of the distribution it was drawn from, in nats. Without gradient."""
+    """Of the distribution it was drawn from, in nats. With gradient only where that is asked for."""
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
@@ -48,15 +55,21 @@ def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
         layout=PackedLayout(tuple(move(block) for block in batch.blocks), move(batch.slots)),
         predict=move(batch.predict),
         targets=move(batch.targets),
-        advantages=move(batch.advantages),
         weights=move(batch.weights),
         rollout_logprobs=move(batch.rollout_logprobs),
         temperatures=move(batch.temperatures),
         fresh=move(batch.fresh),
+        sequences=move(batch.sequences),
+        sequence_count=batch.sequence_count,
+        advantages=move(batch.advantages),
+        old_logprobs=None if batch.old_logprobs is None else move(batch.old_logprobs),
+        ref_logprobs=None if batch.ref_logprobs is None else move(batch.ref_logprobs),
     )
 
 
-def token_logprobs(model: torch.nn.Module, batch: DeviceBatch, max_logits: int = MAX_LOGITS) -> TokenLogprobs:
+def token_logprobs(
+    model: torch.nn.Module, batch: DeviceBatch, max_logits: int = MAX_LOGITS, *, entropy_gradient: bool = False
+) -> TokenLogprobs:
     """Runs the model on the packed row and scores the trained tokens.
 
     The softmax is in float32. Logits exist only where a trained token is predicted, and at most `max_logits` of them
@@ -72,20 +85,31 @@ def token_logprobs(model: torch.nn.Module, batch: DeviceBatch, max_logits: int =
     head = model.get_output_embeddings()
     chunk = max(1, max_logits // head.weight.shape[0])
     if len(wanted) <= chunk:
-        return TokenLogprobs(*_score(head, wanted, batch.targets, batch.temperatures))
+        return TokenLogprobs(*_score(head, wanted, batch.targets, batch.temperatures, entropy_gradient))
     parts = [
-        checkpoint(_score, head, *piece, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_score, head, *piece, entropy_gradient, use_reentrant=False, preserve_rng_state=False)
         for piece in zip(wanted.split(chunk), batch.targets.split(chunk), batch.temperatures.split(chunk), strict=True)
     ]
     logprobs, entropy = zip(*parts, strict=True)
     return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
 
 
+def score(model: torch.nn.Module, batches: Sequence[PackedBatch], device: torch.device) -> list[NDArray[np.float32]]:
+    """Log-probabilities of the trained tokens of each micro-batch, without gradient, on the host."""
+    with torch.no_grad():
+        scored = [token_logprobs(model, to_device(batch, device)).logprobs for batch in batches]
+        return [logprobs.cpu().numpy() for logprobs in scored]
+
+
 def _score(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor
+    head: torch.nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    temperatures: torch.Tensor,
+    entropy_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     distribution = torch.log_softmax(head(hidden).float() / temperatures.unsqueeze(1), dim=-1)
     logprobs = distribution.gather(1, targets.unsqueeze(1)).squeeze(1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(distribution.exp() * distribution).sum(dim=1)
     return logprobs, entropy

@@ -20,19 +20,19 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 _PROBE_PROMPT = 3
 
 
-def load_model(directory: Path, dtype: str, device: torch.device) -> torch.nn.Module:
+def load_model(directory: Path, dtype: str, device: torch.device, field: str = FIELD) -> torch.nn.Module:
     """The model in evaluation mode (no dropout), with packed attention, parameters in `dtype`.
 
-    Raises ConfigError when the directory does not hold a complete model that transformers knows, or when its
-    architecture computes something else packed than it does unpacked.
+    Raises ConfigError, naming `field`, when the directory does not hold a complete model that transformers knows, or
+    when its architecture computes something else packed than it does unpacked.
     """
-    model = _from_directory(directory, dtype).to(device).eval()
+    model = _from_directory(directory, dtype, field).to(device).eval()
     attention.register()
-    _check_packing(model, TOLERANCE[dtype])
+    _check_packing(model, TOLERANCE[dtype], field)
     return model
 
 
-def _from_directory(directory: Path, dtype: str) -> Any:
+def _from_directory(directory: Path, dtype: str, field: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -45,16 +45,16 @@ def _from_directory(directory: Path, dtype: str) -> Any:
         )
     except Exception as error:  # transformers raises many kinds, all of them about this directory
         reason = str(error).strip().splitlines() or [""]
-        raise ConfigError(f"{directory} does not load: {type(error).__name__}: {reason[0]}", field=FIELD) from error
+        raise ConfigError(f"{directory} does not load: {type(error).__name__}: {reason[0]}", field=field) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
         raise ConfigError(
-            f"{directory} lacks or has other shapes of {len(lacking)} weights, for example {lacking[0]}", field=FIELD
+            f"{directory} lacks or has other shapes of {len(lacking)} weights, for example {lacking[0]}", field=field
         )
     return model
 
 
-def _check_packing(model: Any, tolerance: float) -> None:
+def _check_packing(model: Any, tolerance: float, field: str) -> None:
     """Compares plain and packed log-probabilities of three short sequences, two of which share a prompt."""
     vocab = model.get_input_embeddings().weight.shape[0]
     rows = [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9], [5, 4, 3, 2]]
@@ -68,12 +68,12 @@ def _check_packing(model: Any, tolerance: float) -> None:
             packed = token_logprobs(model, batch).logprobs
     except Exception as error:  # an architecture that does not take the layout fails in ways of its own
         raise ConfigError(
-            f"{type(model).__name__} cannot be trained packed: {type(error).__name__}: {error}", field=FIELD
+            f"{type(model).__name__} cannot be trained packed: {type(error).__name__}: {error}", field=field
         ) from error
     difference = (plain - packed).abs().max().item()
     if not difference <= tolerance:
         raise ConfigError(
-            f"{type(model).__name__} cannot be trained packed: log-probs differ by {difference:.2g}", field=FIELD
+            f"{type(model).__name__} cannot be trained packed: log-probs differ by {difference:.2g}", field=field
         )
 
 
@@ -93,7 +93,6 @@ def _probe(sequence: np.ndarray[Any, np.dtype[np.int32]], row: int) -> PackItem:
         targets=targets,
         rollout_logprobs=np.zeros(len(targets), dtype=np.float32),
         fresh=np.zeros(len(targets), dtype=np.bool_),
-        advantage=0.0,
         weight=0.0,
         temperature=1.0,
         sample_row=row,

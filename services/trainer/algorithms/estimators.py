@@ -1,0 +1,59 @@
+"""The advantage of every trained token of a batch, by ``trainer.algorithm.name``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.common.config.algorithm import AlgorithmConfig
+from services.trainer.algorithms.advantages import discounted_returns, group_advantages, leave_one_out, whiten
+
+
+@dataclass(frozen=True, slots=True)
+class Episodes:
+    """The samples of a batch, and their trained tokens: n in all, flat, in the order of the samples."""
+
+    rewards: NDArray[np.float64]
+    """[samples]"""
+    group_ids: Sequence[str]
+    """[samples]"""
+    rows: NDArray[np.int64]
+    """[n]: which sample each token is of. A sample may have none."""
+    positions: NDArray[np.int64]
+    """[n]: its place among all completion tokens of the sample."""
+    kl: NDArray[np.float64] | None
+    """[n]: the estimate of KL(policy || reference) at each token; None when it is not in the reward."""
+
+
+def token_advantages(episodes: Episodes, algorithm: AlgorithmConfig) -> NDArray[np.float64]:
+    """The built-in estimators, float64[n]. Not whitened.
+
+    With a KL in the reward, a token earns ``-kl_coef * kl`` where it stands; `rloo`, whose action is the whole
+    completion, takes the sum of it.
+    """
+    rewards, group_ids, rows = episodes.rewards, episodes.group_ids, episodes.rows
+    penalties = np.zeros(len(rows)) if episodes.kl is None else -algorithm.kl_coef * episodes.kl
+    if algorithm.name == "rloo":
+        shaped = rewards + np.bincount(rows, weights=penalties, minlength=len(rewards))
+        return leave_one_out(shaped, group_ids)[rows]
+    relative = relative_rewards(rewards, group_ids, algorithm)
+    if algorithm.token_level:
+        return discounted_returns(relative, penalties, rows, episodes.positions, gamma=algorithm.gamma)
+    return relative[rows]
+
+
+def relative_rewards(
+    rewards: NDArray[np.float64], group_ids: Sequence[str], algorithm: AlgorithmConfig
+) -> NDArray[np.float64]:
+    """Against their groups where the estimator has it so, float64[samples]; for rloo and REINFORCE++ as they are."""
+    if algorithm.name in ("rloo", "reinforce_plus_plus"):
+        return rewards
+    return group_advantages(rewards, group_ids, normalize_std=algorithm.normalize_std)
+
+
+def normalized(advantages: NDArray[np.float64], algorithm: AlgorithmConfig) -> NDArray[np.float64]:
+    """Whitened over the batch where that is wanted."""
+    return whiten(advantages) if algorithm.normalize_advantages else advantages
