@@ -13,7 +13,7 @@ MINUTES ?= 42
 HISTORIES ?= 5000
 COMMANDS ?= 100
 WORKERS ?= 2
-# Of make fuzz.
+# Of make fuzz and make fuzz-scorers.
 SECONDS ?= 600
 CONFIG ?= deploy/config/demo.toml
 
@@ -36,7 +36,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang check fmt lint type proto proto-check up down status scale bench chaos property fuzz clean
+	test-sglang check fmt lint type proto proto-check up down status scale bench chaos property fuzz fuzz-scorers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -173,6 +173,10 @@ property: $(VENV)/dev.installed ## many random histories of the store (HISTORIES
 
 fuzz: $(VENV)/dev.installed ## malformed requests to a buffer (SECONDS=600, a random SEED)
 	@PYTHONPATH=.:protos $(BIN)/python -m tests.property.fuzz --seconds $(SECONDS) \
+		$(if $(filter-out file,$(origin SEED)),--seed $(SEED))
+
+fuzz-scorers: $(VENV)/dev.installed ## random inputs to every built-in scorer (SECONDS=600, a random SEED)
+	@PYTHONPATH=.:protos $(BIN)/python -m tests.property.scorer_fuzz --seconds $(SECONDS) \
 		$(if $(filter-out file,$(origin SEED)),--seed $(SEED))
 
 clean: ## remove the environment, caches and runs

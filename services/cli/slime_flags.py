@@ -40,6 +40,7 @@ VALUE_FLAGS: dict[str, str] = {
     "--rollout-top-p": "rollout.sampling.top_p",
     "--rollout-top-k": "rollout.sampling.top_k",
     "--custom-rm-path": "reward.scorer",
+    "--reward-key": "reward.reward_key",
     "--rm-url": "reward.remote.urls",
     "--buffer-filter-path": "reward.buffer_filter",
     "--ref-load": "model.ref_checkpoint",

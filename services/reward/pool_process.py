@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from services.common.process import die_with_parent
 from services.reward.filters import FIELD, GroupFilter, GroupItem, WaitingItem
 from services.reward.scorers import build
 from services.reward.scorers.base import Item, SampleError, Scorer
+from services.reward.scorers.builtin import Options
 
 Plugin = Callable[[Any], Any]
 _CHUNK = 1 << 18
@@ -62,7 +64,7 @@ def _load(connection: socket.socket, settings: dict[str, Any]) -> tuple[Scorer, 
     search = [Path(path) for path in paths]
     field = "reward.scorer"
     try:
-        scorer = build(settings["name"], paths=paths, args=args)
+        scorer = build(settings["name"], paths=paths, args=args, options=_options(settings))
         field = FIELD
         judge = GroupFilter(settings["filter"], search, args) if settings["filter"] else None
         field = "reward.buffer_filter"
@@ -72,6 +74,10 @@ def _load(connection: socket.socket, settings: dict[str, Any]) -> tuple[Scorer, 
         raise SystemExit(0) from None
     connection.sendall(_pack(["", ""]))
     return scorer, judge, prefer
+
+
+def _options(settings: dict[str, Any]) -> Options:
+    return Options(**{field.name: settings[field.name] for field in fields(Options)})
 
 
 def _buffer_filter(settings: dict[str, Any], search: list[Path]) -> Plugin:

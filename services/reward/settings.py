@@ -7,6 +7,8 @@ from typing import Any
 
 from services.common.config import Config
 
+_SHARE_OF_SCORE = 0.8
+
 
 @dataclass(frozen=True)
 class ScorerSettings:
@@ -20,6 +22,9 @@ class ScorerSettings:
     buffer_filter: str = ""
     buffer_address: str = ""
     """Where the buffer filter's samples fetch their tokens."""
+    reward_key: str = ""
+    code_timeout_s: float = 6.0
+    code_memory_mb: int = 512
 
 
 def scorer_settings(config: Config) -> ScorerSettings:
@@ -41,8 +46,19 @@ def scorer_settings(config: Config) -> ScorerSettings:
         "rollout_top_p": sampling.top_p,
         "rollout_top_k": sampling.top_k,
         "rollout_max_response_len": sampling.max_response_len,
+        "reward_key": config.reward.reward_key or None,
     }
     paths = [str(path) for path in config.plugins.paths]
+    code = config.reward.code
     return ScorerSettings(
-        config.reward.scorer, paths, args, config.batch.user_filter, config.reward.buffer_filter, config.buffer.address
+        config.reward.scorer,
+        paths,
+        args,
+        config.batch.user_filter,
+        config.reward.buffer_filter,
+        config.buffer.address,
+        config.reward.reward_key,
+        # A program that runs for ever has failed its tests; the pool must not end the scorer before that is said.
+        min(code.timeout_s, _SHARE_OF_SCORE * config.reward.score_timeout_s),
+        code.memory_mb,
     )

@@ -348,11 +348,22 @@ class RolloutConfig(Section):
         return self
 
 
+class CodeConfig(Section):
+    timeout_s: Seconds = 6.0
+    """What all tests of one sample may take, at most 0.8 of reward.score_timeout_s. A program over it has failed."""
+    memory_mb: Annotated[int, Field(ge=64)] = 512
+    """Of each process of a program, and of its files."""
+
+
 class RewardConfig(Section):
     replicas: Positive = 1
     address: str = "127.0.0.1:0"
     scorer: str = "math"
-    """"math", "exact", "remote", or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
+    """"math", "deepscaler", "dapo", "f1", "gpqa", "ifbench", "code", "exact", "random", or one of these behind
+    "boxed_"; "remote"; or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
+    reward_key: str = ""
+    """Which entry of a scorer's dict is the reward (slime: --reward-key). Default: the scorer's own, which is "score"
+    or "reward" of a user's function."""
     group_rm: bool = False
     """Whole groups are scored: the function gets a list of samples, and gives a list (slime: --group-rm)."""
     buffer_filter: str = ""
@@ -363,6 +374,7 @@ class RewardConfig(Section):
     score_timeout_s: Seconds = 10.0
     """A score that takes longer is killed, with its process."""
     max_inflight: Positive = 256
+    code: CodeConfig = Field(default_factory=CodeConfig)
     remote: RemoteConfig = Field(default_factory=RemoteConfig)
     """The servers of scorer = "remote" (docs/rewards_remote.md)."""
 

@@ -7,22 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from services.reward.scorers.base import Scorer
+from services.reward.scorers.builtin import BuiltinScorer, Options, is_builtin
 
 
-def build(name: str, *, paths: Sequence[str], args: Mapping[str, Any]) -> Scorer:
-    """The scorer called `name`: "math", "exact", or the dotted path of a user's function.
+def build(name: str, *, paths: Sequence[str], args: Mapping[str, Any], options: Options | None = None) -> Scorer:
+    """The scorer called `name`: a built-in one (`builtin.NAMES`), or the dotted path of a user's function.
 
     `paths` are put on sys.path for user functions, `args` is the first argument they get.
     Raises ConfigError for an unknown name and for a function that does not import.
     """
-    if name == "math":
-        from services.reward.scorers.math import MathScorer
-
-        return MathScorer()
-    if name == "exact":
-        from services.reward.scorers.exact import score
-
-        return score
+    options = options or Options()
+    if is_builtin(name):
+        return BuiltinScorer(name, options)
     from services.reward.scorers.user import UserScorer
 
-    return UserScorer(name, [Path(path) for path in paths], args)
+    return UserScorer(name, [Path(path) for path in paths], args, reward_key=options.reward_key)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+# slime's name for a scorer's own reward among the entries of its dict.
+_OWN_KEY = "score"
+
 
 class Item(NamedTuple):
     """One sample to score, as it travels to a pool process. Every field is a plain value."""
@@ -61,23 +64,43 @@ def finite(value: Any, what: str) -> float:
     return number
 
 
-def to_verdict(value: Any) -> Verdict:
-    """Reads what a user's function returned: a number, or a dict with the reward under "score" or "reward".
+def to_verdict(value: Any, reward_key: str = "") -> Verdict:
+    """Reads what a user's function returned: a number, or a dict with the reward under `reward_key`.
 
-    The other entries of a dict become parts when they are numbers; texts and nested values are left out.
-    Raises SampleError for anything else, NaN, infinities and None included.
+    Without a key, that is "score" or "reward". The other entries of a dict become parts when they are numbers; texts
+    and nested values are left out.
+    Raises SampleError for anything else, NaN, infinities and None included, and for a number where a key is asked for.
     """
     if not isinstance(value, Mapping):
+        if reward_key:
+            raise SampleError(f"the returned reward is {_kind(value)}, not a dict with {reward_key!r}")
         return Verdict(finite(value, "the returned reward"), {})
-    key = next((name for name in ("score", "reward") if name in value), None)
+    wanted = (reward_key,) if reward_key else ("score", "reward")
+    key = next((name for name in wanted if name in value), None)
     if key is None:
-        raise SampleError('the returned dict has neither "score" nor "reward"')
+        missing = f"no {reward_key!r}" if reward_key else 'neither "score" nor "reward"'
+        raise SampleError(f"the returned dict has {missing}")
     parts = {
         str(name): finite(part, f"the returned dict's {name!r}")
         for name, part in value.items()
         if name != key and hasattr(part, "__float__")
     }
     return Verdict(finite(value[key], f"the returned dict's {key!r}"), parts)
+
+
+def keyed(verdict: Verdict, reward_key: str) -> Verdict:
+    """A built-in scorer's verdict with its part `reward_key` as the reward, and the scorer's own as part "score".
+
+    Raises SampleError when it has no such part.
+    """
+    if reward_key in ("", _OWN_KEY):
+        return verdict
+    if reward_key not in verdict.parts:
+        raise SampleError(
+            f"the verdict has no part {reward_key!r}; it has {', '.join(sorted(verdict.parts)) or 'none'}"
+        )
+    parts = {name: part for name, part in verdict.parts.items() if name != reward_key}
+    return Verdict(verdict.parts[reward_key], {**parts, _OWN_KEY: verdict.reward})
 
 
 def _kind(value: Any) -> str:

@@ -10,13 +10,11 @@ from typing import Any
 from math_verify import verify
 
 from services.reward.scorers.base import Item, SampleError, Verdict
+from services.reward.scorers.boxed import last_boxed
 from services.reward.scorers.math_reader import read
 from services.reward.scorers.math_search import find
 from services.reward.scorers.math_values import equal_values
 
-# A box being opened; an escaped character, which is no brace; a brace.
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_PLAIN = -1
 # A label that is one formula.
 _DELIMITED = re.compile(r"\$([^$\n]+)\$|\\boxed\{(.+)\}")
 # An answer without a box stands at the end; reading all of a long completion would cost tens of milliseconds.
@@ -58,7 +56,7 @@ def _read_label(label: str) -> Any:
 
 def _read_answer(completion: str) -> Any:
     """The expression in the last complete box, else at the end of the completion; None when there is none."""
-    box = _last_box(completion) if "\\boxed" in completion else None
+    box = last_boxed(completion)
     if box is None:
         return find(completion[-_TAIL:])
     return _read(box.strip(), rf"\boxed{{{box}}}")
@@ -74,19 +72,3 @@ def _equal(gold: Any, answer: Any) -> bool:
         return False
     equal = equal_values(gold, answer)
     return bool(verify(gold, answer, timeout_seconds=None)) if equal is None else equal
-
-
-def _last_box(text: str) -> str | None:
-    """The content of the last ``\\boxed{…}`` with balanced braces, in one pass over the text whatever it holds."""
-    opened: list[int] = []
-    last: tuple[int, int] | None = None
-    for token in _BRACES.finditer(text):
-        if token[0] == "}":
-            start = opened.pop() if opened else _PLAIN
-            if start != _PLAIN and (last is None or start > last[0]):
-                last = start, token.start()
-        elif token[0] == "{":
-            opened.append(_PLAIN)
-        elif token[0].endswith("{") and len(token[0]) > 2:
-            opened.append(token.end())
-    return text[slice(*last)] if last else None

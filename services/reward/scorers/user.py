@@ -16,6 +16,7 @@ import orjson
 from services.common.errors import ConfigError
 from services.common.plugins import load_function
 from services.reward.scorers.base import Item, Verdict, to_verdict
+from services.reward.scorers.builtin import NAMES
 
 
 class Status(StrEnum):
@@ -52,14 +53,16 @@ class Sample:
 class UserScorer:
     """Calls the function, and runs it to its end when it is async. All its calls share one event loop."""
 
-    def __init__(self, path: str, search: Sequence[Path], args: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, search: Sequence[Path], args: Mapping[str, Any], reward_key: str = "") -> None:
         """Raises ConfigError when the function does not import or cannot be called with (args, sample)."""
         if "." not in path and ":" not in path:
             raise ConfigError(
-                f'unknown scorer {path!r}: known are "math", "exact" and dotted paths, pkg.mod:fn',
+                f"unknown scorer {path!r}: known are {', '.join(NAMES)}, each with boxed_ before it, "
+                "and dotted paths, pkg.mod:fn",
                 field="reward.scorer",
             )
         self._function = load_function(path, field="reward.scorer", search=search)
+        self._reward_key = reward_key
         self._args = SimpleNamespace(**args)
         _check_signature(self._function, path)
         self._runner = asyncio.Runner()
@@ -68,7 +71,7 @@ class UserScorer:
         value = self._function(self._args, to_sample(item))
         if inspect.isawaitable(value):
             value = self._wait(value)
-        return to_verdict(value)
+        return to_verdict(value, self._reward_key)
 
     def _wait(self, value: Any) -> Any:
         try:

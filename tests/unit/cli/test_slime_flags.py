@@ -35,6 +35,12 @@ def test_quickstart_flags_set_our_keys():
     assert str(config.run.dir) == "runs/tiny"
 
 
+@pytest.mark.parametrize("name", ["dapo", "boxed_math", "random", "f1", "pkg.mod:fn"])
+def test_scorers_and_the_key_of_their_reward(name):
+    config = load(None, slime_flags.to_overrides(["--rm-type", name, "--reward-key=score"]))
+    assert (config.reward.scorer, config.reward.reward_key) == (name, "score")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -205,7 +205,7 @@ async def test_without_a_process_items_are_unavailable_until_there_is_one(tmp_pa
 @pytest.mark.parametrize(
     ("scorer", "message"),
     [
-        ("maths", 'reward.scorer: unknown scorer \'maths\': known are "math", "exact" and dotted paths'),
+        ("maths", "reward.scorer: unknown scorer 'maths': known are code, dapo, deepscaler"),
         ("no_such_module:fn", "reward.scorer: no_such_module does not import: ModuleNotFoundError"),
         ("reward_functions:nothing", "reward.scorer: reward_functions has no function 'nothing'"),
         ("reward_functions:not_a_function", "reward.scorer: reward_functions has no function 'not_a_function'"),
