@@ -23,10 +23,12 @@ def karmarkar_karp(costs: Sequence[int], parts: int) -> Bins:
 
     The largest differencing method (N. Karmarkar and R. M. Karp, "The Differencing Method of Set Partitioning", 1982)
     for sets of equal size. Items of similar cost are rows with one item a set; the two rows that differ most within
-    themselves become one, the costliest set of one with the cheapest of the other, until one row is left. The costliest
-    set is at most 2 - sum(i! for i < k) / k! times as costly as need be (W. Michiels and others, "Performance Ratios
-    for the Differencing Method Applied to the Balanced Number Partitioning Problem", 2003), and hardly ever nearly so.
-    Sets are ordered by their first index, indices by cost, the greatest first.
+    themselves become one, the costliest set of one with the cheapest of the other, until one row is left. Sets are
+    ordered by their first index, indices by cost, the greatest first.
+
+    The costliest set costs as little as can be for k up to 2, at most 4/3 of that for 3, 19/12 for 4 and 2 - 1 / parts
+    for any k (W. Michiels and others, "Performance Ratios for the Differencing Method Applied to the Balanced Number
+    Partitioning Problem", 2003), and hardly ever nearly so costly.
 
     Raises InvalidArgumentError when `costs` cannot be shared out in equal numbers.
     """
