@@ -58,6 +58,7 @@ VALUE_FLAGS: dict[str, str] = {
     "--kl-coef": "trainer.algorithm.kl_coef",
     "--entropy-coef": "trainer.algorithm.entropy_coef",
     "--max-tokens-per-gpu": "trainer.max_tokens_per_gpu",
+    "--micro-batch-size": "trainer.micro_batch_size",
     "--lr": "trainer.optimizer.lr",
     "--lr-warmup-iters": "trainer.optimizer.warmup_steps",
     "--weight-decay": "trainer.optimizer.weight_decay",
@@ -86,6 +87,8 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--use-rollout-logprobs": ("trainer.algorithm.old_logprobs", "rollout"),
     "--use-tis": (TIS, "clip"),
     "--use-kl-loss": ("trainer.algorithm.use_kl_loss", True),
+    "--use-dynamic-batch-size": ("trainer.use_dynamic_batch_size", True),
+    "--balance-data": ("trainer.balance_data", True),
     "--use-unbiased-kl": ("trainer.algorithm.kl_unbiased", True),
 }
 

@@ -163,7 +163,8 @@ class Loop:
         self, groups: Sequence[pb.LeasedGroup], clock: Clock
     ) -> tuple[list[TrainSample], list[StepResult]]:
         try:
-            samples = decode_groups(groups, vocab_size=self._s.backend.vocab_size)
+            backend = self._s.backend
+            samples = decode_groups(groups, vocab_size=backend.vocab_size, context_length=backend.context_length)
         except InvalidArgumentError as error:
             log.warning("batch_unusable", sample_id=error.field, reason=error.reason)
             return [], []

@@ -10,7 +10,7 @@ from services.common.config import Config
 from services.trainer.advantages import with_advantages
 from services.trainer.backends.torch.backend import StepResult, TorchBackend
 from services.trainer.batch.packing import PackedBatch
-from services.trainer.batch.plan import split_by_groups
+from services.trainer.batch.plan import Batching, split_by_groups
 from services.trainer.batch.prepare import StepTokens, prepare_step
 from services.trainer.batch.samples import TrainSample
 from services.trainer.batch.staleness import Clock
@@ -32,7 +32,10 @@ def train_batch(
     parts = split_by_groups(samples, config.batch.num_steps_per_rollout or 1)
     if not parts:
         return []
-    steps = [_prepare(part, clock, config) for part in parts]
+    batching = Batching(
+        config.trainer.max_tokens_per_gpu, micro_batch_size=config.trainer.fixed_micro_batch_size, flops=backend.flops
+    )
+    steps = [_prepare(part, clock, config, batching) for part in parts]
     ordered = [sample for part in parts for sample in part]
     filled = with_advantages(backend, ordered, steps, config)
     results = []
@@ -49,7 +52,7 @@ def mask_above(config: Config) -> int | None:
     return config.staleness.max_staleness if config.staleness.on_stale == "mask" else None
 
 
-def _prepare(samples: Sequence[TrainSample], clock: Clock, config: Config) -> StepTokens:
+def _prepare(samples: Sequence[TrainSample], clock: Clock, config: Config, batching: Batching) -> StepTokens:
     algorithm = config.trainer.algorithm
     return prepare_step(
         samples,
@@ -58,7 +61,7 @@ def _prepare(samples: Sequence[TrainSample], clock: Clock, config: Config) -> St
         mask_offpolicy=config.staleness.mask_offpolicy,
         reduction=algorithm.loss_reduction,
         constant=algorithm.loss_constant or config.rollout.sampling.max_response_len,
-        max_tokens=config.trainer.max_tokens_per_gpu,
+        batching=batching,
     )
 
 

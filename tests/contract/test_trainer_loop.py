@@ -139,6 +139,19 @@ async def test_three_such_steps_in_a_row_end_the_run(model, tmp_path, monkeypatc
     assert steps_of(rig.lines("metrics")) == [1, 2, 3, 4]
 
 
+async def test_samples_over_the_context_of_the_model_are_refused_by_name(tmp_path):
+    model = build_tiny_qwen3(tmp_path / "m", hidden=32, max_position_embeddings=4)
+    config = make_config(model, tmp_path / "run", steps=20)
+    with capture_logs() as logs:
+        async with running_rig(config, tmp_path) as rig:
+            with pytest.raises(TrainingDivergedError, match="the last is step 3"):
+                await asyncio.wait_for(rig.train(), 60)
+    refused = [entry for entry in logs if entry["event"] == "batch_unusable"]
+    assert len(refused) == 3
+    assert all(entry["sample_id"].startswith("g0") for entry in refused)
+    assert all("more than the model's context of 4" in entry["reason"] for entry in refused)
+
+
 def poison(monkeypatch, steps):
     """Gives the batches of these steps an infinite advantage."""
     from services.trainer import loop as loop_module

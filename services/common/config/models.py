@@ -428,13 +428,27 @@ class TrainerConfig(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Positive = 1
     max_tokens_per_gpu: Positive = 4096
-    """Tokens packed into one micro-batch; a longer sample makes one of its own."""
+    """Tokens packed into one micro-batch; a longer sample makes one of its own (docs/batching.md)."""
+    use_dynamic_batch_size: bool | None = None
+    """Pack by max_tokens_per_gpu, and ignore micro_batch_size. Default: unless micro_batch_size is given."""
+    micro_batch_size: Positive | None = None
+    """Sequences in one micro-batch, whatever their lengths. Default: 1 where use_dynamic_batch_size is false."""
+    balance_data: bool = False
+    """Share micro-batches out over data-parallel ranks by their estimated FLOPs, the costliest first."""
     offload_reference: bool = True
     """With device = "cuda": the reference model leaves the GPU while nothing asks for its log-probs."""
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
+
+    @property
+    def fixed_micro_batch_size(self) -> int | None:
+        """Sequences in each micro-batch; None when tokens decide."""
+        dynamic = self.use_dynamic_batch_size
+        if dynamic or (dynamic is None and self.micro_batch_size is None):
+            return None
+        return self.micro_batch_size or 1
 
 
 class PluginsConfig(Section):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from services.trainer.algorithms.reduction import Reduction, sample_weights
 from services.trainer.batch.packing import PackedBatch, PackItem, pack
-from services.trainer.batch.plan import first_fit_decreasing
+from services.trainer.batch.plan import Batching, plan_micro_batches
 from services.trainer.batch.samples import TrainSample, TrainSegment
 from services.trainer.batch.staleness import Clock, fresh_tokens, last_version, trained_mask
 
@@ -68,9 +68,9 @@ def prepare_step(
     mask_offpolicy: bool = False,
     reduction: Reduction,
     constant: float | None = None,
-    max_tokens: int,
+    batching: Batching,
 ) -> StepTokens:
-    """Masks, weighs and packs.
+    """Masks, weighs and packs: the micro-batches of the only data-parallel rank.
 
     Tokens more than `mask_above` steps behind are not trained; None trains all. With `mask_offpolicy` only the tokens
     of a sample's last version are. The weights in the result, which are of `reduction` with its `constant`, add up over
@@ -85,7 +85,8 @@ def prepare_step(
         for segment, mask in zip(sample.segments, of_sample, strict=True)
         if mask.any()
     ]
-    bins = first_fit_decreasing([len(item) for item in items], max_tokens)
+    lengths, predicted = [len(item) for item in items], [len(item.targets) for item in items]
+    (bins,) = plan_micro_batches(lengths, predicted, batching)
     return StepTokens(
         samples=len(samples),
         batches=[pack([items[index] for index in members]) for members in bins],

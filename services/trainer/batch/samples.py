@@ -62,16 +62,19 @@ class TrainSample:
         return sum(segment.completion_length for segment in self.segments)
 
 
-def decode_groups(groups: Iterable[pb.LeasedGroup], *, vocab_size: int) -> list[TrainSample]:
+def decode_groups(
+    groups: Iterable[pb.LeasedGroup], *, vocab_size: int, context_length: int | None = None
+) -> list[TrainSample]:
     """The samples of a TRAIN lease with payloads, groups in the order of the lease.
 
-    Raises InvalidArgumentError, naming the sample, for a payload that does not parse, is damaged, or whose tokens the
-    model does not have. Lengths and spans were checked by the buffer when it accepted the sample.
+    Raises InvalidArgumentError, naming the sample, for a payload that does not parse, is damaged, whose tokens the
+    model does not have, or one with a segment longer than the model's `context_length` (None: any length). Limits and
+    spans were checked by the buffer when it accepted the sample.
     """
-    return [_decode(group.group_id, leased, vocab_size) for group in groups for leased in group.samples]
+    return [_decode(group.group_id, leased, vocab_size, context_length) for group in groups for leased in group.samples]
 
 
-def _decode(group_id: str, leased: pb.LeasedSample, vocab_size: int) -> TrainSample:
+def _decode(group_id: str, leased: pb.LeasedSample, vocab_size: int, context_length: int | None) -> TrainSample:
     try:
         message = sample_pb2.Sample.FromString(leased.sample)
     except DecodeError as error:
@@ -83,6 +86,11 @@ def _decode(group_id: str, leased: pb.LeasedSample, vocab_size: int) -> TrainSam
         if segment.token_ids.size and segment.token_ids.max() >= vocab_size:
             raise InvalidArgumentError(
                 f"token id {segment.token_ids.max()} is outside the model's vocabulary of {vocab_size}",
+                field=leased.sample_id,
+            )
+        if context_length is not None and segment.token_ids.size > context_length:
+            raise InvalidArgumentError(
+                f"{segment.token_ids.size} tokens are more than the model's context of {context_length}",
                 field=leased.sample_id,
             )
     return TrainSample(

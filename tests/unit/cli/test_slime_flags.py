@@ -12,7 +12,8 @@ QUICKSTART = """
     --n-samples-per-prompt 8 --num-steps-per-rollout 1 --global-batch-size 128 --rollout-max-response-len 8192
     --rollout-temperature 0.8 --rollout-stop-token-ids 1 -2 --rollout-stop "</answer>" 42
     --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --lr 1e-6 --weight-decay 0.1 --adam-beta1 0.9
-    --adam-beta2 0.98 --max-tokens-per-gpu 4608 --calculate-per-token-loss
+    --adam-beta2 0.98 --use-dynamic-batch-size --max-tokens-per-gpu 4608 --balance-data
+    --calculate-per-token-loss
     --dynamic-sampling-filter-path slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std
     --trainer.checkpoint.keep_last=3
 """
@@ -39,6 +40,23 @@ def test_quickstart_flags_set_our_keys():
 def test_scorers_and_the_key_of_their_reward(name):
     config = load(None, slime_flags.to_overrides(["--rm-type", name, "--reward-key=score"]))
     assert (config.reward.scorer, config.reward.reward_key) == (name, "score")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fixed"),
+    [
+        ("--max-tokens-per-gpu 4608", None),
+        ("--use-dynamic-batch-size --max-tokens-per-gpu 4608", None),
+        ("--micro-batch-size 4", 4),
+        ("--micro-batch-size 4 --use-dynamic-batch-size", None),
+        ("--trainer.use_dynamic_batch_size=false", 1),
+        ("--balance-data --trainer.use_dynamic_batch_size=false --micro-batch-size 2", 2),
+    ],
+)
+def test_micro_batches_are_of_tokens_or_of_samples(flags, fixed):
+    trainer = load(None, slime_flags.to_overrides(flags.split())).trainer
+    assert trainer.fixed_micro_batch_size == fixed
+    assert trainer.balance_data == ("--balance-data" in flags)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from services.common.versions import Version
 from services.trainer.algorithms.advantages import group_advantages
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.backends.torch.logprobs import to_device, token_logprobs
+from services.trainer.batch.flops import sequence_flops
+from services.trainer.batch.plan import Batching
 from services.trainer.batch.prepare import prepare_step
 from services.trainer.batch.samples import decode_groups
 from services.trainer.batch.staleness import Clock
@@ -22,6 +24,7 @@ from tests.kit.trainer_batch import make_batch
 from tests.kit.trainer_ragged import plain_logprobs, ragged_samples
 
 CLOCK = Clock(Version(1, 0), {1: 0})
+ONE = Batching(4096)
 BUILDERS = {"qwen3": build_tiny_qwen3, "qwen2": build_tiny_qwen2, "llama": build_tiny_llama}
 
 
@@ -35,10 +38,10 @@ def make_config(directory, **trainer):
     return Config(model={"hf_checkpoint": directory}, trainer=trainer)
 
 
-def prepare(samples, reduction="per_sample", max_tokens=4096):
+def prepare(samples, reduction="per_sample", batching=ONE):
     rewards = np.array([sample.reward for sample in samples])
     advantages = group_advantages(rewards, [sample.group_id for sample in samples], normalize_std=True)
-    step = prepare_step(samples, CLOCK, mask_above=None, reduction=reduction, max_tokens=max_tokens)
+    step = prepare_step(samples, CLOCK, mask_above=None, reduction=reduction, batching=batching)
     return step.filled(advantages[step.rows])
 
 
@@ -111,8 +114,9 @@ def test_loss_and_gradient_match_float64_under_any_packing(models, reduction, se
     wanted = reference_loss(reference, samples, reduction)
     wanted.backward()
     gradients = dict(reference.named_parameters())
-    for max_tokens in (1, 120, 100_000):
-        micro_batches = prepare(samples, reduction, max_tokens)
+    balanced = Batching(120, flops=sequence_flops(backend.model.config.to_dict()))
+    for batching in (Batching(1), Batching(120), Batching(100_000), Batching(1, micro_batch_size=3), balanced):
+        micro_batches = prepare(samples, reduction, batching)
         result = backend.accumulate(micro_batches)
         assert result.loss == pytest.approx(wanted.item(), abs=2e-5)
         for name, parameter in backend.model.named_parameters():

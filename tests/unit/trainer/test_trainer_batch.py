@@ -2,15 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from polyhead.v1 import sample_pb2
 from services.common import wire
 from services.common.errors import InvalidArgumentError
 from services.common.versions import Version
 from services.trainer.batch.packing import PackItem, pack
-from services.trainer.batch.plan import first_fit_decreasing, split_by_groups
+from services.trainer.batch.plan import Batching, split_by_groups
 from services.trainer.batch.prepare import prepare_step
 from services.trainer.batch.samples import decode_groups
 from services.trainer.batch.staleness import Clock, fresh_tokens, last_version, sample_staleness, trained_mask
@@ -34,6 +32,14 @@ def test_a_token_outside_the_vocabulary_names_its_sample():
     groups = make_batch(0, groups=1, size=2)
     with pytest.raises(InvalidArgumentError, match=r"g00000000-000: token id .* vocabulary of 4"):
         decode_groups(groups, vocab_size=4)
+
+
+def test_a_sample_over_the_context_of_the_model_is_refused_by_name():
+    sample = make_sample(np.random.default_rng(0), sample_id="g0-000", prompt=[5, 6], completion_length=7)
+    group = make_group([sample], [0.5])
+    assert len(decode_groups([group], vocab_size=128, context_length=9)) == 1
+    with pytest.raises(InvalidArgumentError, match="g0-000: 9 tokens are more than the model's context of 8"):
+        decode_groups([group], vocab_size=128, context_length=8)
 
 
 def test_a_payload_that_is_no_sample_names_its_sample():
@@ -93,18 +99,6 @@ def test_optimizer_steps_take_whole_groups_and_lose_none():
     assert [len({sample.group_id for sample in step}) for step in steps] == [3, 2]
     assert [sample.sample_id for step in steps for sample in step] == [sample.sample_id for sample in samples]
     assert split_by_groups(samples[:3], 4) == [samples[:3]]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 60))
-def test_bins_hold_every_item_once_and_at_most_the_bound(lengths, bound):
-    bins = first_fit_decreasing(lengths, bound)
-    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
-    for members in bins:
-        assert sum(lengths[index] for index in members) <= bound or len(members) == 1
-    # No two bins could have been one.
-    sizes = sorted(sum(lengths[index] for index in members) for members in bins)
-    assert len(sizes) < 2 or sizes[0] + sizes[1] > bound
 
 
 def random_items(rng, count):
@@ -187,7 +181,7 @@ def prepare(samples, *, mask_above=None, mask_offpolicy=False, reduction="per_sa
         mask_above=mask_above,
         mask_offpolicy=mask_offpolicy,
         reduction=reduction,
-        max_tokens=max_tokens,
+        batching=Batching(max_tokens),
     ).batches
 
 
@@ -227,6 +221,28 @@ def test_weights_do_not_depend_on_the_number_of_micro_batches():
         by_row = {int(part.sample_rows[0]): part for part in parts}
         for row in by_row:
             np.testing.assert_array_equal(by_row[row].weights, whole.weights[whole.sample_rows == row])
+
+
+def test_however_packed_each_token_finds_its_flat_place():
+    samples = decode_groups(make_batch(3), vocab_size=128)
+    clock = Clock(Version(1, 5), {1: 0})
+    flat = np.concatenate([segment.rollout_logprobs for sample in samples for segment in sample.segments])
+    for batching in (Batching(4096), Batching(30), Batching(30, micro_batch_size=3), Batching(1)):
+        step = prepare_step(samples, clock, mask_above=None, reduction="per_sample", batching=batching)
+        np.testing.assert_array_equal(step.flat([batch.rollout_logprobs for batch in step.batches]), flat)
+
+
+def test_fixed_micro_batches_hold_so_many_samples_in_order():
+    samples = decode_groups(make_batch(3, groups=5, size=2), vocab_size=128)
+    step = prepare_step(
+        samples,
+        Clock(Version(1, 5), {1: 0}),
+        mask_above=None,
+        reduction="per_sample",
+        batching=Batching(1, micro_batch_size=4),
+    )
+    rows = [np.unique(batch.sample_rows).tolist() for batch in step.batches]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_a_finish_reason_survives_decoding():

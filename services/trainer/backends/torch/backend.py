@@ -16,9 +16,10 @@ from services.common.errors import ConfigError
 from services.trainer.algorithms.kl import k3
 from services.trainer.algorithms.objective import Objective, Tokens, objective
 from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, score, to_device, token_logprobs
-from services.trainer.backends.torch.model import load_model
+from services.trainer.backends.torch.model import context_length, load_model
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
+from services.trainer.batch.flops import SequenceFlops, sequence_flops
 from services.trainer.batch.packing import PackedBatch
 
 MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
@@ -64,12 +65,21 @@ class TorchBackend:
         self._device = torch.device(config.trainer.device)
         self._algorithm = config.trainer.algorithm
         self.model = load_model(config.model.hf_checkpoint, config.model.dtype, self._device)
+        self.flops: SequenceFlops | None = None
+        """What balances micro-batches, where that is wanted."""
+        if config.trainer.balance_data:
+            self.flops = sequence_flops(self.model.config.get_text_config().to_dict())
         self._optimizer = Optimizer(self.model.named_parameters(), config.trainer.optimizer)
         self._reference = Reference(config, self.vocab_size, self._device) if self._algorithm.needs_reference else None
 
     @property
     def vocab_size(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that a sequence may have; None when the model's configuration does not say."""
+        return context_length(self.model.config)
 
     @property
     def optimizer_steps(self) -> int:

@@ -32,6 +32,17 @@ def load_model(directory: Path, dtype: str, device: torch.device, field: str = F
     return model
 
 
+def context_length(config: transformers.PretrainedConfig) -> int | None:
+    """Tokens of the longest sequence the model is made for, stretched as its rotary embeddings are; None: not said."""
+    text = config.get_text_config()
+    length: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if length is None or "factor" not in rope:
+        return length
+    # Where the original length is given, max_position_embeddings may, or may not, be the stretched one.
+    return max(length, int(rope["factor"] * rope.get("original_max_position_embeddings", length)))
+
+
 def _from_directory(directory: Path, dtype: str, field: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
