@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from services.cli.main import main
 from services.cli.reward_rows import read_rows
@@ -15,6 +17,14 @@ from services.common.errors import ConfigError
 from tests.kit.reward_items import BY_ORDER, KIT
 
 GOOD = {"completion": r"so it is \boxed{42}", "label": 42}
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """The verb configures the process's logging, which here belongs to other tests too."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 def write(path: Path, *rows: object) -> Path:
