@@ -20,7 +20,7 @@ ROWS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "leased": ("rollout.Lease.after",),
     },
     "5 reward killed": {
-        "scoring": ("reward.Lease.after",),
+        "scoring": ("reward.Lease.after", *_both("reward.Fetch")),
         "scored, not delivered": ("reward.Complete.before",),
         "delivered, answer not read": ("reward.Complete.after",),
     },
@@ -30,7 +30,7 @@ ROWS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "during commit": _both("buffer.commit_step"),
     },
     "10-13 trainer killed": {
-        "after lease": ("trainer.Lease.after",),
+        "after lease": ("trainer.Lease.after", *_both("trainer.Fetch")),
         "after backward": ("trainer.gradient_clip.before",),
         "after optimizer, before commit": ("trainer.optimizer_step.after", "trainer.CommitStep.before"),
         "after commit, before checkpoint": ("trainer.CommitStep.after", "trainer.checkpoint_tensors.before"),

@@ -35,8 +35,8 @@ _SCRIPTS = (
 # Calls of the buffer's clients. "after" is when the answer is there and has not been read.
 _CALLS = {
     "rollout": ("Lease", "Extend", "Complete"),
-    "reward": ("Lease", "Complete"),
-    "trainer": ("AcquireEpoch", "Recover", "Lease", "CommitStep", "PublishVersion", "ConfirmCheckpoint"),
+    "reward": ("Lease", "Fetch", "Complete"),
+    "trainer": ("AcquireEpoch", "Recover", "Lease", "Fetch", "CommitStep", "PublishVersion", "ConfirmCheckpoint"),
 }
 # Functions by their place: the point is ``<role>.<name>``.
 _FUNCTIONS = {

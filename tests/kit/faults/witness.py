@@ -27,7 +27,9 @@ class Witness:
     def __init__(self, directory: Path, role: str) -> None:
         path = directory / f"{role}-{os.getpid()}.jsonl"
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._batch: dict[str, int] = {}
         self._fetched: dict[str, list[Any]] = {}
+        """Of the batch: digest and reward by sample."""
 
     def acknowledged(self, verb: str, request: Any, *rest: Any) -> None:
         """`rest` ends with the answer."""
@@ -72,12 +74,19 @@ class Witness:
         return lines
 
     def _lease(self, request: pb.LeaseRequest, answer: pb.LeaseResponse) -> list[dict[str, Any]]:
-        if request.stage != sample_pb2.STAGE_TRAIN or not answer.groups:
-            return []
-        samples = [each for group in answer.groups for each in group.samples]
-        self._fetched = {each.sample_id: [_digest(each.sample), each.record.reward] for each in samples}
-        batch = {"epoch": request.epoch, "step": request.step, "samples": self._fetched}
-        return [{"kind": "leased", **batch}]
+        if request.stage == sample_pb2.STAGE_TRAIN and answer.groups:
+            self._batch = {"epoch": request.epoch, "step": request.step}
+            samples = [each for group in answer.groups for each in group.samples]
+            self._fetched = {each.sample_id: ["", each.record.reward] for each in samples}
+        return []
+
+    def _fetch(self, request: pb.FetchRequest, answer: pb.FetchResponse) -> list[dict[str, Any]]:
+        """A batch is leased when its last sample is there."""
+        ours = [each for each in answer.samples if each.sample_id in self._fetched]
+        for each in ours:
+            self._fetched[each.sample_id][0] = _digest(each.sample)
+        whole = ours and all(digest for digest, _ in self._fetched.values())
+        return [{"kind": "leased", **self._batch, "samples": self._fetched}] if whole else []
 
     def _commitstep(self, request: pb.CommitStepRequest, answer: pb.CommitStepResponse) -> list[dict[str, Any]]:
         return [{"kind": "committed", "epoch": request.epoch, "step": request.step, "ids": sorted(self._fetched)}]
