@@ -25,6 +25,8 @@ class ScorerSettings:
     reward_key: str = ""
     code_timeout_s: float = 6.0
     code_memory_mb: int = 512
+    group_rm: bool = False
+    """The scorer is a function that scores whole groups."""
 
 
 def scorer_settings(config: Config) -> ScorerSettings:
@@ -61,4 +63,5 @@ def scorer_settings(config: Config) -> ScorerSettings:
         # A program that runs for ever has failed its tests; the pool must not end the scorer before that is said.
         min(code.timeout_s, _SHARE_OF_SCORE * config.reward.score_timeout_s),
         code.memory_mb,
+        config.reward.group_rm,
     )

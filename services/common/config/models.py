@@ -386,6 +386,14 @@ class RewardConfig(Section):
             raise ValueError(f'remote.urls is for scorer = "remote", not {self.scorer!r}')
         return self
 
+    @model_validator(mode="after")
+    def _groups_are_for_functions(self) -> RewardConfig:
+        if self.group_rm and "." not in self.scorer and ":" not in self.scorer:
+            raise ValueError(
+                f"group_rm needs a function of yours as scorer, pkg.mod:fn; {self.scorer!r} scores samples one by one"
+            )
+        return self
+
 
 class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-6

@@ -80,6 +80,10 @@ class RemoteStation:
         return self._filters is not None and self._filters.orders_partials
 
     @property
+    def scores_whole(self) -> bool:
+        return False
+
+    @property
     def wants_tokens(self) -> bool:
         return self._config.kind == "classify" and self._config.classify.input == "tokens"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.reward.scorers.base import Scorer
+from services.reward.scorers.base import Scorer, WholeScorer
 from services.reward.scorers.builtin import BuiltinScorer, Options, is_builtin
 
 
@@ -22,3 +22,10 @@ def build(name: str, *, paths: Sequence[str], args: Mapping[str, Any], options: 
     from services.reward.scorers.user import UserScorer
 
     return UserScorer(name, [Path(path) for path in paths], args, reward_key=options.reward_key)
+
+
+def build_whole(name: str, *, paths: Sequence[str], args: Mapping[str, Any], reward_key: str = "") -> WholeScorer:
+    """A user's function that scores groups. Raises ConfigError when it does not import."""
+    from services.reward.scorers.user import UserWholeScorer
+
+    return UserWholeScorer(name, [Path(path) for path in paths], args, reward_key=reward_key)

@@ -92,6 +92,11 @@ class BuiltinScorer:
             self._scorers[name] = _load(name, self._options)
         return keyed(self._scorers[name](item), self._options.reward_key)
 
+    def chosen_by(self, item: Item) -> str:
+        """The name of what scores the item where its metadata chose that, else empty. Raises SampleError."""
+        name = self._name_for(item)
+        return "" if name == self._name else name
+
     def _name_for(self, item: Item) -> str:
         if '"rm_type"' not in item.metadata_json and "\\" not in item.metadata_json:
             return self._name
