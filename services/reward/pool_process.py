@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,9 +22,8 @@ from services.common.errors import ConfigError
 from services.common.process import die_with_parent
 from services.reward.filters import FIELD, GroupFilter, GroupItem, WaitingItem
 from services.reward.jobs import FailureKind
-from services.reward.scorers import build, build_whole
-from services.reward.scorers.base import Item, SampleError, Scorer, ScorerUnavailableError, Verdict, WholeItem
-from services.reward.scorers.builtin import BuiltinScorer, Options
+from services.reward.scorers.base import SampleError, ScorerUnavailableError
+from services.reward.scoring import scoring
 
 Plugin = Callable[[Any], Any]
 _CHUNK = 1 << 18
@@ -60,7 +58,7 @@ def _load(connection: socket.socket, settings: dict[str, Any]) -> dict[str, Plug
     plugins: dict[str, Plugin] = {}
     field = "reward.scorer"
     try:
-        plugins |= _scoring(settings)
+        plugins |= scoring(settings)
         field = FIELD
         if settings["filter"]:
             judge = GroupFilter(settings["filter"], search, settings["args"])
@@ -76,20 +74,6 @@ def _load(connection: socket.socket, settings: dict[str, Any]) -> dict[str, Plug
         raise SystemExit(0) from None
     connection.sendall(_pack(["", ""]))
     return plugins
-
-
-def _scoring(settings: dict[str, Any]) -> dict[str, Plugin]:
-    paths, args = settings["paths"], settings["args"]
-    if settings["group_rm"]:
-        whole = build_whole(settings["name"], paths=paths, args=args, reward_key=settings["reward_key"])
-        return {WholeItem.__name__: lambda item: whole([Item(*each) for each in item[1]])}
-    options = Options(**{field.name: settings[field.name] for field in fields(Options)})
-    scorer = build(settings["name"], paths=paths, args=args, options=options)
-    return {Item.__name__: lambda item: _scored(scorer, Item(*item))}
-
-
-def _scored(scorer: Scorer, item: Item) -> tuple[Verdict, str]:
-    return scorer(item), scorer.chosen_by(item) if isinstance(scorer, BuiltinScorer) else ""
 
 
 def _buffer_filter(settings: dict[str, Any], search: list[Path]) -> Plugin:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.config import Config
@@ -27,6 +27,8 @@ class ScorerSettings:
     code_memory_mb: int = 512
     group_rm: bool = False
     """The scorer is a function that scores whole groups."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of several scorers; empty where there is one."""
 
 
 def scorer_settings(config: Config) -> ScorerSettings:
@@ -64,4 +66,5 @@ def scorer_settings(config: Config) -> ScorerSettings:
         min(code.timeout_s, _SHARE_OF_SCORE * config.reward.score_timeout_s),
         code.memory_mb,
         config.reward.group_rm,
+        config.reward.weights,
     )

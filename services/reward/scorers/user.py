@@ -80,15 +80,17 @@ class UserFunction:
 class UserScorer:
     """Scores sample by sample."""
 
-    def __init__(self, path: str, search: Sequence[Path], args: Mapping[str, Any], reward_key: str = "") -> None:
+    def __init__(
+        self, path: str, search: Sequence[Path], args: Mapping[str, Any], reward_key: str = "", field: str = FIELD
+    ) -> None:
         """Raises ConfigError when the function does not import or cannot be called with (args, sample)."""
         if "." not in path and ":" not in path:
             raise ConfigError(
                 f"unknown scorer {path!r}: known are {', '.join(NAMES)}, each with boxed_ before it, "
                 "and dotted paths, pkg.mod:fn",
-                field=FIELD,
+                field=field,
             )
-        self._function = UserFunction(path, search, args, "fn(args, sample)", FIELD)
+        self._function = UserFunction(path, search, args, "fn(args, sample)", field)
         self._reward_key = reward_key
 
     def __call__(self, item: Item) -> Verdict:
