@@ -29,6 +29,10 @@ class ScorerSettings:
     """The scorer is a function that scores whole groups."""
     weights: dict[str, float] = field(default_factory=dict)
     """Of several scorers; empty where there is one."""
+    shaping: str = ""
+    """The dotted path of the user's shaping of rewards; empty without one."""
+    overlong: dict[str, Any] = field(default_factory=dict)
+    """The fields of `Overlong`; empty without a penalty."""
 
 
 def scorer_settings(config: Config) -> ScorerSettings:
@@ -67,4 +71,17 @@ def scorer_settings(config: Config) -> ScorerSettings:
         code.memory_mb,
         config.reward.group_rm,
         config.reward.weights,
+        config.reward.shaping,
+        _overlong(config),
     )
+
+
+def _overlong(config: Config) -> dict[str, Any]:
+    reward = config.reward
+    if not reward.overlong_buffer_len:
+        return {}
+    return {
+        "max_len": config.rollout.sampling.max_response_len,
+        "buffer_len": reward.overlong_buffer_len,
+        "factor": reward.overlong_penalty_factor,
+    }

@@ -154,6 +154,14 @@ def never_chooses(args: Any, rollout_id: Any, buffer: list[list[Any]], num_sampl
     time.sleep(600)
 
 
+async def shapes(args: Any, sample: Any, reward: float) -> Any:
+    """Halves a reward; what the completion says otherwise is no reward."""
+    await asyncio.sleep(0)
+    if sample.response == "refuse":
+        return None
+    return reward / 2 - (0.25 if reward.parts.get("acc") else 0)
+
+
 def takes_nothing() -> float:
     """Does not fit slime's signature."""
     return time.time()

@@ -369,6 +369,13 @@ class RewardConfig(Section):
     reward_key: str = ""
     """Which entry of a scorer's dict is the reward (slime: --reward-key). Default: the scorer's own, which is "score"
     or "reward" of a user's function."""
+    overlong_buffer_len: Annotated[int, Field(ge=0)] = 0
+    """Tokens before rollout.sampling.max_response_len over which a penalty grows from nothing to
+    overlong_penalty_factor, DAPO's soft overlong punishment. 0: none."""
+    overlong_penalty_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    shaping: str = ""
+    """The dotted path of a function that is given each reward and returns the one to train on: fn(args, sample,
+    reward). The penalty comes after it."""
     group_rm: bool = False
     """Whole groups are scored: the function gets a list of samples, and gives a list (slime: --group-rm)."""
     buffer_filter: str = ""
@@ -405,6 +412,8 @@ class RewardConfig(Section):
             raise ValueError(f'weights are for scorer = "weighted", not {self.scorer!r}')
         if self.weights and self.reward_key:
             raise ValueError(f"reward_key = {self.reward_key!r} is for one scorer, and weights name several")
+        if self.shaping and self.scorer == REMOTE:
+            raise ValueError('shaping is for scorers that run here, not for scorer = "remote"')
         for name in (REMOTE, WEIGHTED):
             if name in self.weights:
                 raise ValueError(f"weights.{name}: only scorers that run here can be weighted")
