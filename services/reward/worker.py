@@ -17,10 +17,11 @@ from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import LimitError, PolyheadError, UnavailableError
 from services.common.payloads import fetch_payloads
-from services.reward.items import item_of_group, item_of_sample, score_of
-from services.reward.jobs import FailureKind, Job, Result, each_of
+from services.reward.items import item_of_group, item_of_sample
+from services.reward.jobs import Job
 from services.reward.outbox import RETRY_S, Outbox
 from services.reward.scorers.base import WholeItem
+from services.reward.settling import Settler
 from services.reward.station import Station
 from services.reward.stats import Stats
 from services.reward.whole import fetch_members
@@ -46,7 +47,6 @@ class Puller:
         self._buffer = buffer
         self._station = station
         self._replica_id = replica_id
-        self._stats = stats
         self._max_inflight = config.reward.max_inflight
         self._limits = limits
         self._samples_per_rpc = limits.samples_per_rpc
@@ -57,6 +57,7 @@ class Puller:
         self._settled = asyncio.Event()
         self._has_leased = asyncio.Event()
         self._outbox = Outbox(buffer, replica_id, samples_per_rpc=limits.samples_per_rpc, on_settled=self._forget)
+        self._settler = Settler(self._outbox, stats, scorer=station.scorer, is_held=self._leased.__contains__)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until `stop` is set, then finishes or gives back what it holds.
@@ -129,7 +130,7 @@ class Puller:
             for sample in samples:
                 if not sample.sample and not group_of[sample.lease_id].judge:
                     reason = f"it could not be fetched: {error}"
-                    self._give_back(sample.sample_id, sample.lease_id, pb.RELEASE_REASON_UNAVAILABLE, reason)
+                    self._settler.give_back(sample.sample_id, sample.lease_id, pb.RELEASE_REASON_UNAVAILABLE, reason)
             await asyncio.sleep(RETRY_S)
         self._submit(job for group in groups if group.judge for job in self._take_group(group))
 
@@ -141,7 +142,7 @@ class Puller:
             except PolyheadError as error:
                 log.warning("fetch_failing", reason=str(error))
                 for each in groups[place:]:
-                    self._give_back_group(each, f"it could not be fetched: {error}")
+                    self._settler.give_back_group(each, f"it could not be fetched: {error}")
                 await asyncio.sleep(RETRY_S)
                 return
             self._submit(self._job_of_whole(group, members))
@@ -157,7 +158,7 @@ class Puller:
         if sample is None:
             return []
         token_ids = sample.segments[0].token_ids if self._station.wants_tokens and len(sample.segments) == 1 else b""
-        job = Job(item_of_sample(sample, group), partial(self._on_result, leased), token_ids)
+        job = Job(item_of_sample(sample, group), partial(self._settler.on_result, leased), token_ids)
         self._leased[leased.lease_id] = (leased.sample_id, job)
         return [job]
 
@@ -169,7 +170,7 @@ class Puller:
         if not leased:
             return []
         item = WholeItem(group.group_id, [item_of_sample(sample, group) for _, sample in read])
-        job = Job(item, partial(self._on_whole, scored))
+        job = Job(item, partial(self._settler.on_whole, scored))
         for member in leased:
             self._leased[member.lease_id] = (member.sample_id, job)
         return [job]
@@ -182,75 +183,23 @@ class Puller:
             return sample_pb2.Sample.FromString(leased.sample)
         except DecodeError as error:
             if leased.lease_id:
-                self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_FATAL, f"not a Sample: {error}")
+                self._settler.give_back(
+                    leased.sample_id, leased.lease_id, pb.RELEASE_REASON_FATAL, f"not a Sample: {error}"
+                )
             return None
 
     def _take_group(self, group: pb.LeasedGroup) -> list[Job]:
         """The job of judging a group; none when that is settled at once."""
         if not self._station.judges:
-            self._settle_group(group, pb.GROUP_VERDICT_KEEP)
+            self._settler.settle_group(group, pb.GROUP_VERDICT_KEEP)
             return []
         if not all(leased.sample for leased in group.samples):
-            self._give_back_group(group, "its samples could not be fetched")
+            self._settler.give_back_group(group, "its samples could not be fetched")
             return []
-        job = Job(item_of_group(group), partial(self._on_judged, group))
+        job = Job(item_of_group(group), partial(self._settler.on_judged, group))
         for leased in group.samples:
             self._leased[leased.lease_id] = (leased.sample_id, job)
         return [job]
-
-    def _on_judged(self, group: pb.LeasedGroup, result: Result) -> None:
-        self._stats.count_judged(result)
-        if result.failure is FailureKind.UNAVAILABLE:
-            self._give_back_group(group, result.reason)
-        elif result.judgement is None:
-            # A filter only chooses: without its word nothing speaks against the group.
-            log.warning("filter_failed", group_id=group.group_id, why=result.failure, reason=result.reason)
-            self._settle_group(group, pb.GROUP_VERDICT_FILTER_FAILED)
-        elif result.judgement.keep:
-            self._settle_group(group, pb.GROUP_VERDICT_KEEP)
-        elif result.judgement.keep_when_insufficient:
-            self._settle_group(group, pb.GROUP_VERDICT_KEEP_IF_INSUFFICIENT, result.judgement.reason)
-        else:
-            self._settle_group(group, pb.GROUP_VERDICT_DROP, result.judgement.reason)
-
-    def _settle_group(self, group: pb.LeasedGroup, verdict: pb.GroupVerdict, reason: str = "") -> None:
-        for leased in group.samples:
-            self._outbox.complete(
-                pb.CompletedSample(
-                    sample_id=leased.sample_id, lease_id=leased.lease_id, verdict=verdict, verdict_reason=reason
-                )
-            )
-
-    def _give_back_group(self, group: pb.LeasedGroup, reason: str) -> None:
-        for leased in group.samples:
-            self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_UNAVAILABLE, reason)
-
-    def _on_result(self, leased: pb.LeasedSample, result: Result) -> None:
-        self._settle([(leased, result)])
-
-    def _on_whole(self, members: Sequence[pb.LeasedSample], result: Result) -> None:
-        """Each leased sample gets its own score; siblings that were scored before keep theirs."""
-        results = each_of(result, len(members))
-        self._settle([pair for pair in zip(members, results, strict=True) if pair[0].lease_id in self._leased])
-
-    def _settle(self, scored: Iterable[tuple[pb.LeasedSample, Result]]) -> None:
-        """Sends the scores of samples that belong together, and gives back those that have none."""
-        completed: list[pb.CompletedSample] = []
-        for leased, result in scored:
-            self._stats.count(result)
-            if result.verdict is not None:
-                score = score_of(result.verdict, result, self._station.scorer)
-                completed.append(pb.CompletedSample(sample_id=leased.sample_id, lease_id=leased.lease_id, score=score))
-            elif result.failure is FailureKind.UNAVAILABLE:
-                self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_UNAVAILABLE, result.reason)
-            else:
-                log.warning("sample_not_scored", sample_id=leased.sample_id, attempt=leased.attempt, why=result.failure)
-                self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_SAMPLE_ERROR, result.reason)
-        if completed:
-            self._outbox.complete(*completed)
-
-    def _give_back(self, sample_id: str, lease_id: int, reason: pb.ReleaseReason, error: str) -> None:
-        self._outbox.release(pb.ReleasedSample(sample_id=sample_id, lease_id=lease_id, reason=reason, error=error))
 
     def _forget(self, lease_ids: Sequence[int]) -> None:
         for lease_id in lease_ids:
@@ -285,7 +234,7 @@ class Puller:
         unfinished = [(lease_id, *held) for lease_id, held in self._leased.items() if not held[1].reported]
         for lease_id, sample_id, job in unfinished:
             job.cancelled = True
-            self._give_back(sample_id, lease_id, pb.RELEASE_REASON_DRAIN, "the replica is leaving")
+            self._settler.give_back(sample_id, lease_id, pb.RELEASE_REASON_DRAIN, "the replica is leaving")
         if self._leased:
             await self._wait_until_settled()
         log.info("drained", given_back=len(unfinished), left_behind=len(self._leased))
