@@ -79,6 +79,7 @@ LIST_FLAGS: dict[str, str] = {
 SWITCHES: dict[str, tuple[str, Any]] = {
     "--apply-chat-template": ("data.apply_chat_template", True),
     "--rollout-shuffle": ("data.shuffle", True),
+    "--group-rm": ("reward.group_rm", True),
     "--partial-rollout": ("staleness.partial_rollout", True),
     "--mask-offpolicy-in-partial-rollout": ("staleness.mask_offpolicy", True),
     "--calculate-per-token-loss": ("trainer.algorithm.loss_reduction", "per_token"),

@@ -15,8 +15,7 @@ from typing import Any
 import msgpack
 
 from services.common.errors import ConfigError, UnavailableError
-from services.reward.filters import GroupItem, WaitingItem
-from services.reward.scorers.base import Item
+from services.reward.jobs import AnyItem
 from services.reward.settings import ScorerSettings
 
 # Importing a user's module may import torch.
@@ -58,9 +57,9 @@ class Child(asyncio.Protocol):
     def pid(self) -> int:
         return int(self._process.pid)
 
-    def send(self, items: Sequence[Item | GroupItem | WaitingItem]) -> None:
+    def send(self, items: Sequence[AnyItem]) -> None:
         """Never blocks: what the socket does not take is kept here."""
-        self._transport.write(msgpack.packb(items))
+        self._transport.write(msgpack.packb([(type(item).__name__, item) for item in items]))
 
     def kill(self) -> None:
         """SIGKILL to the process and to what it has started."""

@@ -8,7 +8,8 @@ from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import reward_pb2, sample_pb2
 from services.common.wire import completion_length
 from services.reward.filters import GroupItem, ScoredItem, WaitingItem
-from services.reward.scorers.base import Item
+from services.reward.jobs import Result
+from services.reward.scorers.base import Item, Verdict
 
 _STATUS = {
     sample_pb2.FINISH_REASON_STOP: "completed",
@@ -72,6 +73,13 @@ def _waiting(leased: pb.LeasedSample, group: pb.LeasedGroup) -> ScoredItem:
     )
     scored = leased.HasField("score")
     return ScoredItem(item, leased.score.reward if scored else None, dict(leased.score.parts))
+
+
+def score_of(verdict: Verdict, result: Result, scorer: str) -> sample_pb2.Score:
+    """`scorer` is the run's own; a sample may have chosen another one."""
+    return sample_pb2.Score(
+        reward=verdict.reward, parts=verdict.parts, scorer=result.scorer or scorer, seconds=result.seconds
+    )
 
 
 def item_of_request(item: reward_pb2.ScoreItem, place: int) -> Item:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
 from services.reward.filters import GroupItem, Judgement, WaitingItem
-from services.reward.scorers.base import Item, Verdict
+from services.reward.scorers.base import Item, Verdict, WholeItem
+
+AnyItem = Item | WholeItem | GroupItem | WaitingItem
 
 
 class FailureKind(StrEnum):
@@ -19,7 +21,7 @@ class FailureKind(StrEnum):
     DIED = "died"
     """The process ended while it was on this item."""
     UNAVAILABLE = "unavailable"
-    """No process could be started, or no server answers: not the item's fault."""
+    """No process could be started, no server answers, or a scorer lacks what it needs: not the item's fault."""
 
 
 class Result(NamedTuple):
@@ -33,6 +35,18 @@ class Result(NamedTuple):
     """Of a group instead of a verdict."""
     preferred: list[int] | None = None
     """Of waiting groups: the numbers of those that go first."""
+    verdicts: Sequence[Verdict] | None = None
+    """Of a group that is scored as a whole: one per sample."""
+    scorer: str = ""
+    """What scored, where a sample chose it; empty for the run's own scorer."""
+
+
+def each_of(result: Result, count: int) -> list[Result]:
+    """Of the result of a group that was scored as a whole, one per sample: they share its time, and its failure."""
+    seconds = result.seconds / count
+    if result.verdicts is None:
+        return [result._replace(seconds=seconds)] * count
+    return [Result(verdict, seconds) for verdict in result.verdicts]
 
 
 class Job:
@@ -43,9 +57,7 @@ class Job:
 
     __slots__ = ("cancelled", "item", "on_result", "reported", "token_ids")
 
-    def __init__(
-        self, item: Item | GroupItem | WaitingItem, on_result: Callable[[Result], None], token_ids: bytes = b""
-    ) -> None:
+    def __init__(self, item: AnyItem, on_result: Callable[[Result], None], token_ids: bytes = b"") -> None:
         self.item = item
         self.on_result = on_result
         self.token_ids = token_ids

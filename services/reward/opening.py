@@ -9,6 +9,7 @@ from dataclasses import replace
 from services.common.config import Config
 from services.common.config.models import REMOTE
 from services.reward.pool import ScorerPool
+from services.reward.scorers.overlong import Overlong
 from services.reward.settings import scorer_settings
 from services.reward.station import Station
 
@@ -36,5 +37,7 @@ def _station(config: Config, processes: int) -> Station:
     filters = None
     if settings.filter or settings.buffer_filter:
         # Its processes get no items, so any scorer will do.
-        filters = ScorerPool(replace(settings, name="exact"), processes=processes, timeout_s=reward.score_timeout_s)
-    return RemoteStation(reward.remote, filters)
+        filters = ScorerPool(
+            replace(settings, name="exact", overlong={}), processes=processes, timeout_s=reward.score_timeout_s
+        )
+    return RemoteStation(reward.remote, filters, Overlong(**settings.overlong) if settings.overlong else None)

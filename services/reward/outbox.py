@@ -34,12 +34,15 @@ class Outbox:
         self._replica_id = replica_id
         self._samples_per_rpc = samples_per_rpc
         self._on_settled = on_settled
-        self._completed: list[pb.CompletedSample] = []
+        self._completed: list[list[pb.CompletedSample]] = []
+        """Each list goes in one call."""
         self._released: list[pb.ReleasedSample] = []
         self._filled = asyncio.Event()
 
-    def complete(self, sample: pb.CompletedSample) -> None:
-        self._completed.append(sample)
+    def complete(self, *samples: pb.CompletedSample) -> None:
+        """They go in one call, unless they are more than one may have."""
+        for start in range(0, len(samples), self._samples_per_rpc):
+            self._completed.append(list(samples[start : start + self._samples_per_rpc]))
         self._filled.set()
 
     def release(self, sample: pb.ReleasedSample) -> None:
@@ -56,7 +59,7 @@ class Outbox:
                 await self.flush()
             except UnavailableError as error:
                 if reachable:
-                    log.warning("verdicts_held_back", reason=str(error), held=len(self._completed))
+                    log.warning("verdicts_held_back", reason=str(error), held=sum(map(len, self._completed)))
                 reachable = False
             else:
                 reachable = True
@@ -65,20 +68,33 @@ class Outbox:
         """Sends everything. Raises UnavailableError, and keeps what the buffer has not answered for."""
         while self._completed or self._released:
             if self._completed:
-                await self._send_completed(self._completed[: self._samples_per_rpc])
+                await self._send_completed(self._first_completed())
             else:
                 await self._send_released(self._released[: self._samples_per_rpc])
         self._filled.clear()
 
-    async def _send_completed(self, samples: list[pb.CompletedSample]) -> None:
-        """Sends the first completed samples. One that the buffer refuses is given back instead, alone."""
+    def _first_completed(self) -> list[list[pb.CompletedSample]]:
+        """As many as one call may have."""
+        taken, room = 0, self._samples_per_rpc
+        for together in self._completed:
+            room -= len(together)
+            if room < 0:
+                break
+            taken += 1
+        return self._completed[:taken]
+
+    async def _send_completed(self, parcels: list[list[pb.CompletedSample]]) -> None:
+        """Sends the first of what is completed. A sample that the buffer refuses is given back instead, alone."""
+        samples = [sample for parcel in parcels for sample in parcel]
         try:
             response = await self._buffer.complete(sample_pb2.STAGE_SCORE, self._replica_id, samples)
         except (UnavailableError, ConfigError):
             raise
         except PolyheadError as error:
             if len(samples) > 1:
-                await self._send_completed(samples[: len(samples) // 2])
+                if len(parcels) == 1:
+                    self._completed[:1] = parcels = [[sample] for sample in samples]
+                await self._send_completed(parcels[: len(parcels) // 2])
                 return
             log.warning("verdict_refused", sample_id=samples[0].sample_id, reason=str(error))
             del self._completed[:1]
@@ -91,7 +107,7 @@ class Outbox:
                 )
             )
             return
-        del self._completed[: len(samples)]
+        del self._completed[: len(parcels)]
         self._settle("complete", [sample.lease_id for sample in samples], response.results)
 
     async def _send_released(self, samples: list[pb.ReleasedSample]) -> None:

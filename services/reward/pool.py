@@ -18,8 +18,8 @@ import structlog
 from services.common.errors import PolyheadError
 from services.reward.child import Child
 from services.reward.filters import GroupItem, Judgement, WaitingItem
-from services.reward.jobs import FailureKind, Job, Result
-from services.reward.scorers.base import Item, Verdict
+from services.reward.jobs import AnyItem, FailureKind, Job, Result, each_of
+from services.reward.scorers.base import Item, Verdict, WholeItem
 from services.reward.settings import ScorerSettings
 from services.reward.station import score_all
 
@@ -30,6 +30,8 @@ MAX_WINDOW = 64
 WINDOW_S = 0.005
 # Cheap answers are gathered for this long before the event loop wakes up for them.
 GATHER_S = 0.001
+# When a scorer lacks what it needs, nothing is leased for this long.
+PAUSE_S = 1.0
 _SMOOTHING = 0.1
 _FIRST_DELAY_S = 0.5
 _MAX_DELAY_S = 30.0
@@ -59,8 +61,10 @@ class ScorerPool:
         self._watch: asyncio.TimerHandle | None = None
         self._mean_s = WINDOW_S
         self._why_unavailable = "the pool is not running"
+        self._running = False
+        self._paused = False
         self.available = asyncio.Event()
-        """Set while at least one process is running."""
+        """Set while processes can be started and have what they need."""
 
     @property
     def judges(self) -> bool:
@@ -72,10 +76,18 @@ class ScorerPool:
         """Whether its processes have a filter for the groups that wait unfinished."""
         return bool(self._settings.buffer_filter)
 
+    @property
+    def scores_whole(self) -> bool:
+        """Whether its scorer takes groups."""
+        return self._settings.group_rm
+
     async def prefer(self, waiting: WaitingItem) -> Result:
         """Asks the buffer filter."""
+        return await self._ask(waiting)
+
+    async def _ask(self, item: AnyItem) -> Result:
         done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        job = Job(waiting, done.set_result)
+        job = Job(item, done.set_result)
         self.submit([job])
         try:
             return await done
@@ -133,13 +145,18 @@ class ScorerPool:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queues jobs. While no process can be started, they are reported as UNAVAILABLE instead."""
         self._queue.extend(jobs)
-        if not self.available.is_set():
+        if not self._running:
             asyncio.get_running_loop().call_soon(self._fail_queue)
         for slot in self._slots:
             self._dispatch(slot)
 
     async def score(self, items: Sequence[Item]) -> list[Result]:
-        """One result per item, in order. Cancelling the call cancels what is left of its work."""
+        """One result per item, in order. Where groups are scored as a whole, the items are one.
+
+        Cancelling the call cancels what is left of its work.
+        """
+        if self.scores_whole and items:
+            return each_of(await self._ask(WholeItem("one call", list(items))), len(items))
         return await score_all(self, items)
 
     def _window(self) -> int:
@@ -163,17 +180,14 @@ class ScorerPool:
 
     def _on_frames(self, slot: _Slot, frames: list[list[Any]]) -> None:
         slot.progress_at = asyncio.get_running_loop().time()
-        for value, parts, reason, seconds in frames:
+        for failure, reason, seconds, answer in frames:
             self._note(seconds)
             job = slot.jobs.popleft()
-            if value is None:
-                job.report(Result(None, seconds, FailureKind.RAISED, reason))
-            elif isinstance(job.item, GroupItem):
-                job.report(Result(None, seconds, judgement=Judgement(*value)))
-            elif isinstance(job.item, WaitingItem):
-                job.report(Result(None, seconds, preferred=value))
-            else:
-                job.report(Result(Verdict(value, parts), seconds))
+            if failure == FailureKind.UNAVAILABLE:
+                self._pause(reason)
+            job.report(
+                Result(None, seconds, FailureKind(failure), reason) if failure else _result(job.item, answer, seconds)
+            )
         self._dispatch(slot)
         if slot.child is not None and self._window() > 1:
             slot.child.rest(GATHER_S)
@@ -195,7 +209,26 @@ class ScorerPool:
 
     async def _fill(self, slot: _Slot) -> None:
         slot.child = await Child.start(self._settings, lambda _, frames: self._on_frames(slot, frames))
-        self.available.set()
+        self._running = True
+        self._tell_available()
+
+    def _pause(self, reason: str) -> None:
+        """Keeps the puller from leasing at once what it has just given back. What is queued goes on."""
+        self._why_unavailable = reason
+        if not self._paused:
+            self._paused = True
+            asyncio.get_running_loop().call_later(PAUSE_S, self._resume)
+        self._tell_available()
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._tell_available()
+
+    def _tell_available(self) -> None:
+        if self._running and not self._paused:
+            self.available.set()
+        else:
+            self.available.clear()
 
     async def _keep(self, slot: _Slot) -> None:
         """Replaces the process of a slot whenever it ends."""
@@ -242,7 +275,8 @@ class ScorerPool:
                 self._why_unavailable = str(error)
                 log.error("scorer_process_does_not_start", reason=str(error), retry_s=delay)
             if not self.pids():
-                self.available.clear()
+                self._running = False
+                self._tell_available()
                 self._fail_queue()
             await asyncio.sleep(delay)
             delay = min(2 * delay, _MAX_DELAY_S)
@@ -251,3 +285,15 @@ class ScorerPool:
         jobs, self._queue = self._queue, deque()
         for job in jobs:
             job.report(Result(None, 0.0, FailureKind.UNAVAILABLE, self._why_unavailable))
+
+
+def _result(item: AnyItem, answer: Any, seconds: float) -> Result:
+    """What a process answered, by what it was asked."""
+    if isinstance(item, GroupItem):
+        return Result(None, seconds, judgement=Judgement(*answer))
+    if isinstance(item, WaitingItem):
+        return Result(None, seconds, preferred=answer)
+    if isinstance(item, WholeItem):
+        return Result(None, seconds, verdicts=[Verdict(*each) for each in answer])
+    verdict, scorer = answer
+    return Result(Verdict(*verdict), seconds, scorer=scorer)

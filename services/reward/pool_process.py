@@ -1,8 +1,8 @@
 """One process of the pool: ``python -m services.reward.pool_process FD PARENT``.
 
 It answers on a socket it inherits. Frames are msgpack: first the settings, answered with ``["", ""]`` or
-``[reason, field]``; then lists of items to score and groups to judge, each answered as soon as it is done and before
-the next one begins, so that the parent always knows which one this process is on.
+``[reason, field]``; then lists of ``[kind, item]``, where kind is the item's class. Each is answered as soon as it is
+done and before the next one begins, so that the parent always knows which one this process is on.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgpack
 
+from services.common.errors import ConfigError
 from services.common.process import die_with_parent
 from services.reward.filters import FIELD, GroupFilter, GroupItem, WaitingItem
-from services.reward.scorers import build
-from services.reward.scorers.base import Item, SampleError, Scorer
-from services.reward.scorers.builtin import Options
+from services.reward.jobs import FailureKind
+from services.reward.scorers.base import SampleError, ScorerUnavailableError
+from services.reward.scoring import scoring
 
 Plugin = Callable[[Any], Any]
 _CHUNK = 1 << 18
@@ -39,16 +38,10 @@ def main() -> None:
         # A process that a user's function starts must not hold the connection open after this one has died.
         connection.set_inheritable(False)
         frames = _frames(connection)
-        scorer, judge, prefer = _load(connection, next(frames))
+        plugins = _load(connection, next(frames))
         for items in frames:
-            for item in items:
-                if len(item) == len(GroupItem._fields):
-                    call: Callable[[], tuple[Any, Any]] = partial(_plugin, judge, GroupItem(*item))
-                elif len(item) == len(WaitingItem._fields):
-                    call = partial(_plugin, prefer, WaitingItem(*item))
-                else:
-                    call = partial(_score, scorer, Item(*item))
-                connection.sendall(_pack(_answer(call)))
+            for kind, item in items:
+                connection.sendall(_pack(_answer(plugins[kind], item)))
 
 
 def _frames(connection: socket.socket) -> Iterator[Any]:
@@ -59,25 +52,28 @@ def _frames(connection: socket.socket) -> Iterator[Any]:
         yield from unpacker
 
 
-def _load(connection: socket.socket, settings: dict[str, Any]) -> tuple[Scorer, Plugin | None, Plugin | None]:
-    paths, args = settings["paths"], settings["args"]
-    search = [Path(path) for path in paths]
+def _load(connection: socket.socket, settings: dict[str, Any]) -> dict[str, Plugin]:
+    """What answers each kind of item. When something does not load, it says so and ends the process."""
+    search = [Path(path) for path in settings["paths"]]
+    plugins: dict[str, Plugin] = {}
     field = "reward.scorer"
     try:
-        scorer = build(settings["name"], paths=paths, args=args, options=_options(settings))
+        plugins |= scoring(settings)
         field = FIELD
-        judge = GroupFilter(settings["filter"], search, args) if settings["filter"] else None
+        if settings["filter"]:
+            judge = GroupFilter(settings["filter"], search, settings["args"])
+            plugins[GroupItem.__name__] = lambda item: judge(GroupItem(*item))
         field = "reward.buffer_filter"
-        prefer = _buffer_filter(settings, search) if settings["buffer_filter"] else None
+        if settings["buffer_filter"]:
+            prefer = _buffer_filter(settings, search)
+            plugins[WaitingItem.__name__] = lambda item: prefer(WaitingItem(*item))
     except BaseException as error:  # user code runs here, and may even call sys.exit
-        connection.sendall(_pack([_one_line(getattr(error, "reason", None) or _describe(error)), field]))
+        said = getattr(error, "reason", None) or _describe(error)
+        field = error.field if isinstance(error, ConfigError) and error.field else field
+        connection.sendall(_pack([_one_line(said), field]))
         raise SystemExit(0) from None
     connection.sendall(_pack(["", ""]))
-    return scorer, judge, prefer
-
-
-def _options(settings: dict[str, Any]) -> Options:
-    return Options(**{field.name: settings[field.name] for field in fields(Options)})
+    return plugins
 
 
 def _buffer_filter(settings: dict[str, Any], search: list[Path]) -> Plugin:
@@ -86,26 +82,20 @@ def _buffer_filter(settings: dict[str, Any], search: list[Path]) -> Plugin:
     return BufferFilter(settings["buffer_filter"], search, settings["args"], settings["buffer_address"])
 
 
-def _score(scorer: Scorer, item: Item) -> tuple[float, dict[str, float]]:
-    return scorer(item)
-
-
-def _plugin(plugin: Plugin | None, item: Any) -> tuple[Any, None]:
-    if plugin is None:
-        raise SampleError("this process has no such filter")
-    return plugin(item), None
-
-
-def _answer(call: Callable[[], tuple[Any, Any]]) -> list[Any]:
-    """``[reward, parts, "", seconds]``, ``[answer, None, "", seconds]``, or ``[None, None, reason, seconds]``."""
+def _answer(plugin: Plugin, item: list[Any]) -> list[Any]:
+    """``["", "", seconds, answer]``, or ``[failure, reason, seconds, None]``."""
     begun = time.perf_counter()
     try:
-        value, parts = call()
+        answer = plugin(item)
     except SampleError as error:
-        return [None, None, _one_line(str(error)), time.perf_counter() - begun]
+        failure, reason = FailureKind.RAISED, str(error)
+    except ScorerUnavailableError as error:
+        failure, reason = FailureKind.UNAVAILABLE, str(error)
     except BaseException as error:  # a scorer may raise anything, SystemExit included
-        return [None, None, _one_line(_describe(error)), time.perf_counter() - begun]
-    return [value, parts, "", time.perf_counter() - begun]
+        failure, reason = FailureKind.RAISED, _describe(error)
+    else:
+        return ["", "", time.perf_counter() - begun, answer]
+    return [failure, _one_line(reason), time.perf_counter() - begun, None]
 
 
 def _pack(frame: list[Any]) -> bytes:

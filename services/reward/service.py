@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyhead.v1 import reward_pb2, reward_pb2_grpc, sample_pb2
+from polyhead.v1 import reward_pb2, reward_pb2_grpc
 from services.common.errors import InvalidArgumentError, LimitError
-from services.reward.items import item_of_request
+from services.reward.items import item_of_request, score_of
 from services.reward.jobs import FailureKind, Result
 from services.reward.station import Station
 from services.reward.stats import Stats
@@ -15,7 +15,10 @@ FULL_NAME = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
 
 
 class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
-    """Answers each item with a score or with the reason why there is none."""
+    """Answers each item with a score or with the reason why there is none.
+
+    Where groups are scored as a whole, the items of a request are one.
+    """
 
     def __init__(self, station: Station, stats: Stats, *, max_items: int) -> None:
         self._station = station
@@ -43,9 +46,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
 
 def _to_proto(sample_id: str, result: Result, scorer: str) -> reward_pb2.ScoreResult:
     if result.verdict is not None:
-        score = sample_pb2.Score(
-            reward=result.verdict.reward, parts=result.verdict.parts, scorer=scorer, seconds=result.seconds
-        )
+        score = score_of(result.verdict, result, scorer)
         return reward_pb2.ScoreResult(sample_id=sample_id, score=score)
     unavailable = result.failure is FailureKind.UNAVAILABLE
     kind = reward_pb2.SCORE_ERROR_KIND_UNAVAILABLE if unavailable else reward_pb2.SCORE_ERROR_KIND_FAILED

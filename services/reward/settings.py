@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.config import Config
@@ -25,6 +25,14 @@ class ScorerSettings:
     reward_key: str = ""
     code_timeout_s: float = 6.0
     code_memory_mb: int = 512
+    group_rm: bool = False
+    """The scorer is a function that scores whole groups."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of several scorers; empty where there is one."""
+    shaping: str = ""
+    """The dotted path of the user's shaping of rewards; empty without one."""
+    overlong: dict[str, Any] = field(default_factory=dict)
+    """The fields of `Overlong`; empty without a penalty."""
 
 
 def scorer_settings(config: Config) -> ScorerSettings:
@@ -61,4 +69,19 @@ def scorer_settings(config: Config) -> ScorerSettings:
         # A program that runs for ever has failed its tests; the pool must not end the scorer before that is said.
         min(code.timeout_s, _SHARE_OF_SCORE * config.reward.score_timeout_s),
         code.memory_mb,
+        config.reward.group_rm,
+        config.reward.weights,
+        config.reward.shaping,
+        _overlong(config),
     )
+
+
+def _overlong(config: Config) -> dict[str, Any]:
+    reward = config.reward
+    if not reward.overlong_buffer_len:
+        return {}
+    return {
+        "max_len": config.rollout.sampling.max_response_len,
+        "buffer_len": reward.overlong_buffer_len,
+        "factor": reward.overlong_penalty_factor,
+    }

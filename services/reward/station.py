@@ -33,6 +33,11 @@ class Station(Protocol):
         ...
 
     @property
+    def scores_whole(self) -> bool:
+        """Whether it scores groups, not samples."""
+        ...
+
+    @property
     def wants_tokens(self) -> bool:
         """Whether jobs are to carry the token ids of their samples."""
         ...
@@ -67,7 +72,10 @@ class Station(Protocol):
         ...
 
     async def score(self, items: Sequence[Item]) -> list[Result]:
-        """One result per item, in order. Cancelling the call cancels what is left of its work."""
+        """One result per item, in order; where groups are scored, the items are one.
+
+        Cancelling the call cancels what is left of its work.
+        """
         ...
 
     async def prefer(self, waiting: WaitingItem) -> Result:

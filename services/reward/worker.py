@@ -18,10 +18,13 @@ from services.common.config import Config
 from services.common.errors import LimitError, PolyheadError, UnavailableError
 from services.common.payloads import fetch_payloads
 from services.reward.items import item_of_group, item_of_sample
-from services.reward.jobs import FailureKind, Job, Result
+from services.reward.jobs import Job
 from services.reward.outbox import RETRY_S, Outbox
+from services.reward.scorers.base import WholeItem
+from services.reward.settling import Settler
 from services.reward.station import Station
 from services.reward.stats import Stats
+from services.reward.whole import fetch_members
 
 log = structlog.get_logger()
 
@@ -44,17 +47,17 @@ class Puller:
         self._buffer = buffer
         self._station = station
         self._replica_id = replica_id
-        self._stats = stats
         self._max_inflight = config.reward.max_inflight
         self._limits = limits
         self._samples_per_rpc = limits.samples_per_rpc
         self._gather_s = GATHER_S if config.staleness.max_staleness else SYNC_GATHER_S
         self._lease_ttl_s = config.buffer.lease_ttl_s
         self._leased: dict[int, tuple[str, Job]] = {}
-        """By lease: its sample, and the job, which the samples of a group that is judged share."""
+        """By lease: its sample, and the job, which the samples of a group share that is judged or scored as a whole."""
         self._settled = asyncio.Event()
         self._has_leased = asyncio.Event()
         self._outbox = Outbox(buffer, replica_id, samples_per_rpc=limits.samples_per_rpc, on_settled=self._forget)
+        self._settler = Settler(self._outbox, stats, scorer=station.scorer, is_held=self._leased.__contains__)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until `stop` is set, then finishes or gives back what it holds.
@@ -109,8 +112,15 @@ class Puller:
 
     async def _take(self, response: pb.LeaseResponse) -> int:
         """Hands what was leased to the station, as it is fetched. Returns how many samples were leased."""
-        group_of = {sample.lease_id: group for group in response.groups for sample in group.samples}
-        samples = [sample for group in response.groups for sample in group.samples]
+        whole = [group for group in response.groups if self._station.scores_whole and not group.judge]
+        await self._take_whole(whole)
+        await self._take_each([group for group in response.groups if group not in whole])
+        return sum(len(group.samples) for group in response.groups)
+
+    async def _take_each(self, groups: Sequence[pb.LeasedGroup]) -> None:
+        """Groups whose samples are scored one by one, and groups to be judged."""
+        group_of = {sample.lease_id: group for group in groups for sample in group.samples}
+        samples = [sample for group in groups for sample in group.samples]
         try:
             async for fetched in fetch_payloads(self._buffer, samples, self._limits):
                 alone = [sample for sample in fetched if not group_of[sample.lease_id].judge]
@@ -120,10 +130,22 @@ class Puller:
             for sample in samples:
                 if not sample.sample and not group_of[sample.lease_id].judge:
                     reason = f"it could not be fetched: {error}"
-                    self._give_back(sample.sample_id, sample.lease_id, pb.RELEASE_REASON_UNAVAILABLE, reason)
+                    self._settler.give_back(sample.sample_id, sample.lease_id, pb.RELEASE_REASON_UNAVAILABLE, reason)
             await asyncio.sleep(RETRY_S)
-        self._submit(job for group in response.groups if group.judge for job in self._take_group(group))
-        return len(samples)
+        self._submit(job for group in groups if group.judge for job in self._take_group(group))
+
+    async def _take_whole(self, groups: Sequence[pb.LeasedGroup]) -> None:
+        """Groups whose samples are scored together."""
+        for place, group in enumerate(groups):
+            try:
+                members = await fetch_members(self._buffer, group, self._limits)
+            except PolyheadError as error:
+                log.warning("fetch_failing", reason=str(error))
+                for each in groups[place:]:
+                    self._settler.give_back_group(each, f"it could not be fetched: {error}")
+                await asyncio.sleep(RETRY_S)
+                return
+            self._submit(self._job_of_whole(group, members))
 
     def _submit(self, jobs: Iterable[Job]) -> None:
         self._station.submit(list(jobs))
@@ -132,76 +154,52 @@ class Puller:
 
     def _take_sample(self, leased: pb.LeasedSample, group: pb.LeasedGroup) -> list[Job]:
         """The job of scoring a sample; none when it cannot be read."""
+        sample = self._read(leased)
+        if sample is None:
+            return []
+        token_ids = sample.segments[0].token_ids if self._station.wants_tokens and len(sample.segments) == 1 else b""
+        job = Job(item_of_sample(sample, group), partial(self._settler.on_result, leased), token_ids)
+        self._leased[leased.lease_id] = (leased.sample_id, job)
+        return [job]
+
+    def _job_of_whole(self, group: pb.LeasedGroup, members: Sequence[pb.LeasedSample]) -> list[Job]:
+        """The job of scoring a group, siblings without a lease included; none when no leased sample can be read."""
+        read = [(member, sample) for member in members if (sample := self._read(member)) is not None]
+        scored = [member for member, _ in read]
+        leased = [member for member in scored if member.lease_id]
+        if not leased:
+            return []
+        item = WholeItem(group.group_id, [item_of_sample(sample, group) for _, sample in read])
+        job = Job(item, partial(self._settler.on_whole, scored))
+        for member in leased:
+            self._leased[member.lease_id] = (member.sample_id, job)
+        return [job]
+
+    def _read(self, leased: pb.LeasedSample) -> sample_pb2.Sample | None:
+        """Gives it back when it cannot be read."""
         try:
             if not leased.sample:
                 raise DecodeError("the buffer has no payload of it that fits into a message")
-            sample = sample_pb2.Sample.FromString(leased.sample)
+            return sample_pb2.Sample.FromString(leased.sample)
         except DecodeError as error:
-            self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_FATAL, f"not a Sample: {error}")
-            return []
-        token_ids = sample.segments[0].token_ids if self._station.wants_tokens and len(sample.segments) == 1 else b""
-        job = Job(item_of_sample(sample, group), partial(self._on_result, leased), token_ids)
-        self._leased[leased.lease_id] = (leased.sample_id, job)
-        return [job]
+            if leased.lease_id:
+                self._settler.give_back(
+                    leased.sample_id, leased.lease_id, pb.RELEASE_REASON_FATAL, f"not a Sample: {error}"
+                )
+            return None
 
     def _take_group(self, group: pb.LeasedGroup) -> list[Job]:
         """The job of judging a group; none when that is settled at once."""
         if not self._station.judges:
-            self._settle_group(group, pb.GROUP_VERDICT_KEEP)
+            self._settler.settle_group(group, pb.GROUP_VERDICT_KEEP)
             return []
         if not all(leased.sample for leased in group.samples):
-            self._give_back_group(group, "its samples could not be fetched")
+            self._settler.give_back_group(group, "its samples could not be fetched")
             return []
-        job = Job(item_of_group(group), partial(self._on_judged, group))
+        job = Job(item_of_group(group), partial(self._settler.on_judged, group))
         for leased in group.samples:
             self._leased[leased.lease_id] = (leased.sample_id, job)
         return [job]
-
-    def _on_judged(self, group: pb.LeasedGroup, result: Result) -> None:
-        self._stats.count_judged(result)
-        if result.failure is FailureKind.UNAVAILABLE:
-            self._give_back_group(group, result.reason)
-        elif result.judgement is None:
-            # A filter only chooses: without its word nothing speaks against the group.
-            log.warning("filter_failed", group_id=group.group_id, why=result.failure, reason=result.reason)
-            self._settle_group(group, pb.GROUP_VERDICT_FILTER_FAILED)
-        elif result.judgement.keep:
-            self._settle_group(group, pb.GROUP_VERDICT_KEEP)
-        elif result.judgement.keep_when_insufficient:
-            self._settle_group(group, pb.GROUP_VERDICT_KEEP_IF_INSUFFICIENT, result.judgement.reason)
-        else:
-            self._settle_group(group, pb.GROUP_VERDICT_DROP, result.judgement.reason)
-
-    def _settle_group(self, group: pb.LeasedGroup, verdict: pb.GroupVerdict, reason: str = "") -> None:
-        for leased in group.samples:
-            self._outbox.complete(
-                pb.CompletedSample(
-                    sample_id=leased.sample_id, lease_id=leased.lease_id, verdict=verdict, verdict_reason=reason
-                )
-            )
-
-    def _give_back_group(self, group: pb.LeasedGroup, reason: str) -> None:
-        for leased in group.samples:
-            self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_UNAVAILABLE, reason)
-
-    def _on_result(self, leased: pb.LeasedSample, result: Result) -> None:
-        self._stats.count(result)
-        if result.verdict is not None:
-            score = sample_pb2.Score(
-                reward=result.verdict.reward,
-                parts=result.verdict.parts,
-                scorer=self._station.scorer,
-                seconds=result.seconds,
-            )
-            self._outbox.complete(pb.CompletedSample(sample_id=leased.sample_id, lease_id=leased.lease_id, score=score))
-        elif result.failure is FailureKind.UNAVAILABLE:
-            self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_UNAVAILABLE, result.reason)
-        else:
-            log.warning("sample_not_scored", sample_id=leased.sample_id, attempt=leased.attempt, why=result.failure)
-            self._give_back(leased.sample_id, leased.lease_id, pb.RELEASE_REASON_SAMPLE_ERROR, result.reason)
-
-    def _give_back(self, sample_id: str, lease_id: int, reason: pb.ReleaseReason, error: str) -> None:
-        self._outbox.release(pb.ReleasedSample(sample_id=sample_id, lease_id=lease_id, reason=reason, error=error))
 
     def _forget(self, lease_ids: Sequence[int]) -> None:
         for lease_id in lease_ids:
@@ -227,15 +225,16 @@ class Puller:
         for (lease_id, (_, job)), result in zip(held, response.results, strict=True):
             if result.outcome in (pb.OUTCOME_LEASE_LOST, pb.OUTCOME_GONE) and lease_id in self._leased:
                 log.info("lease_lost", sample_id=result.sample_id)
-                job.cancelled = True
                 self._forget([lease_id])
+                # Others of its group may still be held.
+                job.cancelled = not any(held_job is job for _, held_job in self._leased.values())
 
     async def _drain(self) -> None:
         await self._wait_until_settled()
         unfinished = [(lease_id, *held) for lease_id, held in self._leased.items() if not held[1].reported]
         for lease_id, sample_id, job in unfinished:
             job.cancelled = True
-            self._give_back(sample_id, lease_id, pb.RELEASE_REASON_DRAIN, "the replica is leaving")
+            self._settler.give_back(sample_id, lease_id, pb.RELEASE_REASON_DRAIN, "the replica is leaving")
         if self._leased:
             await self._wait_until_settled()
         log.info("drained", given_back=len(unfinished), left_behind=len(self._leased))

@@ -128,3 +128,16 @@ async def test_before_a_run_the_server_is_asked_once(buffer: FakeBuffer) -> None
             await check_scorer(config, prompt)
     with pytest.raises(UnavailableError, match="cannot be connected to"):
         await check_scorer(config, prompt)
+
+
+async def test_the_penalty_for_length_is_on_scores_from_elsewhere_too(buffer: FakeBuffer) -> None:
+    """A completion of 8 tokens, of 10 at most, the last four of which cost."""
+    async with http_server(lambda body: {"score": 0.5, "fluency": 2}) as server:
+        config = config_for(buffer, server)
+        config.reward.overlong_buffer_len = 4
+        config.rollout.sampling.max_response_len = 10
+        async with replica(config, buffer):
+            buffer.add(generated(0, "ok"))
+            await buffer.until(lambda: buffer.scores)
+    [score] = buffer.scores.values()
+    assert (score.reward, dict(score.parts)) == (0.0, {"fluency": 2.0, "overlong": -0.5})

@@ -23,6 +23,7 @@ from services.common.config.models import BufferConfig, LimitsConfig, PluginsCon
 from services.common.errors import InvalidArgumentError, LimitError, from_rpc_error
 from services.common.lifecycle import Process
 from services.common.process import free_port
+from services.reward import pool
 from services.reward.replica import serve
 from services.reward.service import FULL_NAME
 from tests.kit.fuzz.calls import send_malformed
@@ -218,3 +219,48 @@ async def test_malformed_requests_are_refused_by_name_and_harm_nobody(buffer: Fa
     assert response.results[0].score.reward == 1.0
     assert seen["Score OK"] > 0
     assert seen["Score INVALID_ARGUMENT"] > 0
+
+
+async def test_a_call_is_a_group_where_groups_are_scored(buffer: FakeBuffer) -> None:
+    config = config_for(buffer, "reward_functions:ranks", group_rm=True)
+    async with replica(config, buffer) as channel:
+        response = await score(channel, *(score_item("a" * (3 - number), number) for number in range(3)))
+        failed = await score(channel, score_item("ok"), score_item("raise"))
+    assert [result.score.reward for result in response.results] == [2.0, 1.0, 0.0]
+    assert {result.score.parts["group"] for result in response.results} == {3.0}
+    assert [result.error.kind for result in failed.results] == [reward_pb2.SCORE_ERROR_KIND_FAILED] * 2
+
+
+async def test_a_score_names_what_the_sample_chose(buffer: FakeBuffer) -> None:
+    async with replica(config_for(buffer, "exact"), buffer) as channel:
+        chosen = score_item("the 42")
+        chosen.prompt.metadata_json = '{"rm_type": "f1"}'
+        response = await score(channel, score_item("42"), chosen)
+    assert [(result.score.scorer, result.score.reward) for result in response.results] == [("exact", 1.0), ("f1", 1.0)]
+
+
+async def test_a_scorer_that_lacks_what_it_needs_is_unavailable(
+    buffer: FakeBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left in the buffer, which is not asked again at once; other scores go on."""
+    monkeypatch.setattr(pool, "PAUSE_S", 0.2)
+    (tmp_path / "broken_sandbox.py").write_text(
+        "from services.reward.scorers.base import ScorerUnavailableError\n"
+        "def fn(args, sample):\n"
+        "    if sample.response == 'code': raise ScorerUnavailableError('no sandbox')\n"
+        "    return 1.0\n"
+    )
+    config = config_for(buffer, "broken_sandbox:fn")
+    config.plugins.paths.append(tmp_path)
+    async with replica(config, buffer) as channel:
+        response = await score(channel, score_item("code"), score_item("ok"))
+        assert response.results[0].error.kind == reward_pb2.SCORE_ERROR_KIND_UNAVAILABLE
+        assert response.results[1].score.reward == 1.0
+        buffer.add(generated(0, "code"), generated(1, "ok"))
+        await buffer.until(lambda: buffer.scores and len(buffer.released) >= 2)
+        await buffer.until(lambda: any(replica.trouble == "no sandbox" for replica in buffer.replicas))
+    assert {sample.reason for sample in buffer.released} <= {
+        pb.RELEASE_REASON_UNAVAILABLE,
+        pb.RELEASE_REASON_DRAIN,
+    }
+    assert list(buffer.scores) == ["g00000001-001"]

@@ -101,13 +101,17 @@ def _generated(group: pb.LeasedGroup, sample: pb.LeasedSample, completion: str, 
     )
 
 
+RANKS = "reward_functions:ranks"
+RANKS_AND_FILTER = "reward_functions:ranks and a filter"
 BUFFER_FILTERS = ("reward_functions:newest_first", "reward_functions:cannot_choose", "reward_functions:never_chooses")
 
 
 @pytest.fixture
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    """The parameter, if there is one, is the run's filter; then rewards alternate."""
+    """The parameter, if there is one, is the run's filter; then rewards alternate. Or it scores groups as a whole."""
     judge = getattr(request, "param", "none")
+    whole = judge.startswith(RANKS)
+    judge = {RANKS: "none", RANKS_AND_FILTER: "reward_functions:keeps_by_label"}.get(judge, judge)
     judge, buffer_filter = ("none", judge) if judge in BUFFER_FILTERS else (judge, "")
     address = f"127.0.0.1:{free_port()}"
     config = Config.model_validate(
@@ -120,7 +124,9 @@ async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
             },
             "buffer": {"address": address, "max_attempts": 2, "lease_ttl_s": 1.0},
             "reward": {
-                "scorer": BY_ORDER if judge == "none" else "reward_functions:alternates",
+                "scorer": RANKS if whole else BY_ORDER if judge == "none" else "reward_functions:alternates",
+                "group_rm": whole,
+                "max_inflight": 2 if whole else 256,
                 "score_timeout_s": 0.5,
                 "buffer_filter": buffer_filter,
             },
@@ -189,6 +195,59 @@ async def test_the_registry_knows_the_replica(rig: Rig) -> None:
         while not (replicas := await rig.client.list_replicas(pb.ROLE_REWARD)):
             await asyncio.sleep(0.02)
     assert (replicas[0].replica_id, replicas[0].state) == ("reward-0.t", pb.REPLICA_STATE_SERVING)
+
+
+WHOLE = pytest.mark.parametrize("rig", [RANKS], indirect=True)
+
+
+@WHOLE
+async def test_groups_are_scored_as_a_whole(rig: Rig) -> None:
+    await rig.generate("aaaa", "a", "aaa", "aa", "b", "bb", "bbb", "bbbb")
+    await rig.until({READY: 8})
+    epoch = rig.version.epoch
+    batch = await rig.client.lease(sample_pb2.STAGE_TRAIN, "trainer-0.t", wait_s=5, epoch=epoch, step=1)
+    scores = [sample.score for group in batch.groups for sample in group.samples]
+    assert [score.reward for score in scores] == [3.0, 0.0, 2.0, 1.0, 0.0, 1.0, 2.0, 3.0]
+    assert [score.parts["index"] for score in scores] == list(range(8))
+    assert {score.parts["group"] for score in scores} == {GROUP}
+
+
+@WHOLE
+async def test_a_rest_of_a_group_is_scored_among_all_of_it(rig: Rig) -> None:
+    """One of the group was given back by another replica after the others had been scored."""
+    rig.stop.set()
+    await rig.replica
+    await rig.generate("aaaa", "a", "aaa", "aa")
+    leased = await rig.client.lease(sample_pb2.STAGE_SCORE, "reward-1.t", max_samples=1, wait_s=5)
+    [group] = leased.groups
+    first, *others = group.samples
+    score = sample_pb2.Score(reward=9.0, scorer="another")
+    done = [pb.CompletedSample(sample_id=each.sample_id, lease_id=each.lease_id, score=score) for each in others]
+    await rig.client.complete(sample_pb2.STAGE_SCORE, "reward-1.t", done)
+    back = pb.ReleasedSample(
+        sample_id=first.sample_id, lease_id=first.lease_id, reason=pb.RELEASE_REASON_SAMPLE_ERROR, error="odd"
+    )
+    await rig.client.release(sample_pb2.STAGE_SCORE, "reward-1.t", [back])
+    rig.stop.clear()
+    rig.replica = asyncio.create_task(serve(rig.config, Process("reward", 0, "reward-2.t", rig.stop)))
+    await rig.until({READY: 4})
+    fetched = await rig.client.fetch([each.sample_id for each in group.samples])
+    assert [each.score.reward for each in fetched.samples] == [3.0, 9.0, 9.0, 9.0]
+    assert fetched.samples[0].score.parts["group"] == GROUP
+
+
+@WHOLE
+async def test_a_group_that_cannot_be_scored_is_tried_again_and_then_given_up(rig: Rig) -> None:
+    """With the dead letter of its first sample, the group is too small."""
+    await rig.generate("ok", "raise", "ok", "ok", "ok", "hang", "ok", "ok")
+    await rig.generate("a", "aa", "aaa", "aaaa")
+    await rig.until({READY: 4, DEAD: 2, sample_pb2.SAMPLE_STATE_DROPPED: 6})
+
+
+@pytest.mark.parametrize("rig", [RANKS_AND_FILTER], indirect=True)
+async def test_groups_that_are_scored_as_a_whole_are_judged_as_others(rig: Rig) -> None:
+    await rig.generate("spread", "a", "aa", "aaa", *["spread"] * GROUP)
+    await rig.until({READY: 4, sample_pb2.SAMPLE_STATE_DROPPED: 4})
 
 
 FILTER = pytest.mark.parametrize("rig", ["reward_functions:keeps_by_label"], indirect=True)

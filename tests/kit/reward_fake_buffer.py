@@ -21,6 +21,8 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
     """Each sample is waiting, leased, or settled: in `scores`, or in `released` (UNAVAILABLE ones wait again)."""
 
     lease_ttl_s: float = 30.0
+    whole: bool = False
+    """Leases what is waiting as one group of four, whatever was asked for: a run with group rewards."""
     waiting: list[sample_pb2.Sample | bytes] = field(default_factory=list)
     leased: dict[int, str] = field(default_factory=dict)
     scores: dict[str, sample_pb2.Score] = field(default_factory=dict)
@@ -32,6 +34,8 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
     lost: set[str] = field(default_factory=set)
     """Extend calls answer LEASE_LOST for these."""
     extended: list[str] = field(default_factory=list)
+    completed_together: list[list[str]] = field(default_factory=list)
+    """The samples of each Complete call that was not refused."""
 
     def __post_init__(self) -> None:
         self._ids = itertools.count(1)
@@ -59,6 +63,10 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         self.waiting.extend(samples)
         self._notify()
 
+    def known(self, sample: sample_pb2.Sample) -> None:
+        """One that can only be fetched: it is scored."""
+        self._samples[sample.sample_id] = sample
+
     async def until(self, condition: Any, timeout_s: float = 20.0) -> None:
         """Waits until `condition()` holds."""
         async with asyncio.timeout(timeout_s):
@@ -77,13 +85,20 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
             return pb.LeaseResponse(waiting_for=pb.WaitingFor(stage=sample_pb2.STAGE_SCORE, reason="generation"))
         response = pb.LeaseResponse()
         response.lease_ttl.FromNanoseconds(int(self.lease_ttl_s * 1e9))
-        while self.waiting and sum(len(group.samples) for group in response.groups) < request.max_samples:
+        while self.waiting and (
+            self.whole or sum(len(group.samples) for group in response.groups) < request.max_samples
+        ):
             self._lease_one(response, self.waiting.pop(0), payload=request.include_payload)
+        if self.whole:
+            rest = [sample for group in response.groups for sample in group.samples]
+            del response.groups[:]
+            response.groups.add(group_id="g00000001", group_size=4, order=1, samples=rest)
         self._notify()
         return response
 
     async def Fetch(self, request: pb.FetchRequest, context: Any) -> pb.FetchResponse:
-        found = [(sample_id, self._samples[sample_id]) for sample_id in request.sample_ids]
+        self.calls.append("Fetch")
+        found = [(sample_id, self._samples.get(sample_id, b"")) for sample_id in request.sample_ids]
         return pb.FetchResponse(
             samples=[
                 pb.FetchedSample(
@@ -109,6 +124,7 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         for number, sample in enumerate(request.samples):
             if sample.sample_id in self.refuse:
                 raise InvalidArgumentError("refused by the test", field=f"samples[{number}]")
+        self.completed_together.append([sample.sample_id for sample in request.samples])
         results = []
         for sample in request.samples:
             held = self.leased.pop(sample.lease_id, None)
@@ -139,7 +155,9 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         sample_id = sample.sample_id if isinstance(sample, sample_pb2.Sample) else f"broken-{lease_id}"
         self._samples[sample_id] = sample
         self.leased[lease_id] = sample_id
-        leased = pb.LeasedSample(sample_id=sample_id, lease_id=lease_id, sample=_bytes(sample) if payload else b"")
+        payload_bytes = _bytes(sample) if payload else b""
+        index = sample.index if isinstance(sample, sample_pb2.Sample) else 0
+        leased = pb.LeasedSample(sample_id=sample_id, index=index, lease_id=lease_id, sample=payload_bytes)
         response.groups.append(pb.LeasedGroup(group_id="g00000001", group_size=8, order=1, samples=[leased]))
 
     def _result(self, sample: Any, outcome: pb.Outcome) -> pb.SampleResult:

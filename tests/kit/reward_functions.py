@@ -58,6 +58,33 @@ async def by_order(args: Any, sample: Any, **kwargs: Any) -> Any:
     return 1.0
 
 
+async def ranks(args: Any, samples: list[Any], **kwargs: Any) -> Any:
+    """Scores a group: how many samples are shorter. Does what any completion's first word says."""
+    words = [sample.response.partition(" ")[0] for sample in samples]
+    if "raise" in words:
+        raise ValueError("cannot rank")
+    if "hang" in words:
+        while True:
+            pass
+    if "sleep" in words:
+        await asyncio.sleep(0.4)
+    if "one" in words:
+        return [1.0]
+    if "number" in words:
+        return 1.0
+    if "text" in words:
+        return "1" * len(samples)
+    lengths = [len(sample.response) for sample in samples]
+    ranking = [sum(other < length for other in lengths) for length in lengths]
+    if "nan" in words:
+        return [float("nan") if word == "nan" else 1.0 for word in words]
+    return [{"score": place, "group": len(samples), "index": samples[at].index} for at, place in enumerate(ranking)]
+
+
+def ranks_as_array(args: SimpleNamespace, samples: list[Any]) -> Any:
+    return np.arange(len(samples)) / 4
+
+
 def plain(args: SimpleNamespace, sample: Any) -> float:
     """A function that is not async and takes no further arguments."""
     return float(sample.response == sample.label)
@@ -125,6 +152,14 @@ def cannot_choose(args: Any, rollout_id: Any, buffer: list[list[Any]], num_sampl
 
 def never_chooses(args: Any, rollout_id: Any, buffer: list[list[Any]], num_samples: int) -> None:
     time.sleep(600)
+
+
+async def shapes(args: Any, sample: Any, reward: float) -> Any:
+    """Halves a reward; what the completion says otherwise is no reward."""
+    await asyncio.sleep(0)
+    if sample.response == "refuse":
+        return None
+    return reward / 2 - (0.25 if reward.parts.get("acc") else 0)
 
 
 def takes_nothing() -> float:

@@ -21,9 +21,15 @@ def item(completion: str, label: str = "42", **fields: object) -> Item:
 
 @asynccontextmanager
 async def running_pool(
-    scorer: str, *, processes: int = 1, timeout_s: float = 10.0, paths: Sequence[str] = (), judge: str = ""
+    scorer: str,
+    *,
+    processes: int = 1,
+    timeout_s: float = 10.0,
+    paths: Sequence[str] = (),
+    judge: str = "",
+    **more: object,
 ) -> AsyncIterator[ScorerPool]:
-    settings = ScorerSettings(scorer, [str(KIT), *paths], {"n_samples_per_prompt": 8}, judge)
+    settings = ScorerSettings(scorer, [str(KIT), *paths], {"n_samples_per_prompt": 8}, judge, **more)
     pool = ScorerPool(settings, processes=processes, timeout_s=timeout_s)
     await pool.start()
     try:

@@ -76,6 +76,15 @@ class Config(BaseSettings):
         return init_settings, env_settings
 
     @model_validator(mode="after")
+    def _penalty_fits(self) -> Config:
+        buffer_len, max_len = self.reward.overlong_buffer_len, self.rollout.sampling.max_response_len
+        if buffer_len > max_len:
+            raise ValueError(
+                f"reward.overlong_buffer_len = {buffer_len} is more than rollout.sampling.max_response_len = {max_len}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sections_fit(self) -> Config:
         if not self.run.deterministic:
             return self

@@ -17,6 +17,7 @@ from services.common.config.remote import RemoteConfig
 from services.common.config.section import Positive, Seconds, Section
 
 REMOTE = "remote"
+WEIGHTED = "weighted"
 BUILT_IN_FILTERS = ("none", "nonzero_std", "nonzero_std_with_fallback")
 FlagValue = bool | int | float | str | list[int | float | str]
 
@@ -360,10 +361,21 @@ class RewardConfig(Section):
     address: str = "127.0.0.1:0"
     scorer: str = "math"
     """"math", "deepscaler", "dapo", "f1", "gpqa", "ifbench", "code", "exact", "random", or one of these behind
-    "boxed_"; "remote"; or the dotted path of a function: pkg.mod:fn (slime: --rm-type, --custom-rm-path)."""
+    "boxed_"; "remote"; the dotted path of a function, pkg.mod:fn; or "weighted", which it is by itself where weights
+    are given (slime: --rm-type, --custom-rm-path)."""
+    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    """Several scorers, built-in names and dotted paths, with the weights of their rewards in the sum that is the
+    sample's: { math = 1.0, "pkg.mod:fn" = 0.2 }."""
     reward_key: str = ""
     """Which entry of a scorer's dict is the reward (slime: --reward-key). Default: the scorer's own, which is "score"
     or "reward" of a user's function."""
+    overlong_buffer_len: Annotated[int, Field(ge=0)] = 0
+    """Tokens before rollout.sampling.max_response_len over which a penalty grows from nothing to
+    overlong_penalty_factor, DAPO's soft overlong punishment. 0: none."""
+    overlong_penalty_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    shaping: str = ""
+    """The dotted path of a function that is given each reward and returns the one to train on: fn(args, sample,
+    reward). The penalty comes after it."""
     group_rm: bool = False
     """Whole groups are scored: the function gets a list of samples, and gives a list (slime: --group-rm)."""
     buffer_filter: str = ""
@@ -384,6 +396,35 @@ class RewardConfig(Section):
             raise ValueError('scorer = "remote" needs remote.urls')
         if self.scorer != REMOTE and self.remote.urls:
             raise ValueError(f'remote.urls is for scorer = "remote", not {self.scorer!r}')
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_are_the_scorer(cls, value: Any) -> Any:
+        weighted = isinstance(value, dict) and value.get("weights") and "scorer" not in value
+        return {**value, "scorer": WEIGHTED} if weighted else value
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> RewardConfig:
+        if self.scorer == WEIGHTED and not self.weights:
+            raise ValueError('scorer = "weighted" needs weights')
+        if self.weights and self.scorer != WEIGHTED:
+            raise ValueError(f'weights are for scorer = "weighted", not {self.scorer!r}')
+        if self.weights and self.reward_key:
+            raise ValueError(f"reward_key = {self.reward_key!r} is for one scorer, and weights name several")
+        if self.shaping and self.scorer == REMOTE:
+            raise ValueError('shaping is for scorers that run here, not for scorer = "remote"')
+        for name in (REMOTE, WEIGHTED):
+            if name in self.weights:
+                raise ValueError(f"weights.{name}: only scorers that run here can be weighted")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_are_for_functions(self) -> RewardConfig:
+        if self.group_rm and "." not in self.scorer and ":" not in self.scorer:
+            raise ValueError(
+                f"group_rm needs a function of yours as scorer, pkg.mod:fn; {self.scorer!r} scores samples one by one"
+            )
         return self
 
 

@@ -30,6 +30,7 @@ from services.reward.remote.outcomes import (
     UnreachableError,
 )
 from services.reward.scorers.base import Item, SampleError, Verdict
+from services.reward.scorers.overlong import Overlong
 from services.reward.station import score_all
 
 log = structlog.get_logger()
@@ -55,9 +56,12 @@ class _Entry:
 class RemoteStation:
     """Scores elsewhere. The user's filters, if the run has any, are in a pool of processes here."""
 
-    def __init__(self, config: RemoteConfig, filters: ScorerPool | None = None) -> None:
+    def __init__(
+        self, config: RemoteConfig, filters: ScorerPool | None = None, penalty: Overlong | None = None
+    ) -> None:
         """Raises ConfigError for certificates or prompts that cannot be read."""
         self._config = config
+        self._penalty = penalty
         self._filters = filters
         self._endpoints = [Endpoint(config, place, self._on_change) for place in config.places]
         self._queue: deque[_Entry] = deque()
@@ -78,6 +82,10 @@ class RemoteStation:
     @property
     def orders_partials(self) -> bool:
         return self._filters is not None and self._filters.orders_partials
+
+    @property
+    def scores_whole(self) -> bool:
+        return False
 
     @property
     def wants_tokens(self) -> bool:
@@ -243,7 +251,8 @@ class RemoteStation:
             endpoint.breaker.bad(str(answers[0]))
         for entry, answer in zip(entries, answers, strict=True):
             if isinstance(answer, Verdict):
-                entry.job.report(Result(answer, seconds))
+                verdict = self._penalty(entry.request.item, answer) if self._penalty else answer
+                entry.job.report(Result(verdict, seconds))
             elif isinstance(answer, UnreachableError):
                 entry.always_broke = False
                 self._again(entry, f"{endpoint.name}: {answer}", retry=answer.retry or len(self._endpoints) > 1)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.reward.scorers.base import ScorerUnavailableError
+
 _LAUNCH = Path(__file__).parent / "launch.py"
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 
@@ -41,7 +43,7 @@ class Outcome:
     timed_out: bool
 
 
-class SandboxError(Exception):
+class SandboxError(ScorerUnavailableError):
     """The sandbox could not be set up: not the program's doing."""
 
 
@@ -59,6 +61,17 @@ def run(files: Mapping[str, str], program: str, text: str, *, seconds: float, li
         "processes": limits.processes,
     }
     request = json.dumps({"files": dict(files), "program": program, "input": text}).encode()
+    try:
+        begun, status, data = _run(request, numbers, seconds)
+    except OSError as error:  # no disk, no process
+        raise SandboxError(f"the sandbox could not be set up: {error.strerror}") from error
+    if not begun and (status is not None or seconds >= _ENOUGH_S):
+        raise SandboxError("the sandbox could not be set up")
+    return Outcome(status == 0, data.decode(errors="replace"), status is None)
+
+
+def _run(request: bytes, numbers: Mapping[str, int], seconds: float) -> tuple[bool, int | None, bytes]:
+    """Whether the program was begun, its exit status, None when it is over its time, and its output."""
     with (
         tempfile.TemporaryDirectory(prefix="polyhead-code-", ignore_cleanup_errors=True) as directory,
         tempfile.TemporaryFile() as source,
@@ -78,11 +91,9 @@ def run(files: Mapping[str, str], program: str, text: str, *, seconds: float, li
         )
         status = _wait(process, seconds)
         output.seek(0)
-        data = output.read(limits.output_mb << 20)
+        data = output.read(numbers["output_mb"] << 20)
         begun = os.fstat(source.fileno()).st_size == 0
-    if not begun and (status is not None or seconds >= _ENOUGH_S):
-        raise SandboxError("the sandbox could not be set up")
-    return Outcome(status == 0, data.decode(errors="replace"), status is None)
+    return begun, status, data
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 # slime's name for a scorer's own reward among the entries of its dict.
@@ -31,6 +31,13 @@ class Item(NamedTuple):
     """The step whose weights made its first token, of a sample that later weights finished; else -1."""
 
 
+class WholeItem(NamedTuple):
+    """All living samples of a group, in index order, to be scored together."""
+
+    group_id: str
+    items: list[Item]
+
+
 class Verdict(NamedTuple):
     """A score. `reward` and the parts are finite."""
 
@@ -42,10 +49,20 @@ class SampleError(Exception):
     """This sample cannot be scored; the message says why, in one line. It never becomes a number."""
 
 
+class ScorerUnavailableError(Exception):
+    """What the scorer needs is not to be had at present: not the sample's fault."""
+
+
 class Scorer(Protocol):
     """Raises SampleError, or anything else, when the item has no score."""
 
     def __call__(self, item: Item) -> Verdict: ...
+
+
+class WholeScorer(Protocol):
+    """Scores the samples of a group together, one verdict each, in order. Raises when any of them has none."""
+
+    def __call__(self, items: Sequence[Item]) -> list[Verdict]: ...
 
 
 def finite(value: Any, what: str) -> float:

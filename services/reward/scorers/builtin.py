@@ -84,13 +84,18 @@ class BuiltinScorer:
     def __init__(self, name: str, options: Options) -> None:
         self._options = options
         self._name = name
-        self._scorers = {name: _load(name, options)}
+        self._scorers = {name: load_builtin(name, options)}
 
     def __call__(self, item: Item) -> Verdict:
         name = self._name_for(item)
         if name not in self._scorers:
-            self._scorers[name] = _load(name, self._options)
+            self._scorers[name] = load_builtin(name, self._options)
         return keyed(self._scorers[name](item), self._options.reward_key)
+
+    def chosen_by(self, item: Item) -> str:
+        """The name of what scores the item where its metadata chose that, else empty. Raises SampleError."""
+        name = self._name_for(item)
+        return "" if name == self._name else name
 
     def _name_for(self, item: Item) -> str:
         if '"rm_type"' not in item.metadata_json and "\\" not in item.metadata_json:
@@ -104,7 +109,8 @@ class BuiltinScorer:
         return name
 
 
-def _load(name: str, options: Options) -> Scorer:
+def load_builtin(name: str, options: Options) -> Scorer:
+    """The scorer called `name`, and no other whatever a sample asks for."""
     scorer = _LOADERS[name.removeprefix(_PREFIX)](options)
     if not name.startswith(_PREFIX):
         return scorer

@@ -1,11 +1,12 @@
-"""A user's reward function, in slime's signature: ``[async] def fn(args, sample, **kwargs) -> float | dict``."""
+"""A user's reward function, in slime's signatures: ``[async] def fn(args, sample, **kwargs) -> float | dict``."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ import orjson
 
 from services.common.errors import ConfigError
 from services.common.plugins import load_function
-from services.reward.scorers.base import Item, Verdict, to_verdict
+from services.reward.scorers.base import Item, SampleError, Verdict, to_verdict
 from services.reward.scorers.builtin import NAMES
+
+FIELD = "reward.scorer"
 
 
 class Status(StrEnum):
@@ -42,7 +45,7 @@ class Sample:
     """In tokens; 0 when the score was asked for without a generation."""
     label: str | None
     status: Status
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = dataclass_field(default_factory=dict)
     reward: float | None = None
     """None until it is scored."""
 
@@ -50,28 +53,19 @@ class Sample:
         return self.reward
 
 
-class UserScorer:
-    """Calls the function, and runs it to its end when it is async. All its calls share one event loop."""
+class UserFunction:
+    """A function of the user's, which is run to its end when it is async. All its calls share one event loop."""
 
-    def __init__(self, path: str, search: Sequence[Path], args: Mapping[str, Any], reward_key: str = "") -> None:
-        """Raises ConfigError when the function does not import or cannot be called with (args, sample)."""
-        if "." not in path and ":" not in path:
-            raise ConfigError(
-                f"unknown scorer {path!r}: known are {', '.join(NAMES)}, each with boxed_ before it, "
-                "and dotted paths, pkg.mod:fn",
-                field="reward.scorer",
-            )
-        self._function = load_function(path, field="reward.scorer", search=search)
-        self._reward_key = reward_key
+    def __init__(self, path: str, search: Sequence[Path], args: Mapping[str, Any], form: str, field: str) -> None:
+        """`form` is how it is called, "fn(args, sample)". Raises ConfigError when it does not import or fit that."""
+        self._function = load_function(path, field=field, search=search)
         self._args = SimpleNamespace(**args)
-        _check_signature(self._function, path)
+        _check_signature(self._function, path, form, field)
         self._runner = asyncio.Runner()
 
-    def __call__(self, item: Item) -> Verdict:
-        value = self._function(self._args, to_sample(item))
-        if inspect.isawaitable(value):
-            value = self._wait(value)
-        return to_verdict(value, self._reward_key)
+    def __call__(self, *arguments: Any) -> Any:
+        value = self._function(self._args, *arguments)
+        return self._wait(value) if inspect.isawaitable(value) else value
 
     def _wait(self, value: Any) -> Any:
         try:
@@ -83,15 +77,61 @@ class UserScorer:
             raise
 
 
-def _check_signature(function: Callable[..., Any], path: str) -> None:
+class UserScorer:
+    """Scores sample by sample."""
+
+    def __init__(
+        self, path: str, search: Sequence[Path], args: Mapping[str, Any], reward_key: str = "", field: str = FIELD
+    ) -> None:
+        """Raises ConfigError when the function does not import or cannot be called with (args, sample)."""
+        if "." not in path and ":" not in path:
+            raise ConfigError(
+                f"unknown scorer {path!r}: known are {', '.join(NAMES)}, each with boxed_ before it, "
+                "and dotted paths, pkg.mod:fn",
+                field=field,
+            )
+        self._function = UserFunction(path, search, args, "fn(args, sample)", field)
+        self._reward_key = reward_key
+
+    def __call__(self, item: Item) -> Verdict:
+        return to_verdict(self._function(to_sample(item)), self._reward_key)
+
+
+class UserWholeScorer:
+    """Scores the samples of a group together: ``[async] def fn(args, samples, **kwargs) -> list[float | dict]``."""
+
+    def __init__(self, path: str, search: Sequence[Path], args: Mapping[str, Any], reward_key: str = "") -> None:
+        """Raises ConfigError when the function does not import or cannot be called with (args, samples)."""
+        self._function = UserFunction(path, search, args, "fn(args, samples)", FIELD)
+        self._reward_key = reward_key
+
+    def __call__(self, items: Sequence[Item]) -> list[Verdict]:
+        """Raises SampleError for what is no list, one of another length, and one with anything that is no score."""
+        returned = self._function([to_sample(item) for item in items])
+        if isinstance(returned, str | bytes | Mapping) or not (
+            hasattr(returned, "__len__") and hasattr(returned, "__iter__")
+        ):
+            raise SampleError(f"{returned!r:.80} was returned for a group, not a list")
+        if len(returned) != len(items):
+            raise SampleError(f"{len(returned)} rewards were returned for a group of {len(items)} samples")
+        return [self._verdict(item, value) for item, value in zip(items, returned, strict=True)]
+
+    def _verdict(self, item: Item, value: Any) -> Verdict:
+        try:
+            return to_verdict(value, self._reward_key)
+        except SampleError as error:
+            raise SampleError(f"{item.sample_id}: {error}") from None
+
+
+def _check_signature(function: Callable[..., Any], path: str, form: str, field: str) -> None:
     try:
         signature = inspect.signature(function)
     except ValueError:  # some builtins have none
         return
     try:
-        signature.bind(None, None)
+        signature.bind(*[None] * len(form.split(",")))
     except TypeError as error:
-        raise ConfigError(f"{path} cannot be called as fn(args, sample): {error}", field="reward.scorer") from None
+        raise ConfigError(f"{path} cannot be called as {form}: {error}", field=field) from None
 
 
 def to_sample(item: Item) -> Sample:

@@ -215,3 +215,10 @@ def test_the_quickstarts_grpo_arguments_are_taken_unchanged():
 def test_tis_and_rollout_logprobs_exclude_each_other():
     with pytest.raises(ConfigError, match="correction needs old_logprobs = recomputed"):
         load(None, slime_flags.to_overrides(["--use-tis", "--use-rollout-logprobs"]))
+
+
+def test_rewards_of_whole_groups():
+    reward = load(None, slime_flags.to_overrides(["--custom-rm-path", "pkg.mod.fn", "--group-rm"])).reward
+    assert (reward.scorer, reward.group_rm) == ("pkg.mod.fn", True)
+    with pytest.raises(ConfigError, match="group_rm needs a function of yours as scorer"):
+        load(None, slime_flags.to_overrides(["--rm-type", "math", "--group-rm"]))

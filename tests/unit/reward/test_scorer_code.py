@@ -17,7 +17,7 @@ import pytest
 from services.reward.jobs import FailureKind
 from services.reward.sandbox.run import Limits, SandboxError, run
 from services.reward.scorers import build, code_tests
-from services.reward.scorers.base import SampleError
+from services.reward.scorers.base import SampleError, ScorerUnavailableError
 from services.reward.scorers.builtin import Options
 from services.reward.scorers.code_tests import Case, program_of
 from tests.kit.reward_items import item, running_pool
@@ -124,6 +124,13 @@ def test_a_program_that_does_not_end(program: str) -> None:
 def test_a_sandbox_that_cannot_be_had_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.reward.sandbox.run._LAUNCH", "/nowhere/launch.py")
     with pytest.raises(SandboxError, match="could not be set up"):
+        scorer(item("print(1)", '[{"input": "", "output": "1"}]'))
+    assert issubclass(SandboxError, ScorerUnavailableError)
+
+
+def test_a_disk_that_takes_no_program_is_no_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(SandboxError, match="could not be set up: No such file or directory"):
         scorer(item("print(1)", '[{"input": "", "output": "1"}]'))
 
 
