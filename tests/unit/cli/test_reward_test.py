@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 
 from services.cli.main import main
 from services.cli.reward_rows import read_rows
@@ -20,11 +18,9 @@ GOOD = {"completion": r"so it is \boxed{42}", "label": 42}
 
 
 @pytest.fixture(autouse=True)
-def _logging() -> Iterator[None]:
-    """The verb configures the process's logging, which here belongs to other tests too."""
-    before = structlog.get_config()
-    yield
-    structlog.configure(**before)
+def _logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb configures the logging of its process, which here is that of other tests too."""
+    monkeypatch.setattr("services.cli.reward_test.configure_logging", lambda *_, **__: None)
 
 
 def write(path: Path, *rows: object) -> Path:
