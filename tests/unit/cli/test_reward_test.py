@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
+import structlog
 
 from services.cli.main import main
 from services.cli.reward_rows import read_rows
@@ -18,9 +21,16 @@ GOOD = {"completion": r"so it is \boxed{42}", "label": 42}
 
 
 @pytest.fixture(autouse=True)
-def _logging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verb configures the logging of its process, which here is that of other tests too."""
-    monkeypatch.setattr("services.cli.reward_test.configure_logging", lambda *_, **__: None)
+def _logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The verb configures the logging of its process for good, which here is that of other tests too."""
+
+    def configure(*_: object, stream: TextIO) -> None:
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory(stream), cache_logger_on_first_use=False)
+
+    before = structlog.get_config()
+    monkeypatch.setattr("services.cli.reward_test.configure_logging", configure)
+    yield
+    structlog.configure(**before)
 
 
 def write(path: Path, *rows: object) -> Path:
