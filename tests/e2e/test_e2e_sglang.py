@@ -13,8 +13,8 @@ from tests.kit.runs import Run, surviving
 
 pytestmark = pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make test-sglang")
 
-STEPS = 240
-# The engine first: beside other engines, SGLang needs 100 s and half of the run to start again.
+STEPS = 200
+# The engine first: SGLang needs half of the run to start again.
 KILLS = {"engine-0": 10, "router": 30}
 
 

@@ -23,6 +23,8 @@ class Span(NamedTuple):
     version: Version
     start: int
     end: int
+    carried: bool = False
+    """On KV that older weights had computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,12 @@ def _decode_segment(segment: sample_pb2.Segment) -> TrainSegment:
         loss_mask=wire.decode_mask(segment.loss_mask)[skipped:],
         rollout_logprobs=wire.decode_logprobs(segment.rollout_logprobs)[skipped:],
         spans=tuple(
-            Span(Version.from_proto(span.version), max(span.start - skipped, 0), span.end - skipped)
+            Span(
+                Version.from_proto(span.version),
+                max(span.start - skipped, 0),
+                span.end - skipped,
+                span.kv == sample_pb2.KV_ORIGIN_CARRIED,
+            )
             for span in segment.spans
         ),
         first_token_unix_us=segment.first_token_unix_us,

@@ -53,10 +53,10 @@ def last_version(sample: TrainSample) -> Version | None:
 
 
 def fresh_tokens(segment: TrainSegment, clock: Clock) -> NDArray[np.bool_]:
-    """True where the token was sampled by the very weights about to be trained, bool[completion]."""
+    """True where the very weights about to be trained computed the token and all KV under it, bool[completion]."""
     fresh = np.zeros(segment.completion_length, dtype=np.bool_)
     for span in segment.spans:
-        if clock.staleness(span.version) == 0:
+        if clock.staleness(span.version) == 0 and not span.carried:
             fresh[span.start : span.end] = True
     return fresh
 

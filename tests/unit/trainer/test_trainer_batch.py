@@ -1,5 +1,7 @@
 """Decoding, staleness and policy masks, splitting, packing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -89,6 +91,8 @@ def test_the_policy_mask_takes_out_exactly_the_tokens_over_the_bound():
     assert trained_mask(segment, clock, 0).tolist() == [0, 0, 0, 0, 1, 1]
     assert segment.loss_mask.tolist() == [1, 1, 1, 1, 1, 1]
     assert fresh_tokens(segment, clock).tolist() == [False] * 4 + [True] * 2
+    carried = replace(segment, spans=tuple(span._replace(carried=True) for span in segment.spans))
+    assert not fresh_tokens(carried, clock).any()
     assert sample_staleness(sample, clock, None) == 4
     assert sample_staleness(sample, clock, 3) == 1
 
