@@ -73,8 +73,8 @@ def training_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
     Per-token figures are over the optimizer steps that were applied; 0 when none was.
     `mismatch_kl` is the mean over trained tokens of the k3 estimate of KL(rollout policy || trainer policy), each
     token seen by the weights before its own optimizer step. `mismatch_kl_fresh` is the same over tokens that the
-    very version being trained has sampled, on KV of its own, where only numerics differ; None when the batch has none. What an
-    algorithm reports besides is in docs/algorithms.md.
+    very version being trained has sampled, on KV of its own, where only numerics differ; None when the batch has none.
+    What an algorithm reports besides is in docs/algorithms.md.
     """
     applied = [result for result in results if result.applied]
     tokens = max(sum(result.tokens for result in applied), 1)
