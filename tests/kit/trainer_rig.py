@@ -136,8 +136,10 @@ class Rig:
             await self.buffer.complete(sample_pb2.STAGE_SCORE, "reward-0", done)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
+        """Those that are whole: the last one may be being written."""
         path = self.config.run.dir / f"{name}.jsonl"
-        return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        text = path.read_bytes() if path.exists() else b""
+        return [orjson.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
 
 
 @asynccontextmanager
