@@ -19,7 +19,7 @@ def reward(prompt: sample_pb2.Prompt, completion: str) -> float:
 
 
 class RewardServer(reward_pb2_grpc.RewardServiceServicer):
-    async def Score(self, request: reward_pb2.ScoreRequest, _: object) -> reward_pb2.ScoreResponse:  # noqa: N802
+    async def Score(self, request: reward_pb2.ScoreRequest, _: object) -> reward_pb2.ScoreResponse:  # noqa: N802 - gRPC's name
         return reward_pb2.ScoreResponse(results=[self._result(item) for item in request.items])
 
     def _result(self, item: reward_pb2.ScoreItem) -> reward_pb2.ScoreResult:

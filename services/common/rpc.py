@@ -161,6 +161,7 @@ def outside_channel(
         ("grpc.default_authority", host),
     ]
     if credentials is None:
+        # Only for what the operator has configured without TLS: never an address from data (`outbound.py`).
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, credentials, [*options, ("grpc.ssl_target_name_override", host)])
 

@@ -112,9 +112,12 @@ class Puller:
 
     async def _take(self, response: pb.LeaseResponse) -> int:
         """Hands what was leased to the station, as it is fetched. Returns how many samples were leased."""
-        whole = [group for group in response.groups if self._station.scores_whole and not group.judge]
+        whole: list[pb.LeasedGroup] = []
+        each: list[pb.LeasedGroup] = []
+        for group in response.groups:
+            (whole if self._station.scores_whole and not group.judge else each).append(group)
         await self._take_whole(whole)
-        await self._take_each([group for group in response.groups if group not in whole])
+        await self._take_each(each)
         return sum(len(group.samples) for group in response.groups)
 
     async def _take_each(self, groups: Sequence[pb.LeasedGroup]) -> None:

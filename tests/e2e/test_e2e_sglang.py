@@ -36,11 +36,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     for name, step in KILLS.items():
         run.wait_for(lambda step=step: run.step() >= step, within_s=500)
         psutil.Process(run.child(name)).kill()
-    assert run.finish(within_s=500) == 0, run.tail()
+    assert run.finish(within_s=400) == 0, run.tail()
     return run
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(700)
 def test_sglang_learns(run):
     rewards = [line["reward_mean"] for _, line in sorted(surviving(run.steps()).items())]
     assert statistics.fmean(rewards[-20:]) >= statistics.fmean(rewards[:20]) + 0.15
