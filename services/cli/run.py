@@ -34,6 +34,7 @@ log = structlog.get_logger()
 
 # The trainer finishes its step and writes a checkpoint first.
 TRAINER_GRACE_S = 120.0
+_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 def run(config: Config, *, dry_run: bool = False) -> int:
@@ -103,7 +104,8 @@ class Launcher:
         for index in range(self._config.buffer.replicas):
             self._start("buffer", index)
         self._fleet.settle()
-        return self._start("trainer")
+        leader, *_ = [self._start("trainer", rank) for rank in range(self._config.trainer.ranks)]
+        return leader
 
     def _start_store(self) -> None:
         directory = self._dir / "store"
@@ -142,7 +144,9 @@ class Launcher:
             command,
             self._dir / "logs" / log_name,
             index,
+            env=_environment(self._config, role, index),
             registers=role in scale.ROLES,
+            group=role if role == "trainer" and self._config.trainer.ranks > 1 else "",
             stable_after_s=self._config.run.stable_after_s,
             waits_for=waits_for,
         )
@@ -155,6 +159,7 @@ class Launcher:
     async def _end_all(self, trainer: Child, watching: asyncio.Task[None]) -> None:
         """Consumers before the buffer, the buffer before its store."""
         await self._supervisor.end([trainer], TRAINER_GRACE_S)
+        await self._supervisor.end(self._children("trainer"), GRACE_S)
         await self._supervisor.end(self._children("rollout", "reward"), GRACE_S)
         watching.cancel()
         await self._observer.look_at_the_end()
@@ -193,9 +198,21 @@ def _resolve(config: Config, socket_dir: Path) -> Config:
     if config.store.url == "embedded":
         # In a short private directory: socket paths are limited to 107 bytes, and a run directory may be anywhere.
         resolved.store.url = embedded_store.url(socket_dir / "store.sock")
+    if resolved.trainer.rendezvous.endswith(":0"):
+        host = resolved.trainer.rendezvous.rpartition(":")[0]
+        resolved.trainer.rendezvous = f"{host}:{free_port(host)}"
     if resolved.buffer.address.endswith(":0"):
         resolved.buffer.address = ",".join(f"127.0.0.1:{port}" for port in _free_ports(config.buffer.replicas))
     return resolved
+
+
+def _environment(config: Config, role: str, index: int) -> Mapping[str, str]:
+    """A rank of the trainer sees the GPU that it takes, of those that the launcher sees, and no other."""
+    if role != "trainer" or config.trainer.device != "cuda":
+        return {}
+    gpu = config.trainer.base_gpu + index
+    seen = [each for each in os.environ.get(_GPUS, "").split(",") if each]
+    return {_GPUS: (seen[gpu] if gpu < len(seen) else "") if seen else str(gpu)}
 
 
 def _free_ports(count: int) -> set[int]:

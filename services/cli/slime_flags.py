@@ -90,11 +90,22 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--use-kl-loss": ("trainer.algorithm.use_kl_loss", True),
     "--use-dynamic-batch-size": ("trainer.use_dynamic_batch_size", True),
     "--balance-data": ("trainer.balance_data", True),
+    "--optimizer-cpu-offload": ("trainer.offload", True),
     "--use-unbiased-kl": ("trainer.algorithm.kl_unbiased", True),
 }
 
+# The ranks of the trainer are the product of these.
+_RANKS = ("--actor-num-nodes", "--actor-num-gpus-per-node")
+# Megatron's ways to say what is kept of the activations: with any of them, each decoder layer is computed again.
+_RECOMPUTE = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers")
+
 # flag -> key, where the value is translated.
-_TRANSLATED = {"--rm-type": "reward.scorer", "--dynamic-sampling-filter-path": "batch.dynamic_sampling_filter"}
+_TRANSLATED = {
+    **dict.fromkeys(_RANKS, "trainer.ranks"),
+    **dict.fromkeys(_RECOMPUTE, "trainer.recompute"),
+    "--rm-type": "reward.scorer",
+    "--dynamic-sampling-filter-path": "batch.dynamic_sampling_filter",
+}
 
 # slime's names for scorers that have another one here.
 _SCORERS = {"remote_rm": "remote"}
@@ -133,6 +144,10 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             overrides[LIST_FLAGS[flag]] = _values(flag, rest)
         elif flag == "--dynamic-sampling-filter-path":
             overrides["batch.dynamic_sampling_filter"] = _filter(inline if equals else _values(flag, rest, 1)[0])
+        elif flag in _RANKS:
+            overrides["trainer.ranks"] = overrides.get("trainer.ranks", 1) * _count(flag, rest, inline)
+        elif flag in _RECOMPUTE:
+            overrides["trainer.recompute"] = bool(inline or _values(flag, rest, 1))
         elif flag == "--rm-type":
             scorer = inline if equals else _values(flag, rest, 1)[0]
             overrides["reward.scorer"] = _SCORERS.get(scorer, scorer)
@@ -165,6 +180,13 @@ def _values(flag: str, rest: list[str], count: int | None = None, *, least: int 
     if len(taken) < (least if count is None else count):
         raise ConfigError("a value is missing", field=flag)
     return taken
+
+
+def _count(flag: str, rest: list[str], inline: str) -> int:
+    text = inline or _values(flag, rest, 1)[0]
+    if not text.isdigit():
+        raise ConfigError(f"{text!r} is not a number", field=flag)
+    return int(text)
 
 
 def _filter(path: str) -> str:

@@ -25,6 +25,8 @@ FATAL_STATUSES = {2, 3, 4}
 OWN_STATUSES = {2}
 # A child that dies this often without being stable between has failed for good.
 MAX_RESTARTS = 8
+# What the others of a group get to end by themselves and say why, when one has died.
+GROUP_GRACE_S = 0.5
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Child:
     registers: bool = False
     """Whether it is up only when the registry says so: it may take minutes to start. Others are up at once."""
     stable_after_s: float = 20.0
+    group: str = ""
+    """Children of one group live and die together: when one dies, all of them are started anew."""
     waits_for: Mapping[str, str] = field(default_factory=dict)
     """What it waits for when its log ends with this: then it is started again for as long as it takes."""
     pids: list[int] = field(default_factory=list)
@@ -67,6 +71,11 @@ class Child:
     @property
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be started again, then or later."""
+        return self.restart_at > self.started_at
 
     @property
     def stable(self) -> bool:
@@ -108,6 +117,8 @@ class Supervisor:
                 assert child.process is not None
                 if child is leader and child.process.returncode in (0, STOPPED_EARLY):
                     return child.process.returncode
+                if child.group and child.process.returncode == 0 and not child.is_due:
+                    continue  # its leader let it go
                 self._bring_back(child, child.process.returncode)
             await asyncio.sleep(POLL_S)
         return None
@@ -150,15 +161,34 @@ class Supervisor:
 
     def _bring_back(self, child: Child, status: int) -> None:
         now = time.monotonic()
-        if child.restart_at <= child.started_at:
+        if not child.is_due:
             child.restarts = 1 if child.stable else child.restarts + 1
             if status in FATAL_STATUSES or (child.restarts > MAX_RESTARTS and not child.waiting_for):
                 self._give_up(child, status)
                 return
             # The first restart is immediate: one crash is no pattern.
-            child.restart_at = now + (0.0 if child.restarts == 1 else min(10.0, 0.2 * 2**child.restarts))
+            delay = 0.0 if child.restarts == 1 else min(10.0, 0.2 * 2**child.restarts)
+            child.restart_at = now + (max(delay, GROUP_GRACE_S) if child.group else delay)
+            for mate in self._group(child):
+                mate.restarts, mate.restart_at = child.restarts, child.restart_at
             self._on_restart(child, status)
         if now >= child.restart_at:
+            self._start_again(self._group(child))
+
+    def _group(self, child: Child) -> Sequence[Child]:
+        return [mate for mate in self.children if mate is child or (child.group and mate.group == child.group)]
+
+    def _start_again(self, group: Sequence[Child]) -> None:
+        """All of a group, unless one of them says that there is no point."""
+        for child in group:
+            assert child.process is not None
+            if child.running:
+                child.process.kill()
+            status = child.process.wait()
+            if status in FATAL_STATUSES:
+                self._give_up(child, status)
+                return
+        for child in group:
             child.start()
 
     def _give_up(self, child: Child, status: int) -> None:

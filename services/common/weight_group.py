@@ -47,7 +47,7 @@ class WeightGroup:
         has an open group of that `name`.
         """
         timeout = timedelta(seconds=timeout_s)
-        if _is_loopback(address):
+        if is_loopback(address):
             # For the rest of the process: the channels of one process all lead the same way.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
         if backend == "nccl":
@@ -60,7 +60,7 @@ class WeightGroup:
             timeout=timeout,
             wait_for_workers=True,
             # By itself the store would listen on all interfaces.
-            master_listen_fd=_listen(address, port) if rank == 0 else None,
+            master_listen_fd=listen(address, port) if rank == 0 else None,
         )
         group, _ = c10d._new_process_group_helper(
             world_size,
@@ -134,14 +134,15 @@ def nccl_cumem() -> str:
     return os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach it."""
     try:
         return ip_address(address).is_loopback
     except ValueError:  # a name
         return address == "localhost"
 
 
-def _listen(address: str, port: int) -> int:
+def listen(address: str, port: int) -> int:
     """A listening socket's descriptor; whoever gets it closes it. Raises torch.distributed.DistError."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:

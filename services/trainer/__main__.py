@@ -1,4 +1,4 @@
-"""`python -m services.trainer -c FILE`: one trainer process."""
+"""`python -m services.trainer -c FILE --index RANK`: one trainer process. The run talks to that of rank 0."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ async def serve(config: Config, process: Process) -> int:
     The training thread's error is raised.
     """
     model_dir.check_model_dir(config.model.hf_checkpoint)
+    if process.index:
+        return await _serve_beside(config, process)
     status = TrainerStatus()
     server = await TrainerService(status, process.stop).start(config.trainer.address)
     io = Io(asyncio.get_running_loop(), process.stop)
@@ -43,6 +45,20 @@ async def serve(config: Config, process: Process) -> int:
             heartbeat.cancel()
             await server.stop(GRACE_S)
     return 0 if complete else STOPPED_EARLY
+
+
+async def _serve_beside(config: Config, process: Process) -> int:
+    """A rank that is not the first: rank 0 alone decides when it ends, and is the one to be told."""
+    io = Io(asyncio.get_running_loop(), process.stop)
+    async with BufferClient(config.buffer.address, message_mb=config.buffer.limits.message_mb) as buffer:
+        await asyncio.to_thread(_follow, config, io, buffer, process.index)
+    return 0
+
+
+def _follow(config: Config, io: Io, buffer: BufferClient, rank: int) -> None:
+    from services.trainer.ranks.follow import follow
+
+    follow(config, io, buffer, rank)
 
 
 def _train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, replica_id: str) -> bool:

@@ -7,6 +7,7 @@ start of the batch, and whitening is over all of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,35 +20,76 @@ from services.trainer.algorithms.estimators import Episodes, normalized, token_a
 from services.trainer.algorithms.user_function import TokenLogprobs, user_advantages
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.batch.packing import PackedBatch
-from services.trainer.batch.prepare import StepTokens
+from services.trainer.batch.prepare import StepTokens, fill
 from services.trainer.batch.samples import TrainSample
 
 Packed = list[NDArray[np.float32]]
+Batches = list[list[PackedBatch]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one rank's model says of its micro-batches before the first optimizer step; None where nobody asks."""
+
+    old: list[Packed | None]
+    """Log-probs of the weights as they are, by optimizer step."""
+    ref: list[Packed | None]
+    """Of the reference model."""
+
+    def filled(self, batches: Sequence[Sequence[PackedBatch]], advantages: Sequence[NDArray[np.float32]]) -> Batches:
+        """The micro-batches of each optimizer step, with the advantages of their tokens."""
+        return [fill(*of_step) for of_step in zip(batches, advantages, self.old, self.ref, strict=True)]
+
+
+def score_steps(backend: TorchBackend, batches: Sequence[Sequence[PackedBatch]], algorithm: AlgorithmConfig) -> Scores:
+    """On every rank, of its own micro-batches of each optimizer step."""
+    old = [_old_logprobs(backend, of_step, algorithm, len(batches)) for of_step in batches]
+    return Scores(old, [backend.ref_logprobs(of_step) for of_step in batches])
 
 
 def with_advantages(
     backend: TorchBackend, samples: Sequence[TrainSample], steps: Sequence[StepTokens], config: Config
-) -> list[list[PackedBatch]]:
-    """The micro-batches of each optimizer step. `samples` are those of all steps, in order.
+) -> Batches:
+    """Rank 0's micro-batches of each optimizer step. `samples` are those of all steps, in order.
 
+    The other ranks take part by `take_advantages`: rank 0 hears their log-probs, and tells them their advantages.
     Raises ConfigError when the user's advantage function fails.
     """
     algorithm = config.trainer.algorithm
-    old: list[Packed | None] = [_old_logprobs(backend, step, algorithm, len(steps)) for step in steps]
-    ref = [backend.ref_logprobs(step.batches) for step in steps]
-    advantages = normalized(_advantages(samples, steps, old, ref, config), algorithm)
+    batches = [step.batches for step in steps]
+    own = score_steps(backend, batches, algorithm)
+    everybodys = Scores(*(_of_all_ranks(backend.group.gather(each)) for each in (own.old, own.ref)))
+    advantages = normalized(_advantages(samples, steps, everybodys.old, everybodys.ref, config), algorithm)
     parts = np.split(advantages, np.cumsum([len(step.rows) for step in steps])[:-1])
-    return [
-        step.filled(part, of_step, of_ref) for step, part, of_step, of_ref in zip(steps, parts, old, ref, strict=True)
-    ]
+    packed = [step.packed(part) for step, part in zip(steps, parts, strict=True)]
+    return own.filled(batches, backend.group.scatter(list(zip(*packed, strict=True))))
 
 
-def _old_logprobs(backend: TorchBackend, step: StepTokens, algorithm: AlgorithmConfig, steps: int) -> Packed | None:
+def take_advantages(backend: TorchBackend, batches: Sequence[Sequence[PackedBatch]], config: Config) -> Batches:
+    """What `with_advantages` is on rank 0, on the others."""
+    own = score_steps(backend, batches, config.trainer.algorithm)
+    backend.group.gather(own.old)
+    backend.group.gather(own.ref)
+    return own.filled(batches, backend.group.scatter())
+
+
+def _of_all_ranks(scores: Sequence[Sequence[Packed | None]]) -> list[Packed | None]:
+    """By optimizer step, micro-batches rank after rank, of what each rank has by optimizer step."""
+    joined: list[Packed | None] = []
+    for of_step in zip(*scores, strict=True):
+        some = [packed for packed in of_step if packed is not None]
+        joined.append([each for packed in some for each in packed] if some else None)
+    return joined
+
+
+def _old_logprobs(
+    backend: TorchBackend, batches: Sequence[PackedBatch], algorithm: AlgorithmConfig, steps: int
+) -> Packed | None:
     """None where the loss finds them by itself: as recorded, or those of the only forward pass there is."""
     ahead = steps > 1 or algorithm.kl_coef > 0 or algorithm.advantage_function
     if algorithm.old_logprobs == "rollout" or not ahead:
         return None
-    return backend.logprobs(step.batches)
+    return backend.logprobs(batches)
 
 
 def _advantages(
@@ -58,8 +100,7 @@ def _advantages(
     config: Config,
 ) -> NDArray[np.float64]:
     algorithm = config.trainer.algorithm
-    rollout: Sequence[Packed] = [[batch.rollout_logprobs for batch in step.batches] for step in steps]
-    recorded = _flat(steps, rollout)
+    recorded = np.concatenate([step.rollout_logprobs for step in steps]).astype(np.float64)
     logprobs = recorded if None in old else _flat(steps, old)
     ref_logprobs = None if None in ref else _flat(steps, ref)
     divergence = None if ref_logprobs is None else _kl(algorithm, logprobs, ref_logprobs)

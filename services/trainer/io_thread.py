@@ -28,6 +28,10 @@ class Io:
         self._failure = error
         self._stop.set()
 
+    def fail_from_thread(self, error: BaseException) -> None:
+        """`fail`, from any thread."""
+        self._loop.call_soon_threadsafe(self.fail, error)
+
     def watch(self, task: asyncio.Task[Any]) -> None:
         """For `task.add_done_callback`: a task that ends with an error fails the training thread with it."""
         if not task.cancelled() and (error := task.exception()) is not None:

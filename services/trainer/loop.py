@@ -186,10 +186,10 @@ class Loop:
 
     def _publish(self, version: Version) -> None:
         """Copies the weights, once the last version has been pushed, and leaves the push to the publisher."""
-        weights = self._s.backend.weights()
-        snapshot = self._s.io.call_or_stop(self._s.publisher.take_snapshot(weights))
+        backend = self._s.backend
+        snapshot = self._s.io.call_or_stop(self._s.publisher.take_snapshot(backend.layout))
         if snapshot is not None:
-            snapshot.fill(weights)
+            snapshot.fill(backend.tensors())
             self._s.io.call(self._s.publisher.offer(version, snapshot))
 
     def _record(

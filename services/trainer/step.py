@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import structlog
 
 from services.common.config import Config
-from services.trainer.advantages import with_advantages
+from services.trainer.advantages import take_advantages, with_advantages
 from services.trainer.backends.torch.backend import StepResult, TorchBackend
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.batch.plan import Batching, split_by_groups
-from services.trainer.batch.prepare import StepTokens, prepare_step
+from services.trainer.batch.prepare import Masking, StepTokens, prepare_step
 from services.trainer.batch.samples import TrainSample
 from services.trainer.batch.staleness import Clock
+from services.trainer.ranks import commands
+from services.trainer.ranks.shares import batch_message
 
 log = structlog.get_logger()
 
@@ -24,7 +26,7 @@ NAMED = 8
 def train_batch(
     backend: TorchBackend, samples: Sequence[TrainSample], clock: Clock, config: Config
 ) -> list[StepResult]:
-    """The optimizer steps of one batch, each over whole groups.
+    """The optimizer steps of one batch, each over whole groups. Rank 0 calls it, and leads the others (`follow_batch`).
 
     An optimizer step that is not finite leaves the weights as they were and is tried once more; after that it is left
     out. The result says for each whether it was applied. Raises ConfigError when a user's function fails.
@@ -33,23 +35,36 @@ def train_batch(
     if not parts:
         return []
     batching = Batching(
-        config.trainer.max_tokens_per_gpu, micro_batch_size=config.trainer.fixed_micro_batch_size, flops=backend.flops
+        config.trainer.max_tokens_per_gpu,
+        micro_batch_size=config.trainer.fixed_micro_batch_size,
+        flops=backend.flops,
+        dp=backend.group.size,
     )
     steps = [_prepare(part, clock, config, batching) for part in parts]
     ordered = [sample for part in parts for sample in part]
-    filled = with_advantages(backend, ordered, steps, config)
-    results = []
-    for part, micro_batches in zip(parts, filled, strict=True):
-        result = _optimizer_step(backend, part, micro_batches)
-        if not result.applied:
-            result = _optimizer_step(backend, part, micro_batches)
-        results.append(result)
-    return results
+    message = batch_message(clock, parts, steps) if backend.group.size > 1 else None
+    with backend.group.command(commands.TRAIN, message):
+        filled = with_advantages(backend, ordered, steps, config)
+        return [
+            _optimizer_step(backend, micro_batches, [sample.sample_id for sample in part])
+            for part, micro_batches in zip(parts, filled, strict=True)
+        ]
+
+
+def follow_batch(backend: TorchBackend, batches: Sequence[Sequence[PackedBatch]], config: Config) -> None:
+    """What `train_batch` is on rank 0, on the others: `batches` are their own micro-batches of each optimizer step."""
+    with backend.group.command(commands.TRAIN):
+        for micro_batches in take_advantages(backend, batches, config):
+            _optimizer_step(backend, micro_batches)
 
 
 def mask_above(config: Config) -> int | None:
     """How far behind a token may be and still be trained; None when the buffer keeps the bound by itself."""
     return config.staleness.max_staleness if config.staleness.on_stale == "mask" else None
+
+
+def masking_of(config: Config, clock: Clock) -> Masking:
+    return Masking(clock, mask_above(config), config.staleness.mask_offpolicy)
 
 
 def _prepare(samples: Sequence[TrainSample], clock: Clock, config: Config, batching: Batching) -> StepTokens:
@@ -66,10 +81,19 @@ def _prepare(samples: Sequence[TrainSample], clock: Clock, config: Config, batch
 
 
 def _optimizer_step(
-    backend: TorchBackend, samples: Sequence[TrainSample], micro_batches: Sequence[PackedBatch]
+    backend: TorchBackend, micro_batches: Sequence[PackedBatch], sample_ids: Sequence[str] = ()
 ) -> StepResult:
+    """On every rank, which all come to the same result. Rank 0 names the samples."""
     result = backend.train(micro_batches)
     if not result.applied:
-        offenders = [samples[row].sample_id for row in result.offenders]
-        log.warning("step_not_finite", loss=result.loss, grad_norm=result.grad_norm, sample_ids=offenders[:NAMED])
+        _complain(result, sample_ids)
+        result = backend.train(micro_batches)
+        if not result.applied:
+            _complain(result, sample_ids)
     return result
+
+
+def _complain(result: StepResult, sample_ids: Sequence[str]) -> None:
+    if sample_ids:
+        offenders = [sample_ids[row] for row in result.offenders]
+        log.warning("step_not_finite", loss=result.loss, grad_norm=result.grad_norm, sample_ids=offenders[:NAMED])

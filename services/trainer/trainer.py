@@ -19,6 +19,7 @@ from services.trainer.checkpoint import Checkpoint, CheckpointStore
 from services.trainer.history import load_forks, record_fork
 from services.trainer.io_thread import Io
 from services.trainer.loop import Loop, Services
+from services.trainer.ranks.group import RankGroup
 from services.trainer.records import JsonLines
 from services.trainer.saver import Saver
 from services.trainer.status import TrainerStatus
@@ -32,10 +33,21 @@ def train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, h
 
     Returns whether the run is complete: its last step is committed, and exported where that is wanted. Raises
     ConfigError for a model that cannot be trained or a user's function that fails, FencedError when another trainer
-    takes over, and TrainingDivergedError.
+    takes over, UnavailableError when another rank is gone, and TrainingDivergedError.
     """
     load_advantage_function(config)
-    backend = TorchBackend(config)
+    group = RankGroup.form(config.trainer, 0)
+    try:
+        backend = TorchBackend(config, group)
+        group.beat(io.fail_from_thread)
+        return _train(config, io, buffer, status, holder, backend)
+    finally:
+        group.close()
+
+
+def _train(
+    config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, holder: str, backend: TorchBackend
+) -> bool:
     checkpoints = CheckpointStore(config.run.dir, config.trainer.checkpoint.keep_last)
     # A store that lost its data would count epochs from the beginning, below versions that replicas may still serve.
     known_epoch = max(checkpoints.newest_epoch(), *load_forks(config.run.dir), 0)

@@ -88,7 +88,7 @@ class Trainer:
 
     async def take(self, weights: Mapping[str, torch.Tensor]) -> Snapshot:
         snapshot = await self._publisher.take_snapshot(weights)
-        snapshot.fill(weights)
+        snapshot.fill(weights.items())
         return snapshot
 
     async def push(self, step: int, snapshot: Snapshot, replicas: int) -> Cost:

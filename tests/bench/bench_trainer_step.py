@@ -48,7 +48,7 @@ def main() -> None:
         snapshot = Snapshot(build_manifest(backend.weights(), 64 * MIB), backend.model.device)
         measure("decode", lambda: decode_groups(groups, vocab_size=backend.vocab_size))
         measure("pack, forward, backward, step", lambda: train_batch(backend, samples, clock, config))
-        measure("snapshot for the push", lambda: snapshot.fill(backend.weights()))
+        measure("snapshot for the push", lambda: snapshot.fill(backend.tensors()))
         measure("copy of the state for a save", backend.state)
 
 

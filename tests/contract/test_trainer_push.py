@@ -49,7 +49,7 @@ class Push:
     async def offer(self, weights):
         """Version e1.s0 each time: the buffer knows no later one without a committed step."""
         snapshot = await self.publisher.take_snapshot(weights)
-        snapshot.fill(weights)
+        snapshot.fill(weights.items())
         await self.publisher.offer(Version(1, 0), snapshot)
 
 

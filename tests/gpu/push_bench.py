@@ -113,7 +113,7 @@ class Bench:
         await self.link.stage_memory(variant.staging_mb)
         await self.link.join(variant.mode)
         snapshot = self.snapshot(variant.bucket_mb)
-        snapshot.fill(self.weights[0])
+        snapshot.fill(self.weights[0].items())
         await self.link.push(snapshot)  # repairs the engine too, if the variant before has failed
         length = self.length(variant.pushes, variant.apart_s)
         await self.start_requests(variant.name, length, variant.every)
@@ -121,7 +121,7 @@ class Bench:
         pushes = []
         for number in range(variant.pushes):
             # The engine's own weights come last.
-            snapshot.fill(self.weights[(variant.pushes - 1 - number) % 2])
+            snapshot.fill(self.weights[(variant.pushes - 1 - number) % 2].items())
             pushes.append(await self._push(snapshot, variant.apart_s))
         requests = await self.finish_requests()
         await self.link.leave()

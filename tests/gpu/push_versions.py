@@ -29,7 +29,7 @@ async def named_by_teacher_forcing(bench: Bench, where: dict[str, str]) -> dict[
     models = [_model(shape, seed, options.dtype, options.device) for seed in range(PUSHES + 1)]
 
     async def bring(number: int) -> Version:
-        snapshot.fill(dict(models[number].named_parameters()))
+        snapshot.fill(models[number].named_parameters())
         await bench.link.push(snapshot)
         return bench.link.version
 

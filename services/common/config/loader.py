@@ -43,6 +43,7 @@ _DETERMINISTIC: tuple[tuple[str, Any], ...] = (
     ("rollout.engine.external", []),
     ("rollout.pause_mode", "in_place"),
     ("trainer.device", "cpu"),
+    ("trainer.ranks", 1),
 )
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -468,6 +468,25 @@ class TrainerConfig(Section):
     address: str = "127.0.0.1:0"
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Positive = 1
+    """Of each rank."""
+    ranks: Positive = 1
+    """Processes that train together, each with a share of every batch and a shard of the model: one a GPU, or on CPUs
+    over gloo (docs/trainer-ranks.md; slime: --actor-num-nodes times --actor-num-gpus-per-node)."""
+    base_gpu: Annotated[int, Field(ge=0)] = 0
+    """With device = "cuda": the GPU of the first rank; the others take those after it."""
+    rendezvous: str = "127.0.0.1:0"
+    """Where rank 0 listens for the other ranks. The launcher takes a free port for 0."""
+    rank_timeout_s: Seconds = 600.0
+    """A rank that waits for another for longer ends, and with it all of them. One that dies is noticed at once."""
+    reduce_each_micro_batch: bool = False
+    """With several ranks: add gradients up over the ranks after each micro-batch instead of after the last one. More
+    traffic, and no rank holds a whole gradient, which is 4 bytes a parameter."""
+    recompute: bool = False
+    """Keep no activations within a decoder layer, and compute them again for the gradient (slime:
+    --recompute-granularity)."""
+    offload: bool = False
+    """With device = "cuda": weights, gradients and the optimizer's state are in the host's memory. Each layer comes
+    from there when it computes, and the optimizer steps on the CPU (slime: --optimizer-cpu-offload)."""
     max_tokens_per_gpu: Positive = 4096
     """Tokens packed into one micro-batch; a longer sample makes one of its own (docs/batching.md)."""
     use_dynamic_batch_size: bool | None = None
@@ -482,6 +501,12 @@ class TrainerConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
+
+    @model_validator(mode="after")
+    def _offload_is_from_a_gpu(self) -> TrainerConfig:
+        if self.offload and self.device == "cpu":
+            raise ValueError('offload needs device = "cuda"')
+        return self
 
     @property
     def fixed_micro_batch_size(self) -> int | None:

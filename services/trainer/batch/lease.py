@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
@@ -20,11 +22,15 @@ async def lease_batch(
     response = await buffer.lease(
         sample_pb2.STAGE_TRAIN, holder, wait_s=wait_s, epoch=epoch, step=step, include_payload=False
     )
-    samples = [sample for group in response.groups for sample in group.samples]
+    await fetch_all(buffer, [sample for group in response.groups for sample in group.samples], limits)
+    return response
+
+
+async def fetch_all(buffer: BufferClient, samples: Sequence[pb.LeasedSample], limits: LimitsConfig) -> None:
+    """Sets the payload of each. Raises like `lease_batch`."""
     async for fetched in fetch_payloads(buffer, samples, limits):
         for sample in fetched:
             if not sample.sample:
                 raise PreconditionError(
                     "the buffer has no payload of a leased sample that fits into a message", field=sample.sample_id
                 )
-    return response

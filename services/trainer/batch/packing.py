@@ -76,8 +76,23 @@ class PackedBatch:
     """[n]: the reference model's, where there is one."""
 
 
+# What a rank computes for a micro-batch in which it has no sequence: one token, none of them trained.
+_FILLER = PackItem(
+    token_ids=np.zeros(1, dtype=np.int32),
+    prompt_length=1,
+    predict=np.empty(0, dtype=np.int64),
+    targets=np.empty(0, dtype=np.int32),
+    rollout_logprobs=np.empty(0, dtype=np.float32),
+    fresh=np.empty(0, dtype=np.bool_),
+    weight=0.0,
+    temperature=1.0,
+    sample_row=0,
+)
+
+
 def pack(items: Sequence[PackItem]) -> PackedBatch:
-    """Packs all `items`, at least one, into one row."""
+    """Packs all `items` into one row. Without any it is one token, of which nothing is trained."""
+    items = items or [_FILLER]
     row = _Row()
     sequences = [row.add(item) for item in items]
     blocks, slots = _blocks(sequences, row.length)

@@ -78,8 +78,9 @@ class Publisher:
         self._running = asyncio.create_task(self._run())
         self._running.add_done_callback(ended)
 
-    async def take_snapshot(self, weights: Mapping[str, torch.Tensor]) -> Snapshot:
-        """A free snapshot to fill, once the pushes of the last offered version have settled.
+    async def take_snapshot(self, layout: Mapping[str, torch.Tensor]) -> Snapshot:
+        """A free snapshot to fill, once the pushes of the last offered version have settled. Of `layout`, which has
+        the weights by name, only shapes and dtypes matter.
 
         From here until `offer` nothing is owed: nobody must be served from a snapshot that is being overwritten.
         """
@@ -88,7 +89,7 @@ class Publisher:
             self._target = None
         free = [snapshot for snapshot in self._snapshots if not snapshot.users]
         if not free:
-            manifest = build_manifest(weights, self._config.bucket_mb * MIB)
+            manifest = build_manifest(layout, self._config.bucket_mb * MIB)
             free = [Snapshot(manifest, weights_device(self._config.backend))]
             self._snapshots += free
         return free[0]

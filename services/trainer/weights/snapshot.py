@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import xxhash
@@ -18,7 +18,8 @@ def weights_device(backend: str) -> torch.device:
 
 
 def build_manifest(weights: Mapping[str, torch.Tensor], bucket_bytes: int) -> weights_pb2.WeightManifest:
-    """Distributes tensors over buckets of at most `bucket_bytes`; a larger tensor gets one of its own.
+    """Distributes tensors over buckets of at most `bucket_bytes`; a larger tensor gets one of its own. They need no
+    content.
 
     Wide dtypes come first, so that every tensor lies aligned in its bucket without padding; otherwise the order is
     that of `weights`, which must hold tied tensors once.
@@ -58,11 +59,14 @@ class Snapshot:
             for name, view in _views(bucket, flat)
         }
 
-    def fill(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copies the weights in. Nobody may be reading from the snapshot."""
+    def fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copies all weights in, one after the other, by name: only one of them has to be there at a time.
+
+        Nobody may be reading from the snapshot.
+        """
         with torch.no_grad():
-            for name, view in self._views.items():
-                view.copy_(weights[name])
+            for name, tensor in weights:
+                self._views[name].copy_(tensor)
         if self.buckets and self.buckets[0].is_cuda:
             self.filled = torch.cuda.Event()
             self.filled.record()

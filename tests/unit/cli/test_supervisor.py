@@ -135,3 +135,45 @@ async def test_a_leader_that_was_told_to_stop_is_not_restarted_and_not_taken_for
     leader = watcher.add(child(tmp_path, "trainer", f"import sys; sys.exit({STOPPED_EARLY})"))
     assert await watcher.watch(leader) == STOPPED_EARLY
     assert restarted == []
+
+
+async def test_a_group_starts_again_as_one(tmp_path):
+    watcher, restarted = supervisor()
+    first, second = (child(tmp_path, f"rank-{rank}", "import time; time.sleep(60)") for rank in range(2))
+    first.group = second.group = "ranks"
+    leader = child(tmp_path, "leader", "import time; time.sleep(3)")
+    for one in (first, second, leader):
+        watcher.add(one)
+    watching = asyncio.create_task(watcher.watch(leader))
+    await asyncio.sleep(0.3)
+    second.process.kill()
+    assert await watching == 0
+    assert restarted == [("rank-1", -9)]
+    assert (len(first.pids), len(second.pids)) == (2, 2)
+    assert not psutil.pid_exists(first.pids[0])
+    await watcher.end([first, second], grace_s=5)
+
+
+async def test_a_group_whose_member_says_that_there_is_no_point_is_not_started_again(tmp_path):
+    watcher, _ = supervisor()
+    refused = "import sys, time; time.sleep(0.3); print('polyhead trainer: no such GPU', file=sys.stderr); sys.exit(2)"
+    leader = child(tmp_path, "trainer", "import time; time.sleep(0.2); raise SystemExit(1)")
+    other = child(tmp_path, "other", refused)
+    leader.group = other.group = "trainer"
+    for one in (leader, other):
+        watcher.add(one)
+    with pytest.raises(PolyheadError, match="no such GPU") as caught:
+        await watcher.watch(leader)
+    assert caught.value.exit_code == 2
+    watcher.kill_all()
+
+
+async def test_one_that_its_group_let_go_is_not_started_again(tmp_path):
+    watcher, restarted = supervisor()
+    leader = child(tmp_path, "leader", "import time; time.sleep(1)")
+    other = child(tmp_path, "other", "pass")
+    leader.group = other.group = "ranks"
+    for one in (leader, other):
+        watcher.add(one)
+    assert await watcher.watch(leader) == 0
+    assert restarted == []

@@ -32,7 +32,7 @@ def test_buckets_are_the_concatenated_bytes_in_manifest_order(bucket_bytes):
     weights = mixed_weights()
     manifest = build_manifest(weights, bucket_bytes)
     snapshot = Snapshot(manifest, CPU)
-    snapshot.fill(weights)
+    snapshot.fill(weights.items())
     names = [spec.name for bucket in manifest.buckets for spec in bucket.tensors]
     assert sorted(names) == sorted(weights)
     assert manifest.num_bytes == sum(w.numel() * w.element_size() for w in weights.values())
@@ -50,11 +50,11 @@ def test_buckets_are_the_concatenated_bytes_in_manifest_order(bucket_bytes):
 def test_a_snapshot_does_not_follow_the_weights():
     weights = mixed_weights()
     snapshot = Snapshot(build_manifest(weights, 1 << 20), CPU)
-    snapshot.fill(weights)
+    snapshot.fill(weights.items())
     before = snapshot.buckets[0].clone()
     weights["d"].zero_()
     assert torch.equal(snapshot.buckets[0], before)
-    snapshot.fill(weights)
+    snapshot.fill(weights.items())
     assert not torch.equal(snapshot.buckets[0], before)
 
 

@@ -1,15 +1,18 @@
-"""The torch backend: one model on one device, trained one optimizer step at a time."""
+"""The torch backend: one model on one device, or sharded over the ranks, trained one optimizer step at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.distributed.device_mesh import init_device_mesh
 
 from services.common.config import Config
 from services.common.errors import ConfigError
@@ -19,8 +22,11 @@ from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs,
 from services.trainer.backends.torch.model import context_length, load_model
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
+from services.trainer.backends.torch.sharding import Placement, gathered, scattered
 from services.trainer.batch.flops import SequenceFlops, sequence_flops
 from services.trainer.batch.packing import PackedBatch
+from services.trainer.ranks import commands
+from services.trainer.ranks.group import RankGroup
 
 MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
 
@@ -53,24 +59,39 @@ class StepResult:
 
 
 class TorchBackend:
-    """A model with its optimizer. Everything runs on the calling thread."""
+    """A model with its optimizer. Everything runs on the calling thread.
 
-    def __init__(self, config: Config) -> None:
+    With several ranks each has one, and they compute together: what a method says of all ranks needs all of them to
+    call it, in the same order. Rank 0 leads: there, `tensors`, `optimizer_tensors` and `load_state` tell the others to
+    call them too.
+    """
+
+    def __init__(self, config: Config, group: RankGroup | None = None) -> None:
         """Loads `model.hf_checkpoint`. Raises ConfigError when it cannot be trained, or there is no such device."""
         if config.trainer.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("this machine has no CUDA device", field="trainer.device")
         torch.set_num_threads(config.trainer.threads)
         torch.use_deterministic_algorithms(config.run.deterministic)
         torch.manual_seed(config.run.seed)
+        self.group = group or RankGroup()
         self._device = torch.device(config.trainer.device)
+        self._dtype = getattr(torch, config.model.dtype)
         self._algorithm = config.trainer.algorithm
-        self.model = load_model(config.model.hf_checkpoint, config.model.dtype, self._device)
+        self._reduce_each = config.trainer.reduce_each_micro_batch
+        placement = _placement(config, self.group, self._device)
+        self._sharded = placement.mesh is not None
+        self._root = load_model(config.model.hf_checkpoint, config.model.dtype, placement)
+        self.model: Any = self._root.model
         self.flops: SequenceFlops | None = None
         """What balances micro-batches, where that is wanted."""
         if config.trainer.balance_data:
             self.flops = sequence_flops(self.model.config.get_text_config().to_dict())
-        self._optimizer = Optimizer(self.model.named_parameters(), config.trainer.optimizer)
-        self._reference = Reference(config, self.vocab_size, self._device) if self._algorithm.needs_reference else None
+        self._tensors = _unique(self.model)
+        masters = self._sharded and self._dtype != torch.float32
+        self._optimizer = Optimizer(
+            self.model.named_parameters(), config.trainer.optimizer, self.group, are_masters=masters
+        )
+        self._reference = Reference(config, self.vocab_size, placement) if self._algorithm.needs_reference else None
 
     @property
     def vocab_size(self) -> int:
@@ -86,21 +107,46 @@ class TorchBackend:
         return self._optimizer.steps
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The live parameters by Hugging Face name; tied ones once, under the first (the embedding's) name."""
-        seen: dict[int, str] = {}
-        state = self.model.state_dict()
-        return {name: tensor for name, tensor in state.items() if seen.setdefault(tensor.data_ptr(), name) == name}
+        """The live parameters by Hugging Face name; tied ones once, under the first (the embedding's) name.
+
+        Those of a sharded model are DTensors, and float32.
+        """
+        return {name: tensor.detach() for name, tensor in self._tensors.items()}
+
+    @property
+    def layout(self) -> dict[str, torch.Tensor]:
+        """Shapes and dtypes of what `tensors` gives, as tensors without content."""
+        return {
+            name: torch.empty(tensor.shape, dtype=self._given(tensor), device="meta")
+            for name, tensor in self._tensors.items()
+        }
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights in the model's dtype, one after the other and whole: gathered from all ranks, on rank 0.
+
+        Each is to be used before the next one is asked for, and all of them are to be asked for. Elsewhere than on
+        rank 0 it gives nothing, and takes part.
+        """
+        with self.group.command(commands.WEIGHTS):
+            for name, tensor in self._tensors.items():
+                whole = gathered(tensor, self._given(tensor), self._device)
+                if whole is not None:
+                    yield name, whole
+
+    def _given(self, tensor: torch.Tensor) -> torch.dtype:
+        """The dtype in which a weight leaves the trainer: master weights do so in the model's."""
+        return self._dtype if self._sharded and tensor.dtype == torch.float32 and tensor.requires_grad else tensor.dtype
 
     def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
-        """Of the trained tokens under the present weights, float32[n] for each micro-batch."""
-        return score(self.model, micro_batches, self._device)
+        """Of the trained tokens under the present weights, float32[n] for each micro-batch of this rank. All ranks."""
+        return score(self._root, micro_batches, self._device)
 
     def ref_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]] | None:
         """The same under the reference model; None when the algorithm has none."""
         return None if self._reference is None else self._reference.logprobs(micro_batches)
 
     def train(self, micro_batches: Sequence[PackedBatch]) -> StepResult:
-        """Forward and backward over all micro-batches, then one optimizer step.
+        """Forward and backward over all micro-batches of all ranks, then one optimizer step. The same on every rank.
 
         Without any micro-batch nothing happens. The step is skipped, with the weights as before, when the loss or the
         gradient norm is not finite.
@@ -117,16 +163,27 @@ class TorchBackend:
         return result
 
     def accumulate(self, micro_batches: Sequence[PackedBatch]) -> StepResult:
-        """Forward and backward over all micro-batches: the gradient is left in the parameters."""
-        result = StepResult(lr=self._optimizer.lr, micro_batches=len(micro_batches))
+        """Forward and backward over all micro-batches, as many on each rank: the gradient is left in the parameters.
+
+        The result is of all ranks.
+        """
+        result = StepResult(micro_batches=len(micro_batches))
         self._optimizer.zero_grad()
-        for micro_batch in micro_batches:
+        for number, micro_batch in enumerate(micro_batches, 1):
+            self._root.reduce_gradients(self._reduce_each or number == len(micro_batches))
             self._accumulate(micro_batch, result)
-        return result
+        total = _total(self.group.all_gather(asdict(result)))
+        total.lr = self._optimizer.lr
+        return total
 
     def _accumulate(self, micro_batch: PackedBatch, result: StepResult) -> None:
         batch = to_device(micro_batch, self._device)
-        tokens = token_logprobs(self.model, batch, entropy_gradient=bool(self._algorithm.entropy_coef))
+        tokens = self._root.run(token_logprobs, batch, entropy_gradient=bool(self._algorithm.entropy_coef))
+        if not len(micro_batch.targets):
+            # Nothing to train for this rank; the others wait for it to take part.
+            tokens.logprobs.sum().backward()
+            self._optimizer.accumulate()
+            return
         losses = objective(self._inputs(batch, tokens), self._algorithm)
         loss = (losses.loss * batch.weights).sum()
         loss.backward()
@@ -156,33 +213,80 @@ class TorchBackend:
         )
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """All that a checkpoint has to hold besides `optimizer_steps`, copied to the host: one copy of everything."""
+        """All that a checkpoint has to hold besides `optimizer_steps`, copied to the host: one copy of everything.
+
+        On rank 0 only, which leads the others through `tensors` and `optimizer_tensors`.
+        """
         rng = {"torch": torch.get_rng_state()}
         if self._device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self._device)
-        live = {MODEL: self.weights(), OPTIMIZER: self._optimizer.state_dict(), RNG: rng}
-        return {
-            part: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-            for part, tensors in live.items()
-        }
+        parts = {MODEL: self.tensors(), OPTIMIZER: self.optimizer_tensors(), RNG: rng.items()}
+        return {part: {name: _on_host(tensor) for name, tensor in tensors} for part, tensors in parts.items()}
 
-    def load_state(self, state: Mapping[str, Mapping[str, torch.Tensor]], optimizer_steps: int) -> None:
-        """Restores what `state` gave. Raises ConfigError when it is of another model."""
-        live = self.weights()
+    def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `tensors` is for the weights, for the optimizer's state."""
+        with self.group.command(commands.OPTIMIZER):
+            for name, tensor in self._optimizer.state_dict().items():
+                whole = gathered(tensor, tensor.dtype, self._device)
+                if whole is not None:
+                    yield name, whole
+
+    def load_state(self, state: commands.State, optimizer_steps: int) -> None:
+        """Restores what `state` gave, with however many ranks. Raises ConfigError when it is of another model.
+
+        Elsewhere than on rank 0, tensors without content stand for those that it has.
+        """
         shapes = {name: tensor.shape for name, tensor in state[MODEL].items()}
-        if shapes != {name: tensor.shape for name, tensor in live.items()}:
+        if shapes != {name: tensor.shape for name, tensor in self._tensors.items()}:
             raise ConfigError("the run's checkpoints are of another model than this one", field="model.hf_checkpoint")
-        with torch.no_grad():
+        with self.group.command(commands.LOAD, commands.outline(state, optimizer_steps)), torch.no_grad():
             for name, tensor in state[MODEL].items():
-                live[name].copy_(tensor)
-        self._optimizer.load_state_dict(state[OPTIMIZER], optimizer_steps)
+                scattered(tensor, self._tensors[name], self._device)
+            for name, tensor in self._optimizer.restored(state[OPTIMIZER], optimizer_steps):
+                scattered(state[OPTIMIZER][name], tensor, self._device)
         torch.set_rng_state(state[RNG]["torch"])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(state[RNG]["cuda"], self._device)
 
     def save_pretrained(self, directory: Path) -> None:
-        """Writes config, generation config and weights as transformers does."""
-        self.model.save_pretrained(directory)
+        """Writes config, generation config and weights as transformers does. On rank 0 only, like `state`."""
+        self.model.save_pretrained(directory, state_dict={name: _on_host(tensor) for name, tensor in self.tensors()})
+        # It says what its parameters are, and those of a sharded model are float32.
+        self.model.config.dtype = self._dtype
+        self.model.config.save_pretrained(directory)
+
+
+def _placement(config: Config, group: RankGroup, device: torch.device) -> Placement:
+    trainer = config.trainer
+    mesh = init_device_mesh(device.type, (group.size,)) if group.size > 1 or trainer.offload else None
+    return Placement(device, mesh, offload=trainer.offload, recompute=trainer.recompute)
+
+
+def _unique(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that are saved, each once, under its first name."""
+    names: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if names.setdefault(id(tensor), name) == name}
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _total(parts: Sequence[Mapping[str, Any]]) -> StepResult:
+    """Of the results of all ranks: sums, and the greatest of the maxima."""
+    total = StepResult()
+    for part in parts:
+        for name, value in part.items():
+            before = getattr(total, name)
+            if isinstance(value, Mapping):
+                combine = max if name == "maxima" else operator.add
+                before.update(
+                    {key: combine(before[key], each) if key in before else each for key, each in value.items()}
+                )
+            elif name != "applied":
+                setattr(total, name, before + value)
+    return total
 
 
 def _add(result: StepResult, batch: DeviceBatch, loss: torch.Tensor, tokens: TokenLogprobs, losses: Objective) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.checkpoint import checkpoint
 
 from services.trainer.backends.torch.attention import PackedLayout
+from services.trainer.backends.torch.sharding import Root
 from services.trainer.batch.packing import PackedBatch
 
 # Logits held at a time: 64 MiB in float32 (341 tokens of a vocabulary of 49,152).
@@ -94,10 +95,10 @@ def token_logprobs(
     return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
 
 
-def score(model: torch.nn.Module, batches: Sequence[PackedBatch], device: torch.device) -> list[NDArray[np.float32]]:
+def score(root: Root, batches: Sequence[PackedBatch], device: torch.device) -> list[NDArray[np.float32]]:
     """Log-probabilities of the trained tokens of each micro-batch, without gradient, on the host."""
     with torch.no_grad():
-        scored = [token_logprobs(model, to_device(batch, device)).logprobs for batch in batches]
+        scored = [root.run(token_logprobs, to_device(batch, device)).logprobs for batch in batches]
         return [logprobs.cpu().numpy() for logprobs in scored]
 
 

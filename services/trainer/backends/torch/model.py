@@ -12,6 +12,7 @@ import transformers
 from services.common.errors import ConfigError
 from services.trainer.backends.torch import attention
 from services.trainer.backends.torch.logprobs import to_device, token_logprobs
+from services.trainer.backends.torch.sharding import Placement, Root, place
 from services.trainer.batch.packing import PackItem, pack
 
 FIELD = "model.hf_checkpoint"
@@ -20,16 +21,17 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 _PROBE_PROMPT = 3
 
 
-def load_model(directory: Path, dtype: str, device: torch.device, field: str = FIELD) -> torch.nn.Module:
-    """The model in evaluation mode (no dropout), with packed attention, parameters in `dtype`.
+def load_model(directory: Path, dtype: str, placement: Placement, field: str = FIELD, *, trained: bool = True) -> Root:
+    """The model in evaluation mode (no dropout), with packed attention, computing in `dtype`.
 
     Raises ConfigError, naming `field`, when the directory does not hold a complete model that transformers knows, or
     when its architecture computes something else packed than it does unpacked.
     """
-    model = _from_directory(directory, dtype, field).to(device).eval()
+    model = _from_directory(directory, dtype, field).eval().requires_grad_(trained)
     attention.register()
-    _check_packing(model, TOLERANCE[dtype], field)
-    return model
+    root = place(model, getattr(torch, dtype), placement, field)
+    _check_packing(root, placement.device, TOLERANCE[dtype], field)
+    return root
 
 
 def context_length(config: transformers.PretrainedConfig) -> int | None:
@@ -65,18 +67,19 @@ def _from_directory(directory: Path, dtype: str, field: str) -> Any:
     return model
 
 
-def _check_packing(model: Any, tolerance: float, field: str) -> None:
+def _check_packing(root: Root, device: torch.device, tolerance: float, field: str) -> None:
     """Compares plain and packed log-probabilities of three short sequences, two of which share a prompt."""
+    model: Any = root.model
     vocab = model.get_input_embeddings().weight.shape[0]
     rows = [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9], [5, 4, 3, 2]]
     sequences = [np.array(row, dtype=np.int32) % vocab for row in rows]
     with torch.no_grad():
-        plain = torch.cat([_plain_logprobs(model, sequence) for sequence in sequences])
+        plain = torch.cat([root.run(_plain_logprobs, sequence, device) for sequence in sequences])
     model.set_attn_implementation(attention.NAME)
     try:
-        batch = to_device(pack([_probe(sequence, row) for row, sequence in enumerate(sequences)]), model.device)
+        batch = to_device(pack([_probe(sequence, row) for row, sequence in enumerate(sequences)]), device)
         with torch.no_grad():
-            packed = token_logprobs(model, batch).logprobs
+            packed = root.run(token_logprobs, batch).logprobs
     except Exception as error:  # an architecture that does not take the layout fails in ways of its own
         raise ConfigError(
             f"{type(model).__name__} cannot be trained packed: {type(error).__name__}: {error}", field=field
@@ -88,8 +91,8 @@ def _check_packing(model: Any, tolerance: float, field: str) -> None:
         )
 
 
-def _plain_logprobs(model: Any, sequence: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
-    token_ids = torch.as_tensor(sequence, dtype=torch.int64, device=model.device)
+def _plain_logprobs(model: Any, sequence: np.ndarray[Any, np.dtype[np.int32]], device: torch.device) -> torch.Tensor:
+    token_ids = torch.as_tensor(sequence, dtype=torch.int64, device=device)
     logits = model(input_ids=token_ids[None], use_cache=False).logits[0, :-1].float()
     chosen = torch.log_softmax(logits, dim=-1).gather(1, token_ids[1:, None]).squeeze(1)
     return chosen[_PROBE_PROMPT - 1 :]

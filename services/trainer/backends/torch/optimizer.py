@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from services.common.config.models import OptimizerConfig
+from services.trainer.backends.torch.sharding import local
+from services.trainer.ranks.group import RankGroup
 
-MASTER = "master"
+MASTER, STEP = "master", "step"
+# As in torch.nn.utils.clip_grad_norm_.
+_NORM_EPS = 1e-6
 
 
 class Optimizer:
@@ -17,12 +22,24 @@ class Optimizer:
     Parameters that are not float32 get a float32 master copy, which takes the step and is rounded back: at the
     learning rates of reinforcement learning an update would otherwise vanish in bfloat16's 8 bits. Gradients then
     accumulate in the master copy. One-dimensional parameters (norms, biases) take no weight decay.
+
+    Sharded parameters are DTensors, and so is their state: each rank steps its part.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        config: OptimizerConfig,
+        group: RankGroup,
+        *,
+        are_masters: bool = False,
+    ) -> None:
+        """`are_masters`: the parameters are the float32 master weights of a model that computes in lower precision."""
         self._parameters = dict(parameters)
         self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
         self._config = config
+        self._group = group
+        self._are_masters = are_masters
         self.steps = 0
         """Optimizer steps taken."""
         decayed = [master for master in self._masters.values() if master.ndim > 1]
@@ -54,11 +71,15 @@ class Optimizer:
             parameter.grad = None
 
     def clip(self) -> float:
-        """Scales the gradient to a norm of at most `clip_grad`. Returns its norm before: perhaps not finite."""
-        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self._config.clip_grad, norm)
-        return norm.item()
+        """Scales the gradient to a norm of at most `clip_grad`. Returns its norm before, over all ranks: perhaps not
+        finite.
+        """
+        gradients = [local(master.grad) for master in self._masters.values() if master.grad is not None]
+        norms = self._group.all_gather(torch.nn.utils.get_total_norm(gradients).item())
+        norm = math.sqrt(sum(each * each for each in norms)) if len(norms) > 1 else norms[0]
+        if norm > self._config.clip_grad:
+            torch._foreach_mul_(gradients, self._config.clip_grad / (norm + _NORM_EPS))
+        return norm
 
     def step(self) -> None:
         """Takes one step along the accumulated gradient."""
@@ -77,23 +98,27 @@ class Optimizer:
         for name, master in self._masters.items():
             for kind, value in self._adamw.state.get(master, {}).items():
                 tensors[f"{kind}/{name}"] = value
-            if master is not self._parameters[name]:
+            if self._are_masters or master is not self._parameters[name]:
                 tensors[f"{MASTER}/{name}"] = master.detach()
         return tensors
 
-    def load_state_dict(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Restores what `state_dict` gave. Raises KeyError for a parameter that this model does not have."""
+    def restored(self, names: Iterable[str], steps: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """For each of the names that `state_dict` gave, the tensor to be set. Raises KeyError for a parameter that this
+        model does not have.
+        """
         self.steps = steps
         self._adamw.state.clear()
-        for key, value in tensors.items():
+        for key in names:
             kind, _, name = key.partition("/")
             master = self._masters[name]
             if kind == MASTER:
-                with torch.no_grad():
-                    master.copy_(value)
+                yield key, master
             else:
                 # The fused kernel wants the step counter beside the parameter, too.
-                self._adamw.state[master][kind] = value.to(master.device)
+                scalar = kind == STEP
+                value = torch.zeros((), device=local(master).device) if scalar else torch.zeros_like(master.detach())
+                self._adamw.state[master][kind] = value
+                yield key, value
 
 
 def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -12,21 +12,27 @@ from services.common.config import Config
 from services.common.errors import ConfigError
 from services.trainer.backends.torch.logprobs import score
 from services.trainer.backends.torch.model import load_model
+from services.trainer.backends.torch.sharding import Placement
 from services.trainer.batch.packing import PackedBatch
 
 FIELD = "model.ref_checkpoint"
 
 
 class Reference:
-    """Loaded once. With `trainer.offload_reference` it is on a GPU only while it scores."""
+    """Loaded once. With `trainer.offload_reference` it is on a GPU only while it scores; one that is sharded, only the
+    layer that computes.
+    """
 
-    def __init__(self, config: Config, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, config: Config, vocab_size: int, placement: Placement) -> None:
         """Raises ConfigError when `model.ref_checkpoint` does not load, or has another vocabulary than the policy."""
         directory = config.model.ref_checkpoint or config.model.hf_checkpoint
-        self._model = load_model(directory, config.model.dtype, device, FIELD).requires_grad_(False)
-        self._device = device
-        self._idle = torch.device("cpu") if config.trainer.offload_reference else device
-        own = int(self._model.get_input_embeddings().weight.shape[0])
+        offload = config.trainer.offload_reference
+        self._device = placement.device
+        self._sharded = placement.mesh is not None
+        placement = placement._replace(offload=offload and self._device.type == "cuda", recompute=False)
+        self._root = load_model(directory, config.model.dtype, placement, FIELD, trained=False)
+        self._idle = torch.device("cpu") if offload else self._device
+        own = int(self._root.model.get_input_embeddings().weight.shape[0])
         if own != vocab_size:
             raise ConfigError(f"{directory} has {own} tokens, and the trained model {vocab_size}", field=FIELD)
         self._move(self._idle)
@@ -35,10 +41,11 @@ class Reference:
         """Of the trained tokens, float32[n] for each micro-batch."""
         self._move(self._device)
         try:
-            return score(self._model, micro_batches, self._device)
+            return score(self._root, micro_batches, self._device)
         finally:
             self._move(self._idle)
 
     def _move(self, device: torch.device) -> None:
-        """Nothing happens where it is there already."""
-        self._model.to(device)
+        """Nothing happens where it is there already, or where FSDP moves it."""
+        if not self._sharded:
+            self._root.to(device)

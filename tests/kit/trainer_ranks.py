@@ -1,0 +1,209 @@
+"""The ranks of a trainer without a run around them: real processes, the real command loop, batches made up here.
+
+`python -m tests.kit.trainer_ranks DIRECTORY RANKS RANK PORT CASE...` is one rank. It goes through these of the `CASES`
+with the others, and rank 0 leaves what came of each in ``DIRECTORY/ranks-N.pt``; `run_case` does one in this process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyhead.v1 import buffer_pb2 as pb
+from services.common.config import Config
+from services.common.versions import Version
+from services.trainer.backends.torch.backend import TorchBackend
+from services.trainer.backends.torch.optimizer import Optimizer
+from services.trainer.backends.torch.sharding import gathered
+from services.trainer.batch.samples import TrainSample
+from services.trainer.batch.staleness import Clock
+from services.trainer.ranks.follow import obey
+from services.trainer.ranks.group import STOP, RankGroup
+from services.trainer.step import train_batch
+from services.trainer.weights.snapshot import Snapshot, build_manifest
+from tests.kit.in_process import free_port
+from tests.kit.trainer_ragged import ragged_samples
+
+CLOCK = Clock(Version(1, 0), {1: 0})
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch, and how it is trained."""
+
+    model: str = "qwen3"
+    dtype: str = "float32"
+    trainer: dict[str, Any] = field(default_factory=dict)
+    algorithm: dict[str, Any] = field(default_factory=dict)
+    steps: int = 1
+    """Optimizer steps."""
+    seed: int = 0
+    only: int | None = None
+    """So many samples of the ragged batch."""
+    rewards: dict[int, float] = field(default_factory=dict)
+    times: int = 1
+    """How often the batch is trained."""
+
+    def samples(self) -> list[TrainSample]:
+        samples = ragged_samples(self.seed, segments=True)[: self.only]
+        return [
+            TrainSample(**{**fields(sample), "reward": self.rewards.get(row, sample.reward)})
+            for row, sample in enumerate(samples)
+        ]
+
+    def config(self, directory: Path, ranks: int, port: int) -> Config:
+        return Config(
+            model={"hf_checkpoint": directory / self.model, "ref_checkpoint": directory / "other", "dtype": self.dtype},
+            batch={"rollout_batch_size": self.steps, "n_samples_per_prompt": 1, "num_steps_per_rollout": self.steps},
+            trainer={
+                "ranks": ranks,
+                "rendezvous": f"127.0.0.1:{port}",
+                "rank_timeout_s": 60.0,
+                "optimizer": {"lr": 1e-5, "weight_decay": 0.1},
+                "algorithm": self.algorithm,
+                **self.trainer,
+            },
+        )
+
+
+def fields(sample: TrainSample) -> dict[str, Any]:
+    return {name: getattr(sample, name) for name in TrainSample.__slots__}
+
+
+KL = {"use_kl_loss": True, "kl_loss_coef": 0.1}
+CASES: dict[str, Case] = {
+    "one sequence a micro-batch": Case(trainer={"max_tokens_per_gpu": 1}),
+    "packed": Case(trainer={"max_tokens_per_gpu": 120}),
+    "all in one": Case(trainer={"max_tokens_per_gpu": 100_000}),
+    "three sequences a micro-batch": Case(trainer={"micro_batch_size": 3}),
+    "balanced": Case(trainer={"max_tokens_per_gpu": 120, "balance_data": True}, seed=1),
+    "per token": Case(algorithm={"loss_reduction": "per_token"}, trainer={"max_tokens_per_gpu": 200}, seed=2),
+    "fewer sequences than ranks": Case(only=1, algorithm=KL),
+    "one token": Case(only=1, seed=3, algorithm=KL),
+    "untied": Case(model="llama", trainer={"max_tokens_per_gpu": 120}),
+    "recomputed": Case(trainer={"max_tokens_per_gpu": 120, "recompute": True}),
+    "reduced each time": Case(trainer={"max_tokens_per_gpu": 60, "reduce_each_micro_batch": True}),
+    "kl, several steps": Case(
+        trainer={"max_tokens_per_gpu": 120}, algorithm={**KL, "old_logprobs": "recomputed"}, steps=3, seed=1
+    ),
+    "kl in the reward": Case(
+        trainer={"max_tokens_per_gpu": 120},
+        algorithm={"name": "reinforce_plus_plus", "kl_coef": 0.1, "old_logprobs": "recomputed"},
+        steps=2,
+    ),
+    "entropy": Case(trainer={"max_tokens_per_gpu": 120}, algorithm={"entropy_coef": 0.1}),
+    "not finite": Case(trainer={"max_tokens_per_gpu": 120}, rewards={5: float("inf")}),
+    "twice": Case(trainer={"max_tokens_per_gpu": 120}, times=2),
+    "bfloat16": Case(dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, times=2),
+}
+
+
+def run_case(case: Case, backend: TorchBackend, config: Config, gradients: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """On rank 0. `gradients` fills up while it runs."""
+    results = [
+        asdict(result) for _ in range(case.times) for result in train_batch(backend, case.samples(), CLOCK, config)
+    ]
+    snapshot = Snapshot(build_manifest(backend.layout, 1 << 16), CPU)
+    snapshot.fill(backend.tensors())
+    return {
+        "results": results,
+        "gradients": list(gradients),
+        "state": backend.state(),
+        "optimizer_steps": backend.optimizer_steps,
+        "pushed": torch.cat(list(snapshot.buckets)),
+    }
+
+
+def noted_gradients() -> list[dict[str, Any]]:
+    """From here on every rank keeps the whole gradient of each optimizer step before it is clipped; rank 0 has it."""
+    noted: list[dict[str, Any]] = []
+    clip = Optimizer.clip
+
+    def note(optimizer: Optimizer) -> float:
+        gradients = {
+            name: gathered(master.grad, torch.float32, CPU)
+            for name, master in optimizer._masters.items()
+            if master.grad is not None
+        }
+        noted.append({name: whole.clone() for name, whole in gradients.items() if whole is not None})
+        return clip(optimizer)
+
+    Optimizer.clip = note
+    return noted
+
+
+def _fetch(samples: Sequence[TrainSample]) -> Callable[[list[pb.LeasedSample]], None]:
+    payloads = {sample.sample_id: sample.message.SerializeToString() for sample in samples}
+
+    def fetch(leased: list[pb.LeasedSample]) -> None:
+        for each in leased:
+            each.sample = payloads[each.sample_id]
+
+    return fetch
+
+
+def spawn(directory: Path, ranks: int, *names: str) -> dict[str, Any]:
+    """What these of the `CASES`, or all, come to on so many ranks. Raises AssertionError, with a log, if one fails."""
+    port = free_port()
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"}
+    logs = [directory / f"rank-{rank}-of-{ranks}.log" for rank in range(ranks)]
+    command = [sys.executable, "-m", "tests.kit.trainer_ranks", str(directory), str(ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("wb") as output:
+            arguments = [*command, str(rank), str(port), *(names or CASES)]
+            process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            processes.append(process)
+    try:
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=360) == 0, log.read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    outcome: dict[str, Any] = torch.load(directory / f"ranks-{ranks}.pt", weights_only=True)
+    return outcome
+
+
+def _main(directory: Path, ranks: int, rank: int, port: int, names: Sequence[str]) -> None:
+    config = Case().config(directory, ranks, port)
+    group = RankGroup.form(config.trainer, rank)
+    gradients, outcomes = noted_gradients(), {}
+    for name in names:
+        case = CASES[name]
+        config = case.config(directory, ranks, port)
+        backend = TorchBackend(config, group)
+        if rank:
+            obey(config, backend, _fetch(case.samples()))
+            continue
+        gradients.clear()
+        outcomes[name] = run_case(case, backend, config, gradients)
+        if name == "twice":
+            _continue(case, backend, config, directory, outcomes[name])
+        with group.command(STOP):
+            pass
+    if rank == 0:
+        torch.save(outcomes, directory / f"ranks-{ranks}.pt")
+    group.close()
+
+
+def _continue(case: Case, backend: TorchBackend, config: Config, directory: Path, outcome: dict[str, Any]) -> None:
+    """Goes on, goes back to where that began, and goes on again: into `outcome`. Exports the model."""
+    start, steps = outcome["state"], outcome["optimizer_steps"]
+    for name in ("went_on", "resumed"):
+        backend.load_state(start, steps)
+        train_batch(backend, case.samples(), CLOCK, config)
+        outcome[name] = backend.state()
+    backend.save_pretrained(directory / f"exported-{config.trainer.ranks}")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5:])

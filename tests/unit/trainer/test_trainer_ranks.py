@@ -1,0 +1,144 @@
+"""I10 over ranks: a batch gives the same loss and gradient on 1, 2 and 4 of them, however it is cut up."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from services.trainer.backends.torch.backend import TorchBackend
+from services.trainer.backends.torch.optimizer import Optimizer
+from services.trainer.step import train_batch
+from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen3
+from tests.kit.trainer_ranks import CASES, CLOCK, noted_gradients, run_case, spawn
+
+RANKS = (2, 4)
+# Of the largest component of a tensor's gradient, and of the loss.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ranks")
+    # Sizes that neither 2 nor 4 divides: shards are uneven, and some are empty.
+    build_tiny_qwen3(root / "qwen3", intermediate_size=99)
+    build_tiny_qwen3(root / "other", seed=1)
+    build_tiny_llama(root / "llama", intermediate_size=101)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(directory):
+    """What every case comes to on one rank, in this process."""
+    clip, gradients, outcomes = Optimizer.clip, noted_gradients(), {}
+    try:
+        for name, case in CASES.items():
+            gradients.clear()
+            config = case.config(directory, 1, 0)
+            outcomes[name] = run_case(case, TorchBackend(config), config, gradients)
+    finally:
+        Optimizer.clip = clip
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def together(directory):
+    return {ranks: spawn(directory, ranks) for ranks in RANKS}
+
+
+pytestmark = pytest.mark.timeout(600)
+EXACT = [name for name, case in CASES.items() if case.dtype == "float32" and name != "not finite"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(alone, together, ranks, name):
+    one, several = alone[name], together[ranks][name]
+    assert len(one["results"]) == len(several["results"]) > 0
+    for left, right in zip(one["results"], several["results"], strict=True):
+        for key in ("loss", "grad_norm", "entropy", "ratio", "mismatch_kl"):
+            assert right[key] == pytest.approx(left[key], rel=TOLERANCE, abs=1e-6), key
+        assert right["figures"] == pytest.approx(left["figures"], rel=TOLERANCE, abs=1e-6)
+        assert right["maxima"] == pytest.approx(left["maxima"], rel=TOLERANCE, abs=1e-6)
+        assert {key: right[key] for key in ("tokens", "fresh_tokens", "clipped", "applied", "lr")} == {
+            key: left[key] for key in ("tokens", "fresh_tokens", "clipped", "applied", "lr")
+        }
+    assert len(one["gradients"]) == len(several["gradients"])
+    for left, right in zip(one["gradients"], several["gradients"], strict=True):
+        assert left.keys() == right.keys()
+        for parameter, gradient in left.items():
+            bound = TOLERANCE * gradient.abs().max().item() + 1e-9
+            assert (right[parameter] - gradient).abs().max().item() <= bound, parameter
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_all_ranks_skip_a_step_that_is_not_finite_on_one(together, directory, ranks):
+    outcome = together[ranks]["not finite"]
+    (result,) = outcome["results"]
+    assert not result["applied"]
+    assert not math.isfinite(result["loss"])
+    assert 5 in result["offenders"]
+    assert outcome["optimizer_steps"] == 0
+    untouched = AutoModelForCausalLM.from_pretrained(directory / "qwen3", dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in outcome["state"]["model"].items())
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_what_is_pushed_and_exported_is_what_is_saved(together, directory, ranks):
+    outcome = together[ranks]["twice"]
+    flat = np.concatenate([tensor.numpy().ravel() for tensor in outcome["state"]["model"].values()])
+    assert outcome["pushed"].numpy().tobytes() == flat.tobytes()
+    exported = AutoModelForCausalLM.from_pretrained(directory / f"exported-{ranks}", dtype=torch.float32).state_dict()
+    saved = outcome["resumed"]["model"]
+    assert "lm_head.weight" not in saved
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_checkpoint_goes_on_bit_for_bit_on_as_many_ranks(together, ranks):
+    outcome = together[ranks]["twice"]
+    assert differences(outcome["went_on"], outcome["resumed"]) == 0.0
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(together, directory, ranks):
+    case, outcome = CASES["twice"], together[ranks]["twice"]
+    config = case.config(directory, 1, 0)
+    backend = TorchBackend(config)
+    backend.load_state(outcome["state"], outcome["optimizer_steps"])
+    assert differences(backend.state(), outcome["state"]) == 0.0
+    train_batch(backend, case.samples(), CLOCK, config)
+    assert differences(backend.state(), outcome["went_on"], of=("model",)) < 2e-6
+    assert backend.optimizer_steps == outcome["optimizer_steps"] + 1
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_master_weights_are_float32_and_what_leaves_is_rounded(alone, together, ranks):
+    one, several = alone["bfloat16"]["state"], together[ranks]["bfloat16"]["state"]
+    assert {tensor.dtype for tensor in several["model"].values()} == {torch.bfloat16}
+    assert several["optimizer"].keys() == one["optimizer"].keys()
+    for name, tensor in several["model"].items():
+        master = several["optimizer"][f"master/{name}"]
+        assert master.dtype == torch.float32
+        assert torch.equal(master.to(torch.bfloat16), tensor)
+    left, right = (each["bfloat16"]["results"] for each in (alone, together[ranks]))
+    assert [each["loss"] for each in right] == pytest.approx([each["loss"] for each in left], rel=2e-2, abs=2e-2)
+
+
+def test_two_runs_on_as_many_ranks_are_equal_bit_for_bit(together, directory):
+    names = ("twice", "kl, several steps")
+    again = spawn(directory, 2, *names)
+    for name in names:
+        assert again[name]["results"] == together[2][name]["results"]
+        assert differences(again[name]["state"], together[2][name]["state"]) == 0.0
+
+
+def differences(left, right, of=("model", "optimizer")):
+    """The largest absolute one of two states."""
+    assert all(left[part].keys() == right[part].keys() for part in of)
+    return max(
+        (left[part][name].double() - right[part][name].double()).abs().max().item()
+        for part in of
+        for name in left[part]
+    )
