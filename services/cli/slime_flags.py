@@ -57,6 +57,7 @@ VALUE_FLAGS: dict[str, str] = {
     "--kl-loss-type": "trainer.algorithm.kl_type",
     "--kl-coef": "trainer.algorithm.kl_coef",
     "--entropy-coef": "trainer.algorithm.entropy_coef",
+    "--context-parallel-size": "trainer.context_parallel",
     "--max-tokens-per-gpu": "trainer.max_tokens_per_gpu",
     "--micro-batch-size": "trainer.micro_batch_size",
     "--lr": "trainer.optimizer.lr",

@@ -58,11 +58,12 @@ def with_advantages(
     algorithm = config.trainer.algorithm
     batches = [step.batches for step in steps]
     own = score_steps(backend, batches, algorithm)
-    everybodys = Scores(*(_of_all_ranks(backend.group.gather(each)) for each in (own.old, own.ref)))
+    group = backend.group
+    everybodys = Scores(*(_of_all_parts(group.of_parts(group.gather(each))) for each in (own.old, own.ref)))
     advantages = normalized(_advantages(samples, steps, everybodys.old, everybodys.ref, config), algorithm)
     parts = np.split(advantages, np.cumsum([len(step.rows) for step in steps])[:-1])
     packed = [step.packed(part) for step, part in zip(steps, parts, strict=True)]
-    return own.filled(batches, backend.group.scatter(list(zip(*packed, strict=True))))
+    return own.filled(batches, group.scatter(group.for_ranks(list(zip(*packed, strict=True)))))
 
 
 def take_advantages(backend: TorchBackend, batches: Sequence[Sequence[PackedBatch]], config: Config) -> Batches:
@@ -73,8 +74,8 @@ def take_advantages(backend: TorchBackend, batches: Sequence[Sequence[PackedBatc
     return own.filled(batches, backend.group.scatter())
 
 
-def _of_all_ranks(scores: Sequence[Sequence[Packed | None]]) -> list[Packed | None]:
-    """By optimizer step, micro-batches rank after rank, of what each rank has by optimizer step."""
+def _of_all_parts(scores: Sequence[Sequence[Packed | None]]) -> list[Packed | None]:
+    """By optimizer step, micro-batches part after part, of what each of them has by optimizer step."""
     joined: list[Packed | None] = []
     for of_step in zip(*scores, strict=True):
         some = [packed for packed in of_step if packed is not None]

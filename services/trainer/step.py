@@ -38,7 +38,8 @@ def train_batch(
         config.trainer.max_tokens_per_gpu,
         micro_batch_size=config.trainer.fixed_micro_batch_size,
         flops=backend.flops,
-        dp=backend.group.size,
+        dp=backend.group.parts,
+        cp=backend.group.context_size,
     )
     steps = [_prepare(part, clock, config, batching) for part in parts]
     ordered = [sample for part in parts for sample in part]

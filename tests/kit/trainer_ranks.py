@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from services.trainer.backends.torch.sharding import gathered
 from services.trainer.batch.samples import TrainSample
 from services.trainer.batch.staleness import Clock
 from services.trainer.ranks.follow import obey
-from services.trainer.ranks.group import STOP, RankGroup
+from services.trainer.ranks.group import STOP, RankGroup, _context_group
 from services.trainer.step import train_batch
 from services.trainer.weights.snapshot import Snapshot, build_manifest
 from tests.kit.in_process import free_port
@@ -52,6 +53,8 @@ class Case:
     rewards: dict[int, float] = field(default_factory=dict)
     times: int = 1
     """How often the batch is trained."""
+    context: int = 1
+    """So many ranks share each row."""
 
     def samples(self) -> list[TrainSample]:
         samples = ragged_samples(self.seed, segments=True)[: self.only]
@@ -66,6 +69,7 @@ class Case:
             batch={"rollout_batch_size": self.steps, "n_samples_per_prompt": 1, "num_steps_per_rollout": self.steps},
             trainer={
                 "ranks": ranks,
+                "context_parallel": min(self.context, ranks),
                 "rendezvous": f"127.0.0.1:{port}",
                 "rank_timeout_s": 60.0,
                 "optimizer": {"lr": 1e-5, "weight_decay": 0.1},
@@ -101,6 +105,16 @@ CASES: dict[str, Case] = {
         steps=2,
     ),
     "entropy": Case(trainer={"max_tokens_per_gpu": 120}, algorithm={"entropy_coef": 0.1}),
+    "shared rows, packed": Case(context=2, trainer={"max_tokens_per_gpu": 60}),
+    "shared rows, one sequence each": Case(context=2, trainer={"max_tokens_per_gpu": 1}, model="llama", seed=1),
+    "shared rows, a sliding window": Case(context=2, model="window", trainer={"max_tokens_per_gpu": 60}),
+    "shared rows, one token": Case(context=2, only=1, seed=3, algorithm=KL),
+    "shared rows, loss by sequence": Case(
+        context=2,
+        trainer={"max_tokens_per_gpu": 60, "recompute": True},
+        algorithm={"name": "gspo", **KL, "entropy_coef": 0.1, "old_logprobs": "recomputed"},
+        steps=2,
+    ),
     "not finite": Case(trainer={"max_tokens_per_gpu": 120}, rewards={5: float("inf")}),
     "twice": Case(trainer={"max_tokens_per_gpu": 120}, times=2),
     "bfloat16": Case(dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, times=2),
@@ -176,11 +190,12 @@ def spawn(directory: Path, ranks: int, *names: str) -> dict[str, Any]:
 def _main(directory: Path, ranks: int, rank: int, port: int, names: Sequence[str]) -> None:
     config = Case().config(directory, ranks, port)
     group = RankGroup.form(config.trainer, rank)
+    sharing = RankGroup(rank, ranks, group._control, _context_group(ranks, 2, rank, timedelta(seconds=60)), 2)
     gradients, outcomes = noted_gradients(), {}
     for name in names:
         case = CASES[name]
         config = case.config(directory, ranks, port)
-        backend = TorchBackend(config, group)
+        backend = TorchBackend(config, sharing if case.context == 2 else group)
         if rank:
             obey(config, backend, _fetch(case.samples()))
             continue
@@ -188,7 +203,7 @@ def _main(directory: Path, ranks: int, rank: int, port: int, names: Sequence[str
         outcomes[name] = run_case(case, backend, config, gradients)
         if name == "twice":
             _continue(case, backend, config, directory, outcomes[name])
-        with group.command(STOP):
+        with backend.group.command(STOP):
             pass
     if rank == 0:
         torch.save(outcomes, directory / f"ranks-{ranks}.pt")

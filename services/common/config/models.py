@@ -472,6 +472,9 @@ class TrainerConfig(Section):
     ranks: Positive = 1
     """Processes that train together, each with a share of every batch and a shard of the model: one a GPU, or on CPUs
     over gloo (docs/trainer-ranks.md; slime: --actor-num-nodes times --actor-num-gpus-per-node)."""
+    context_parallel: Positive = 1
+    """How many ranks share each sequence, and so a micro-batch of as many times max_tokens_per_gpu: for sequences too
+    long for one GPU (slime: --context-parallel-size). Divides `ranks`."""
     base_gpu: Annotated[int, Field(ge=0)] = 0
     """With device = "cuda": the GPU of the first rank; the others take those after it."""
     rendezvous: str = "127.0.0.1:0"
@@ -501,6 +504,12 @@ class TrainerConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
+
+    @model_validator(mode="after")
+    def _ranks_share_sequences_evenly(self) -> TrainerConfig:
+        if self.ranks % self.context_parallel:
+            raise ValueError(f"ranks = {self.ranks} is not a multiple of context_parallel = {self.context_parallel}")
+        return self
 
     @model_validator(mode="after")
     def _offload_is_from_a_gpu(self) -> TrainerConfig:

@@ -44,7 +44,7 @@ def obey(config: Config, backend: TorchBackend, fetch: Fetch) -> None:
         match name:
             case commands.TRAIN:
                 masking = masking_of(config, clock_of(message))
-                batches = own_batches(message, group.rank, masking, fetch, backend.vocab_size)
+                batches = own_batches(message, group.part, masking, fetch, backend.vocab_size)
                 follow_batch(backend, batches, config)
             case commands.WEIGHTS:
                 _exhaust(backend.tensors())

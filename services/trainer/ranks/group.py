@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import torch
@@ -21,6 +21,8 @@ from services.common.config.models import TrainerConfig
 from services.common.errors import UnavailableError
 from services.common.weight_group import LOOPBACK_INTERFACE, is_loopback, listen, nccl_cumem
 from services.trainer.ranks.messages import decode, encode
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -33,9 +35,15 @@ BEAT_S = 2.0
 class RankGroup:
     """One process's place among the ranks. The only rank of a trainer of one has nobody to talk to."""
 
-    def __init__(self, rank: int = 0, size: int = 1, control: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, control: Any = None, context: Any = None, context_size: int = 1
+    ) -> None:
         self.rank = rank
         self.size = size
+        self.context = context
+        """The process group of the ranks that share each packed row with this one; None where nobody does."""
+        self.context_size = context_size
+        """How many share a row: ranks with consecutive numbers."""
         self._control = control
         self._turn = threading.RLock()
         self._broken = False
@@ -68,10 +76,34 @@ class RankGroup:
             backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=config.ranks, timeout=timeout)
             control = dist.new_group(backend="gloo", timeout=timeout)
+            context = _context_group(config.ranks, config.context_parallel, rank, timeout)
         except RuntimeError as error:  # torch's DistError is one
             raise UnavailableError(f"they did not all come together: {_line(error)}", field=FIELD) from error
         log.info("ranks_together", rank=rank, ranks=config.ranks)
-        return cls(rank, config.ranks, control)
+        return cls(rank, config.ranks, control, context, config.context_parallel)
+
+    @property
+    def context_rank(self) -> int:
+        """Among those that share a row."""
+        return self.rank % self.context_size
+
+    @property
+    def parts(self) -> int:
+        """Into how many a batch is shared out: the data-parallel ranks."""
+        return self.size // self.context_size
+
+    @property
+    def part(self) -> int:
+        """Which of them is this rank's."""
+        return self.rank // self.context_size
+
+    def of_parts(self, of_ranks: Sequence[T]) -> list[T]:
+        """One of each part: ranks that share rows have come to the same."""
+        return list(of_ranks[:: self.context_size])
+
+    def for_ranks(self, of_parts: Sequence[T]) -> list[T]:
+        """The reverse."""
+        return [of_parts[rank // self.context_size] for rank in range(self.size)]
 
     @property
     def leads(self) -> bool:
@@ -186,6 +218,14 @@ class RankGroup:
         flat = torch.empty(int(size.item()), dtype=torch.uint8)
         dist.recv(flat, rank, group=self._control)
         return decode(flat.numpy().tobytes())
+
+
+def _context_group(ranks: int, size: int, rank: int, timeout: timedelta) -> Any:
+    """Every rank makes all of these groups, in the same order, and keeps its own."""
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in range(0, ranks, size)]
+    return groups[rank // size]
 
 
 def _tensor(data: bytes) -> torch.Tensor:

@@ -222,3 +222,18 @@ def test_rewards_of_whole_groups():
     assert (reward.scorer, reward.group_rm) == ("pkg.mod.fn", True)
     with pytest.raises(ConfigError, match="group_rm needs a function of yours as scorer"):
         load(None, slime_flags.to_overrides(["--rm-type", "math", "--group-rm"]))
+
+
+def test_the_trainers_ranks_are_the_product_of_nodes_and_gpus():
+    flags = "--actor-num-nodes 2 --actor-num-gpus-per-node=4 --recompute-granularity full --recompute-num-layers 1"
+    config = load(None, slime_flags.to_overrides(shlex.split(flags)))
+    assert (config.trainer.ranks, config.trainer.recompute) == (8, True)
+    with pytest.raises(ConfigError, match="--actor-num-nodes: 'two' is not a number"):
+        slime_flags.to_overrides(["--actor-num-nodes", "two"])
+
+
+def test_offload_needs_a_gpu():
+    with pytest.raises(ConfigError, match='offload needs device = "cuda"'):
+        load(None, slime_flags.to_overrides(["--optimizer-cpu-offload"]))
+    flags = ["--optimizer-cpu-offload", "--trainer.device", "cuda"]
+    assert load(None, slime_flags.to_overrides(flags)).trainer.offload

@@ -1,4 +1,4 @@
-"""I10 over ranks: a batch gives the same loss and gradient on 1, 2 and 4 of them, however it is cut up."""
+"""I10 over ranks: a batch gives the same loss and gradient on 1, 2 and 4 of them, however it is cut up or shared."""
 
 import math
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.step import train_batch
-from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen3
+from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
 from tests.kit.trainer_ranks import CASES, CLOCK, noted_gradients, run_case, spawn
 
 RANKS = (2, 4)
@@ -25,6 +25,7 @@ def directory(tmp_path_factory):
     build_tiny_qwen3(root / "qwen3", intermediate_size=99)
     build_tiny_qwen3(root / "other", seed=1)
     build_tiny_llama(root / "llama", intermediate_size=101)
+    build_tiny_qwen2(root / "window", use_sliding_window=True, sliding_window=5, max_window_layers=0)
     return root
 
 

@@ -18,7 +18,7 @@ from services.common.config import Config
 from services.common.errors import ConfigError
 from services.trainer.algorithms.kl import k3
 from services.trainer.algorithms.objective import Objective, Tokens, objective
-from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, score, to_device, token_logprobs
+from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, all_logprobs, score, to_device
 from services.trainer.backends.torch.model import context_length, load_model
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
@@ -91,7 +91,9 @@ class TorchBackend:
         self._optimizer = Optimizer(
             self.model.named_parameters(), config.trainer.optimizer, self.group, are_masters=masters
         )
-        self._reference = Reference(config, self.vocab_size, placement) if self._algorithm.needs_reference else None
+        self._reference = (
+            Reference(config, self.vocab_size, placement, self.group) if self._algorithm.needs_reference else None
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -139,7 +141,7 @@ class TorchBackend:
 
     def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
         """Of the trained tokens under the present weights, float32[n] for each micro-batch of this rank. All ranks."""
-        return score(self._root, micro_batches, self._device)
+        return score(self._root, micro_batches, self._device, self.group)
 
     def ref_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]] | None:
         """The same under the reference model; None when the algorithm has none."""
@@ -172,13 +174,13 @@ class TorchBackend:
         for number, micro_batch in enumerate(micro_batches, 1):
             self._root.reduce_gradients(self._reduce_each or number == len(micro_batches))
             self._accumulate(micro_batch, result)
-        total = _total(self.group.all_gather(asdict(result)))
+        total = _total(self.group.of_parts(self.group.all_gather(asdict(result))))
         total.lr = self._optimizer.lr
         return total
 
     def _accumulate(self, micro_batch: PackedBatch, result: StepResult) -> None:
-        batch = to_device(micro_batch, self._device)
-        tokens = self._root.run(token_logprobs, batch, entropy_gradient=bool(self._algorithm.entropy_coef))
+        batch = to_device(micro_batch, self._device, self.group)
+        tokens = all_logprobs(self._root, batch, entropy_gradient=bool(self._algorithm.entropy_coef))
         if not len(micro_batch.targets):
             # Nothing to train for this rank; the others wait for it to take part.
             tokens.logprobs.sum().backward()

@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 from torch.utils.checkpoint import checkpoint
 
 from services.trainer.backends.torch.attention import PackedLayout
+from services.trainer.backends.torch.context import Context, tokens_of_all
 from services.trainer.backends.torch.sharding import Root
+from services.trainer.batch.context import ContextShare, context_share
 from services.trainer.batch.packing import PackedBatch
+from services.trainer.ranks.group import RankGroup
 
 # Logits held at a time: 64 MiB in float32 (341 tokens of a vocabulary of 49,152).
 MAX_LOGITS = 1 << 24
@@ -46,19 +49,29 @@ class TokenLogprobs(NamedTuple):
     """Of the distribution it was drawn from, in nats. With gradient only where that is asked for."""
 
 
-def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
+def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None = None) -> DeviceBatch:
+    """Of a `group` whose ranks share rows, the part of this one: of what is fed, and of what is predicted from it."""
+
     def move(array: object) -> torch.Tensor:
         return torch.as_tensor(array).to(device, non_blocking=True)
 
+    def move_all(arrays: Sequence[NDArray[np.int64]]) -> tuple[torch.Tensor, ...]:
+        return tuple(map(move, arrays))
+
+    row: PackedBatch | ContextShare = batch
+    context = None
+    if group is not None and group.context is not None:
+        row = share = context_share(batch, group.context_size, group.context_rank)
+        context = Context(group.context, move_all(share.places), move_all(share.keys), move(share.order))
     return DeviceBatch(
-        token_ids=move(batch.token_ids),
-        position_ids=move(batch.position_ids),
-        layout=PackedLayout(tuple(move(block) for block in batch.blocks), move(batch.slots)),
-        predict=move(batch.predict),
-        targets=move(batch.targets),
+        token_ids=move(row.token_ids),
+        position_ids=move(row.position_ids),
+        layout=PackedLayout(move_all(row.blocks), move(row.slots), context),
+        predict=move(row.predict),
+        targets=move(row.targets),
         weights=move(batch.weights),
         rollout_logprobs=move(batch.rollout_logprobs),
-        temperatures=move(batch.temperatures),
+        temperatures=move(row.temperatures),
         fresh=move(batch.fresh),
         sequences=move(batch.sequences),
         sequence_count=batch.sequence_count,
@@ -95,10 +108,21 @@ def token_logprobs(
     return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
 
 
-def score(root: Root, batches: Sequence[PackedBatch], device: torch.device) -> list[NDArray[np.float32]]:
+def all_logprobs(root: Root, batch: DeviceBatch, *, entropy_gradient: bool = False) -> TokenLogprobs:
+    """`token_logprobs` of all the row's trained tokens, also where ranks share it."""
+    own: TokenLogprobs = root.run(token_logprobs, batch, entropy_gradient=entropy_gradient)
+    context = batch.layout.context
+    if context is None or not len(context.order):
+        return own
+    return TokenLogprobs(*(tokens_of_all(values, context) for values in own))
+
+
+def score(
+    root: Root, batches: Sequence[PackedBatch], device: torch.device, group: RankGroup
+) -> list[NDArray[np.float32]]:
     """Log-probabilities of the trained tokens of each micro-batch, without gradient, on the host."""
     with torch.no_grad():
-        scored = [root.run(token_logprobs, to_device(batch, device)).logprobs for batch in batches]
+        scored = [all_logprobs(root, to_device(batch, device, group)).logprobs for batch in batches]
         return [logprobs.cpu().numpy() for logprobs in scored]
 
 

@@ -14,6 +14,7 @@ from services.trainer.backends.torch.logprobs import score
 from services.trainer.backends.torch.model import load_model
 from services.trainer.backends.torch.sharding import Placement
 from services.trainer.batch.packing import PackedBatch
+from services.trainer.ranks.group import RankGroup
 
 FIELD = "model.ref_checkpoint"
 
@@ -23,10 +24,11 @@ class Reference:
     layer that computes.
     """
 
-    def __init__(self, config: Config, vocab_size: int, placement: Placement) -> None:
+    def __init__(self, config: Config, vocab_size: int, placement: Placement, group: RankGroup) -> None:
         """Raises ConfigError when `model.ref_checkpoint` does not load, or has another vocabulary than the policy."""
         directory = config.model.ref_checkpoint or config.model.hf_checkpoint
         offload = config.trainer.offload_reference
+        self._group = group
         self._device = placement.device
         self._sharded = placement.mesh is not None
         placement = placement._replace(offload=offload and self._device.type == "cuda", recompute=False)
@@ -41,7 +43,7 @@ class Reference:
         """Of the trained tokens, float32[n] for each micro-batch."""
         self._move(self._device)
         try:
-            return score(self._root, micro_batches, self._device)
+            return score(self._root, micro_batches, self._device, self._group)
         finally:
             self._move(self._idle)
 

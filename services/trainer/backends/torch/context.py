@@ -1,0 +1,55 @@
+"""The ranks that share each packed row (context parallelism): what they bring together, and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Context(NamedTuple):
+    """What a rank needs to attend over a row of which it has a part (services/trainer/batch/context.py)."""
+
+    group: Any
+    """Their process group."""
+    places: tuple[torch.Tensor, ...]
+    """Each [sequences, queries]: where in its sequence each query is."""
+    keys: tuple[torch.Tensor, ...]
+    """Each [sequences, longest]: the sequence, as indices into the keys of all ranks."""
+    order: torch.Tensor
+    """[n]: where each trained token of the row is among those of all ranks."""
+
+
+def with_those_of_all(rows: torch.Tensor, group: Any) -> torch.Tensor:
+    """[ranks * L, ...] of each rank's [L, ...], rank after rank. Its gradient is the sum over the ranks' uses of it."""
+    gathered: torch.Tensor = _AllGather.apply(rows, group, True)
+    return gathered
+
+
+def tokens_of_all(values: torch.Tensor, context: Context) -> torch.Tensor:
+    """[n] of the row's tokens, of each rank's [m], the same on every rank.
+
+    Each computes the same loss of them, so that the gradient of a rank's own is that of its own loss, and of no other.
+    """
+    gathered: torch.Tensor = _AllGather.apply(values, context.group, False)
+    return gathered.index_select(0, context.order)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, group: Any, summed: bool) -> torch.Tensor:
+        ctx.group, ctx.summed, ctx.length = group, summed, len(own)
+        whole = own.new_empty(dist.get_world_size(group) * len(own), *own.shape[1:])
+        dist.all_gather_into_tensor(whole, own.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = gradients
+        if not ctx.summed:
+            start = dist.get_rank(ctx.group) * ctx.length
+            return gradient[start : start + ctx.length], None, None
+        own = gradient.new_empty(ctx.length, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own, None, None
