@@ -205,6 +205,12 @@ def score_bytes(score: sample_pb2.Score, limits: LimitsConfig, field: str) -> by
     check_finite((score.seconds,), f"{field}.seconds")
     for name, part in score.parts.items():
         check_finite((part,), f"{field}.parts[{name[:_MAX_REASON]}]")
+    for number, span in enumerate(score.spans):
+        check_finite((span.reward,), f"{field}.spans[{number}].reward")
+        if span.start >= span.end:
+            raise InvalidArgumentError(
+                f"{span.end} is not above start = {span.start}", field=f"{field}.spans[{number}].end"
+            )
     data = score.SerializeToString()
     if len(data) > limits.metadata_kb * _KIB:
         raise LimitError(f"{len(data)} bytes, at most {limits.metadata_kb * _KIB}", field=field)

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -22,6 +23,7 @@ from services.reward.settings import ScorerSettings
 LOAD_TIMEOUT_S = 120.0
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 _SINGLE_THREADED = dict.fromkeys(_THREAD_SETTINGS, "1")
+_LAST = 19
 # After the process has ended, what it had sent is read within this time.
 _LAST_WORDS_S = 0.2
 
@@ -65,6 +67,14 @@ class Child(asyncio.Protocol):
         """SIGKILL to the process and to what it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+
+    def yield_cores(self) -> None:
+        """From here on it gets what the others leave."""
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PGRP, self.pid, _LAST)
+        # Where the kernel groups processes by session, priorities hold within a group, and this is its own.
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{self.pid}/autogroup").write_text(str(_LAST))
 
     async def ended(self) -> str:
         """Waits for its end, by whatever cause, and until all it sent was handled. Returns how it ended."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import reward_pb2, sample_pb2
-from services.common.wire import completion_length
+from services.common.wire import TOKEN_DTYPE, completion_length
 from services.reward.filters import GroupItem, ScoredItem, WaitingItem
 from services.reward.jobs import Result
 from services.reward.scorers.base import Item, Verdict
@@ -19,8 +19,11 @@ _STATUS = {
 }
 
 
-def item_of_sample(sample: sample_pb2.Sample, group: pb.LeasedGroup) -> Item:
-    """A leased sample. Its numbers are those of slime: groups by order of issue, samples counted through all groups."""
+def item_of_sample(sample: sample_pb2.Sample, group: pb.LeasedGroup, *, tokens: bool = False) -> Item:
+    """A leased sample, with its token ids if `tokens`.
+
+    Its numbers are those of slime: groups by order of issue, samples counted through all groups.
+    """
     return _item(
         sample.sample_id,
         sample.prompt,
@@ -30,6 +33,7 @@ def item_of_sample(sample: sample_pb2.Sample, group: pb.LeasedGroup) -> Item:
         group_index=group.order,
         sample_index=group.order * group.group_size + sample.index,
         start_rollout_id=_start_rollout_id(sample),
+        token_ids=sample.segments[0].token_ids if tokens and len(sample.segments) == 1 else b"",
     )
 
 
@@ -78,7 +82,11 @@ def _waiting(leased: pb.LeasedSample, group: pb.LeasedGroup) -> ScoredItem:
 def score_of(verdict: Verdict, result: Result, scorer: str) -> sample_pb2.Score:
     """`scorer` is the run's own; a sample may have chosen another one."""
     return sample_pb2.Score(
-        reward=verdict.reward, parts=verdict.parts, scorer=result.scorer or scorer, seconds=result.seconds
+        reward=verdict.reward,
+        parts=verdict.parts,
+        scorer=result.scorer or scorer,
+        seconds=result.seconds,
+        spans=[sample_pb2.RewardSpan(start=start, end=end, reward=reward) for start, end, reward in verdict.spans],
     )
 
 
@@ -89,9 +97,10 @@ def item_of_request(item: reward_pb2.ScoreItem, place: int) -> Item:
         item.prompt,
         item.completion,
         status="completed",
-        completion_tokens=0,
+        completion_tokens=max(len(item.token_ids) // TOKEN_DTYPE.itemsize - item.prompt_length, 0),
         group_index=0,
         sample_index=place,
+        token_ids=item.token_ids,
     )
 
 
@@ -105,6 +114,7 @@ def _item(
     group_index: int,
     sample_index: int,
     start_rollout_id: int = -1,
+    token_ids: bytes = b"",
 ) -> Item:
     return Item(
         sample_id=sample_id,
@@ -118,4 +128,5 @@ def _item(
         group_index=group_index,
         sample_index=sample_index,
         start_rollout_id=start_rollout_id,
+        token_ids=token_ids,
     )

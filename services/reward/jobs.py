@@ -55,15 +55,12 @@ class Job:
     `on_result` is called once, from the event loop, unless the job is cancelled.
     """
 
-    __slots__ = ("cancelled", "item", "on_result", "reported", "token_ids")
+    __slots__ = ("cancelled", "item", "on_result")
 
-    def __init__(self, item: AnyItem, on_result: Callable[[Result], None], token_ids: bytes = b"") -> None:
+    def __init__(self, item: AnyItem, on_result: Callable[[Result], None]) -> None:
         self.item = item
         self.on_result = on_result
-        self.token_ids = token_ids
-        """Of the sample, int32, for stations that want them; they do not go to pool processes."""
         self.cancelled = False
-        self.reported = False
 
     @property
     def name(self) -> str:
@@ -72,5 +69,4 @@ class Job:
 
     def report(self, result: Result) -> None:
         if not self.cancelled:
-            self.reported = True
             self.on_result(result)

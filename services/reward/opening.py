@@ -40,4 +40,5 @@ def _station(config: Config, processes: int) -> Station:
         filters = ScorerPool(
             replace(settings, name="exact", overlong={}), processes=processes, timeout_s=reward.score_timeout_s
         )
-    return RemoteStation(reward.remote, filters, Overlong(**settings.overlong) if settings.overlong else None)
+    penalty = Overlong(**settings.overlong) if settings.overlong else None
+    return RemoteStation(reward.remote, filters, penalty, send_tokens=reward.send_tokens)

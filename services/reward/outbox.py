@@ -49,6 +49,11 @@ class Outbox:
         self._released.append(sample)
         self._filled.set()
 
+    def lease_ids(self) -> set[int]:
+        """Of all that the buffer has not answered for."""
+        completed = {sample.lease_id for parcel in self._completed for sample in parcel}
+        return completed | {sample.lease_id for sample in self._released}
+
     async def run(self) -> None:
         """Sends what comes, until cancelled. Outages of the buffer and a full store are waited out."""
         reachable = True

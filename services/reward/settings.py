@@ -33,6 +33,8 @@ class ScorerSettings:
     """The dotted path of the user's shaping of rewards; empty without one."""
     overlong: dict[str, Any] = field(default_factory=dict)
     """The fields of `Overlong`; empty without a penalty."""
+    send_tokens: bool = False
+    """Items have their token ids."""
 
 
 def scorer_settings(config: Config) -> ScorerSettings:
@@ -73,6 +75,7 @@ def scorer_settings(config: Config) -> ScorerSettings:
         config.reward.weights,
         config.reward.shaping,
         _overlong(config),
+        config.reward.send_tokens,
     )
 
 

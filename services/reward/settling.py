@@ -10,6 +10,7 @@ from polyhead.v1 import buffer_pb2 as pb
 from services.reward.items import score_of
 from services.reward.jobs import FailureKind, Result, each_of
 from services.reward.outbox import Outbox
+from services.reward.scorers.base import SampleError, check_spans
 from services.reward.stats import Stats
 
 log = structlog.get_logger()
@@ -62,7 +63,8 @@ class Settler:
     def _settle(self, scored: Iterable[tuple[pb.LeasedSample, Result]]) -> None:
         """Sends the scores of samples that belong together, and gives back those that have none."""
         completed: list[pb.CompletedSample] = []
-        for leased, result in scored:
+        for leased, scored_as in scored:
+            result = _checked(scored_as, leased)
             self._stats.count(result)
             if result.verdict is not None:
                 score = score_of(result.verdict, result, self._scorer)
@@ -77,3 +79,14 @@ class Settler:
 
     def give_back(self, sample_id: str, lease_id: int, reason: pb.ReleaseReason, error: str) -> None:
         self._outbox.release(pb.ReleasedSample(sample_id=sample_id, lease_id=lease_id, reason=reason, error=error))
+
+
+def _checked(result: Result, leased: pb.LeasedSample) -> Result:
+    """The result, or a failure where rewards are given to spans that the completion does not have."""
+    if result.verdict is None:
+        return result
+    try:
+        check_spans(result.verdict, leased.record.completion_tokens)
+    except SampleError as error:
+        return Result(None, result.seconds, FailureKind.RAISED, str(error))
+    return result

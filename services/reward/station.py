@@ -39,7 +39,7 @@ class Station(Protocol):
 
     @property
     def wants_tokens(self) -> bool:
-        """Whether jobs are to carry the token ids of their samples."""
+        """Whether items are to carry the token ids of their samples."""
         ...
 
     @property
@@ -50,6 +50,11 @@ class Station(Protocol):
     @property
     def width(self) -> int:
         """How many items it can be on at a time."""
+        ...
+
+    @property
+    def held_back(self) -> int:
+        """How many jobs wait for a scorer whose last score ran out of time: others are to find room beside them."""
         ...
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,8 @@ GATHER_S = 0.03
 SYNC_GATHER_S = 0.003
 # A poll that comes back empty sooner than this was not a long poll; the next one waits.
 _SHORT_POLL_S = 0.2
+# Samples that wait for a scorer which hangs come on top of `reward.max_inflight`, up to so many times as many.
+_MOST_HELD_BACK = 3
 # On stop, what is being scored gets this long to finish, and the buffer as long again to take the rest.
 DRAIN_S = 2.0
 
@@ -52,8 +54,9 @@ class Puller:
         self._samples_per_rpc = limits.samples_per_rpc
         self._gather_s = GATHER_S if config.staleness.max_staleness else SYNC_GATHER_S
         self._lease_ttl_s = config.buffer.lease_ttl_s
-        self._leased: dict[int, tuple[str, Job]] = {}
-        """By lease: its sample, and the job, which the samples of a group share that is judged or scored as a whole."""
+        self._leased: dict[int, tuple[str, Job | None]] = {}
+        """By lease, until the buffer has answered for it: its sample, and the job, which the samples of a group share
+        that is judged or scored as a whole. None while it is being fetched."""
         self._settled = asyncio.Event()
         self._has_leased = asyncio.Event()
         self._outbox = Outbox(buffer, replica_id, samples_per_rpc=limits.samples_per_rpc, on_settled=self._forget)
@@ -105,17 +108,24 @@ class Puller:
 
     async def _room(self) -> int:
         """How many samples may be leased now. Waits for a quarter of the whole, not for each single place."""
-        while (room := self._max_inflight - len(self._leased)) < max(1, self._max_inflight // 4):
+        while (room := self._most() - len(self._leased)) < max(1, self._max_inflight // 4):
             self._settled.clear()
             await self._settled.wait()
         return min(room, self._samples_per_rpc, self._station.room or room)
+
+    def _most(self) -> int:
+        """A scorer that hangs must not fill all places with its samples."""
+        return self._max_inflight + min(self._station.held_back, _MOST_HELD_BACK * self._max_inflight)
 
     async def _take(self, response: pb.LeaseResponse) -> int:
         """Hands what was leased to the station, as it is fetched. Returns how many samples were leased."""
         whole: list[pb.LeasedGroup] = []
         each: list[pb.LeasedGroup] = []
         for group in response.groups:
+            self._leased |= {sample.lease_id: (sample.sample_id, None) for sample in group.samples}
             (whole if self._station.scores_whole and not group.judge else each).append(group)
+        if self._leased:
+            self._has_leased.set()
         await self._take_whole(whole)
         await self._take_each(each)
         return sum(len(group.samples) for group in response.groups)
@@ -127,7 +137,9 @@ class Puller:
         try:
             async for fetched in fetch_payloads(self._buffer, samples, self._limits):
                 alone = [sample for sample in fetched if not group_of[sample.lease_id].judge]
-                self._submit(job for sample in alone for job in self._take_sample(sample, group_of[sample.lease_id]))
+                self._station.submit(
+                    [job for sample in alone for job in self._take_sample(sample, group_of[sample.lease_id])]
+                )
         except PolyheadError as error:
             log.warning("fetch_failing", reason=str(error))
             for sample in samples:
@@ -135,7 +147,7 @@ class Puller:
                     reason = f"it could not be fetched: {error}"
                     self._settler.give_back(sample.sample_id, sample.lease_id, pb.RELEASE_REASON_UNAVAILABLE, reason)
             await asyncio.sleep(RETRY_S)
-        self._submit(job for group in groups if group.judge for job in self._take_group(group))
+        self._station.submit([job for group in groups if group.judge for job in self._take_group(group)])
 
     async def _take_whole(self, groups: Sequence[pb.LeasedGroup]) -> None:
         """Groups whose samples are scored together."""
@@ -148,20 +160,15 @@ class Puller:
                     self._settler.give_back_group(each, f"it could not be fetched: {error}")
                 await asyncio.sleep(RETRY_S)
                 return
-            self._submit(self._job_of_whole(group, members))
-
-    def _submit(self, jobs: Iterable[Job]) -> None:
-        self._station.submit(list(jobs))
-        if self._leased:
-            self._has_leased.set()
+            self._station.submit(self._job_of_whole(group, members))
 
     def _take_sample(self, leased: pb.LeasedSample, group: pb.LeasedGroup) -> list[Job]:
-        """The job of scoring a sample; none when it cannot be read."""
+        """The job of scoring a sample; none when it cannot be read, or its lease was lost while it was fetched."""
         sample = self._read(leased)
-        if sample is None:
+        if sample is None or leased.lease_id not in self._leased:
             return []
-        token_ids = sample.segments[0].token_ids if self._station.wants_tokens and len(sample.segments) == 1 else b""
-        job = Job(item_of_sample(sample, group), partial(self._settler.on_result, leased), token_ids)
+        item = item_of_sample(sample, group, tokens=self._station.wants_tokens)
+        job = Job(item, partial(self._settler.on_result, leased))
         self._leased[leased.lease_id] = (leased.sample_id, job)
         return [job]
 
@@ -169,10 +176,11 @@ class Puller:
         """The job of scoring a group, siblings without a lease included; none when no leased sample can be read."""
         read = [(member, sample) for member in members if (sample := self._read(member)) is not None]
         scored = [member for member, _ in read]
-        leased = [member for member in scored if member.lease_id]
+        leased = [member for member in scored if member.lease_id in self._leased]
         if not leased:
             return []
-        item = WholeItem(group.group_id, [item_of_sample(sample, group) for _, sample in read])
+        tokens = self._station.wants_tokens
+        item = WholeItem(group.group_id, [item_of_sample(sample, group, tokens=tokens) for _, sample in read])
         job = Job(item, partial(self._settler.on_whole, scored))
         for member in leased:
             self._leased[member.lease_id] = (member.sample_id, job)
@@ -201,7 +209,8 @@ class Puller:
             return []
         job = Job(item_of_group(group), partial(self._settler.on_judged, group))
         for leased in group.samples:
-            self._leased[leased.lease_id] = (leased.sample_id, job)
+            if leased.lease_id in self._leased:
+                self._leased[leased.lease_id] = (leased.sample_id, job)
         return [job]
 
     def _forget(self, lease_ids: Sequence[int]) -> None:
@@ -218,7 +227,7 @@ class Puller:
             for start in range(0, len(held), self._samples_per_rpc):
                 await self._extend(held[start : start + self._samples_per_rpc])
 
-    async def _extend(self, held: list[tuple[int, tuple[str, Job]]]) -> None:
+    async def _extend(self, held: list[tuple[int, tuple[str, Job | None]]]) -> None:
         request = [pb.ExtendedSample(sample_id=sample_id, lease_id=lease_id) for lease_id, (sample_id, _) in held]
         try:
             response = await self._buffer.extend(self._replica_id, request)
@@ -229,14 +238,17 @@ class Puller:
             if result.outcome in (pb.OUTCOME_LEASE_LOST, pb.OUTCOME_GONE) and lease_id in self._leased:
                 log.info("lease_lost", sample_id=result.sample_id)
                 self._forget([lease_id])
-                # Others of its group may still be held.
-                job.cancelled = not any(held_job is job for _, held_job in self._leased.values())
+                if job is not None:
+                    # Others of its group may still be held.
+                    job.cancelled = not any(held_job is job for _, held_job in self._leased.values())
 
     async def _drain(self) -> None:
         await self._wait_until_settled()
-        unfinished = [(lease_id, *held) for lease_id, held in self._leased.items() if not held[1].reported]
+        on_their_way = self._outbox.lease_ids()
+        unfinished = [(lease_id, *held) for lease_id, held in self._leased.items() if lease_id not in on_their_way]
         for lease_id, sample_id, job in unfinished:
-            job.cancelled = True
+            if job is not None:
+                job.cancelled = True
             self._settler.give_back(sample_id, lease_id, pb.RELEASE_REASON_DRAIN, "the replica is leaving")
         if self._leased:
             await self._wait_until_settled()

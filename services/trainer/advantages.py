@@ -17,6 +17,7 @@ from services.common.config import Config
 from services.common.config.algorithm import AlgorithmConfig
 from services.trainer.algorithms import kl
 from services.trainer.algorithms.estimators import Episodes, normalized, token_advantages
+from services.trainer.algorithms.process import ProcessRewards
 from services.trainer.algorithms.user_function import TokenLogprobs, user_advantages
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.batch.packing import PackedBatch
@@ -111,10 +112,19 @@ def _advantages(
         rows=_rows(steps),
         positions=np.concatenate([step.positions for step in steps]),
         kl=divergence if algorithm.kl_coef else None,
+        process=_process(samples),
     )
     if algorithm.advantage_function:
         return user_advantages(samples, episodes, TokenLogprobs(recorded, logprobs, ref_logprobs, divergence), config)
     return token_advantages(episodes, algorithm)
+
+
+def _process(samples: Sequence[TrainSample]) -> ProcessRewards | None:
+    earned = [(row, *each) for row, sample in enumerate(samples) for each in sample.process]
+    if not earned:
+        return None
+    rows, positions, rewards = zip(*earned, strict=True)
+    return ProcessRewards(np.array(rows), np.array(positions), np.array(rewards, dtype=np.float64))
 
 
 def _flat(steps: Sequence[StepTokens], packed: Sequence[Packed | None]) -> NDArray[np.float64]:

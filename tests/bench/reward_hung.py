@@ -17,47 +17,56 @@ from tests.bench import math_pairs
 from tests.bench.reward_math import PROCESSES, items
 from tests.kit.reward_items import BY_ORDER, item, running_pool
 
+BY_TYPE = "reward_functions:by_type"
 _HUNG = 4
 _LIMIT_S = 2.0
 
 
 async def measure_hung(rounds: int, seconds: float) -> dict[str, Any]:
-    """Two pools on one event loop: math with two processes at full load, and beside it one process that hangs.
+    """One pool of two processes, math at full load, and in it a scorer whose every sample hangs.
 
-    What hangs waits for ever without working (`slowdown_with_hung_pct`), or works for ever, which takes a core of its
-    own (`slowdown_with_spinning_pct`). Its queue never empties: when the process is killed, at the default time limit,
-    its successor hangs on the next sample. `slowdown_in_one_pool_pct` is of samples of ten milliseconds in a pool of
-    two processes, of which one waits for ever.
+    What hangs waits for ever without working (`slowdown_with_hung_pct`), or works for ever
+    (`slowdown_with_spinning_pct`). Its queue never empties: when a process is killed, at the default time limit, the
+    next sample hangs in another one. The first round begins with a scorer that nobody knows to hang: `..._first_pct`.
+    `slowdown_in_two_pools_pct` has the scorer that waits in a pool of its own, of one process.
+    `slowdown_by_sample_pct` is one sample of the very scorer that hangs, beside others of ten milliseconds.
     """
     limit_s = RewardConfig().score_timeout_s
-    work = items(math_pairs.load())
+    work = [each._replace(metadata_json='{"rm_type": "math"}') for each in items(math_pairs.load())]
+    figures: dict[str, Any] = {}
+    for name, word in (("hung", "wait"), ("spinning", "hang")):
+        async with running_pool(BY_TYPE, processes=PROCESSES, timeout_s=limit_s) as pool:
+            await pool.score(work)
+            slowdowns = [await _slowdown(pool, work, pool, [item(word)] * 1000, seconds) for _ in range(rounds)]
+        figures[f"slowdown_with_{name}_first_pct"] = round(slowdowns[0], 1)
+        figures[f"slowdown_with_{name}_pct"] = round(statistics.median(slowdowns), 1)
     async with AsyncExitStack() as stack:
-        math = await stack.enter_async_context(running_pool("math", processes=PROCESSES, timeout_s=limit_s))
+        math = await stack.enter_async_context(running_pool(BY_TYPE, processes=PROCESSES, timeout_s=limit_s))
         hung = await stack.enter_async_context(running_pool(BY_ORDER, timeout_s=limit_s))
         await math.score(work)
-        waiting = [await _slowdown(math, work, hung, "wait", seconds) for _ in range(rounds)]
-        spinning = [await _slowdown(math, work, hung, "hang", seconds) for _ in range(rounds)]
+        apart = [await _slowdown(math, work, hung, [item("wait")] * 1000, seconds) for _ in range(rounds)]
     async with running_pool(BY_ORDER, processes=PROCESSES, timeout_s=limit_s) as pool:
         work = [item("sleep 0.01")] * 100
         await pool.score(work)
-        together = await _slowdown(pool, work, pool, "wait", min(seconds, limit_s / 2))
+        by_sample = await _slowdown(pool, work, pool, [item("wait")], min(seconds, limit_s / 2))
     async with running_pool(BY_ORDER, timeout_s=_LIMIT_S) as pool:
         lives = [await _life(pool) for _ in range(_HUNG)]
-    return {
-        "slowdown_with_hung_pct": round(statistics.median(waiting), 1),
-        "slowdown_with_spinning_pct": round(statistics.median(spinning), 1),
-        "slowdown_in_one_pool_pct": round(together, 1),
+    return figures | {
+        "slowdown_in_two_pools_pct": round(statistics.median(apart), 1),
+        "slowdown_by_sample_pct": round(by_sample, 1),
         "hung_limit_s": _LIMIT_S,
         "hung_dies_after_s": round(max(life for life, _ in lives), 3),
         "hung_but_scored": sum(result.failure is not FailureKind.TIMED_OUT for _, result in lives),
     }
 
 
-async def _slowdown(pool: ScorerPool, work: Sequence[Item], hung: ScorerPool, word: str, seconds: float) -> float:
+async def _slowdown(
+    pool: ScorerPool, work: Sequence[Item], other: ScorerPool, hung: Sequence[Item], seconds: float
+) -> float:
     """In percent, of the rate alone just before."""
     alone = await _rate(pool, work, seconds)
-    hanging = asyncio.create_task(hung.score([item(word)] * (1000 if hung is not pool else 1)))
-    await asyncio.sleep(0.1)
+    hanging = asyncio.create_task(other.score(hung))
+    await asyncio.sleep(0)  # it has its processes before the others come
     beside = await _rate(pool, work, seconds)
     hanging.cancel()
     await asyncio.gather(hanging, return_exceptions=True)

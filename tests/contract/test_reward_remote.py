@@ -13,7 +13,7 @@ from aiohttp import web
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.common.config import Config
-from services.common.errors import ConfigError, UnavailableError
+from services.common.errors import UnavailableError
 from services.common.lifecycle import Process
 from services.common.process import free_port
 from services.reward.check import check_scorer
@@ -124,7 +124,7 @@ async def test_before_a_run_the_server_is_asked_once(buffer: FakeBuffer) -> None
         await check_scorer(config, prompt)
         assert server.calls == [{"prompt": "What?", "response": "42", "label": "42"}]
         server.answer = lambda body: "good"
-        with pytest.raises(ConfigError, match="fails on the first prompt: the returned reward is a str"):
+        with pytest.raises(UnavailableError, match="the returned reward is a str"):
             await check_scorer(config, prompt)
     with pytest.raises(UnavailableError, match="cannot be connected to"):
         await check_scorer(config, prompt)

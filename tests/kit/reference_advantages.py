@@ -45,6 +45,36 @@ def rloo(batch: Sequence[dict[str, Any]], *, kl_coef: float) -> list[float]:
     return result
 
 
+def process_outcome(sample: dict[str, Any], *, only: bool, whole: bool) -> dict[str, Any]:
+    """The sample with what it is rewarded with as a whole; `whole` adds up what its parts are rewarded with."""
+    reward = 0.0 if only else sample["reward"]
+    return {**sample, "reward": reward + (math.fsum(r for _, r in sample["process"]) if whole else 0.0)}
+
+
+def process_supervision(batch: Sequence[dict[str, Any]], *, std: bool) -> list[list[float]]:
+    """DeepSeekMath, section 4.1.3: per completion token, the sum over steps j with index(j) >= t of the normalised r_j.
+
+    A sample's "process" is a list of (index(j), r_j). With Bessel's correction; 0 in a group of one sample.
+    """
+    result = []
+    for sample in batch:
+        members = [other for other in batch if other["group"] == sample["group"]]
+        rewards = [reward for member in members for _, reward in member["process"]]
+        if len(members) == 1 or len(rewards) < 2:
+            result.append([0.0] * len(sample["mask"]))
+            continue
+        mean = math.fsum(rewards) / len(rewards)
+        deviation = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
+        scale = deviation + 1e-6 if std else 1.0
+        result.append(
+            [
+                math.fsum((reward - mean) / scale for index, reward in sample["process"] if index >= place)
+                for place in range(len(sample["mask"]))
+            ]
+        )
+    return result
+
+
 def returns(
     batch: Sequence[dict[str, Any]], *, kl_coef: float, gamma: float, baseline: bool
 ) -> list[list[float | None]]:
@@ -62,6 +92,10 @@ def returns(
         earned = [0.0] * len(sample["mask"])
         for place in trained:
             earned[place] = -kl_coef * sample["kl"][place] + (reward if place == trained[-1] else 0.0)
+        for index, step_reward in sample.get("process", ()):
+            before = [place for place in trained if place <= index]
+            if before:
+                earned[before[-1]] += step_reward
         of_sample: list[float | None] = [None] * len(earned)
         for place in trained:
             of_sample[place] = math.fsum(

@@ -158,6 +158,8 @@ class FakeBuffer(buffer_pb2_grpc.BufferServiceServicer):
         payload_bytes = _bytes(sample) if payload else b""
         index = sample.index if isinstance(sample, sample_pb2.Sample) else 0
         leased = pb.LeasedSample(sample_id=sample_id, index=index, lease_id=lease_id, sample=payload_bytes)
+        if isinstance(sample, sample_pb2.Sample):
+            leased.record.completion_tokens = sum(each.num_tokens - each.prompt_length for each in sample.segments)
         response.groups.append(pb.LeasedGroup(group_id="g00000001", group_size=8, order=1, samples=[leased]))
 
     def _result(self, sample: Any, outcome: pb.Outcome) -> pb.SampleResult:

@@ -8,10 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from services.reward.scorers.base import Item, Scorer
+from services.reward.scorers.builtin import Options, load_builtin
 
 
 async def by_order(args: Any, sample: Any, **kwargs: Any) -> Any:
@@ -19,6 +24,9 @@ async def by_order(args: Any, sample: Any, **kwargs: Any) -> Any:
     word, _, rest = sample.response.partition(" ")
     if word == "sleep":
         await asyncio.sleep(float(rest))
+    elif word == "until":
+        while not _is_there(rest):
+            await asyncio.sleep(0.01)
     elif word == "hang":
         while True:
             pass
@@ -58,6 +66,22 @@ async def by_order(args: Any, sample: Any, **kwargs: Any) -> Any:
     return 1.0
 
 
+def _is_there(path: str) -> bool:
+    return Path(path).exists()
+
+
+async def by_type(args: Any, sample: Any, **kwargs: Any) -> Any:
+    """Two scorers in one function: the real one of mathematics, and the one above."""
+    if sample.metadata.get("rm_type") != "math":
+        return await by_order(args, sample)
+    return _math()(Item("", "", "", sample.response, sample.label or "", "", "completed", 0, 0, 0)).reward
+
+
+@cache
+def _math() -> Scorer:
+    return load_builtin("math", Options())
+
+
 async def ranks(args: Any, samples: list[Any], **kwargs: Any) -> Any:
     """Scores a group: how many samples are shorter. Does what any completion's first word says."""
     words = [sample.response.partition(" ")[0] for sample in samples]
@@ -83,6 +107,20 @@ async def ranks(args: Any, samples: list[Any], **kwargs: Any) -> Any:
 
 def ranks_as_array(args: SimpleNamespace, samples: list[Any]) -> Any:
     return np.arange(len(samples)) / 4
+
+
+def steps(args: Any, sample: Any, **kwargs: Any) -> Any:
+    """Rewards the halves of the completion, and says what tokens it saw; does what the completion says."""
+    prompt = len(sample.tokens) - sample.response_length
+    half = sample.response_length // 2
+    spans: Any = [[0, half, 0.25], (np.int64(half), sample.response_length, np.float32(0.5))]
+    if sample.response.startswith("spans "):
+        spans = eval(sample.response.removeprefix("spans "))  # the test's own text
+    return {"score": 1.0, "spans": spans, "prompt": prompt, "first": sample.tokens[prompt] if sample.tokens else -1}
+
+
+async def steps_of_group(args: Any, samples: list[Any], **kwargs: Any) -> Any:
+    return [{"score": sample.index, "spans": [[0, sample.response_length, sample.index]]} for sample in samples]
 
 
 def plain(args: SimpleNamespace, sample: Any) -> float:

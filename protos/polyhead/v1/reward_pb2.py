@@ -25,25 +25,25 @@ _sym_db = _symbol_database.Default()
 from polyhead.v1 import sample_pb2 as polyhead_dot_v1_dot_sample__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18polyhead/v1/reward.proto\x12\x0bpolyhead.v1\x1a\x18polyhead/v1/sample.proto\"E\n\x0cScoreRequest\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12%\n\x05items\x18\x02 \x03(\x0b\x32\x16.polyhead.v1.ScoreItem\"W\n\tScoreItem\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.polyhead.v1.Prompt\x12\x12\n\ncompletion\x18\x03 \x01(\t\":\n\rScoreResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.polyhead.v1.ScoreResult\"y\n\x0bScoreResult\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12#\n\x05score\x18\x02 \x01(\x0b\x32\x12.polyhead.v1.ScoreH\x00\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x17.polyhead.v1.ScoreErrorH\x00\x42\x08\n\x06result\"H\n\nScoreError\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.polyhead.v1.ScoreErrorKind\x12\x0f\n\x07message\x18\x02 \x01(\t*q\n\x0eScoreErrorKind\x12 \n\x1cSCORE_ERROR_KIND_UNSPECIFIED\x10\x00\x12 \n\x1cSCORE_ERROR_KIND_UNAVAILABLE\x10\x01\x12\x1b\n\x17SCORE_ERROR_KIND_FAILED\x10\x02\x32O\n\rRewardService\x12>\n\x05Score\x12\x19.polyhead.v1.ScoreRequest\x1a\x1a.polyhead.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18polyhead/v1/reward.proto\x12\x0bpolyhead.v1\x1a\x18polyhead/v1/sample.proto\"E\n\x0cScoreRequest\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12%\n\x05items\x18\x02 \x03(\x0b\x32\x16.polyhead.v1.ScoreItem\"\x81\x01\n\tScoreItem\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.polyhead.v1.Prompt\x12\x12\n\ncompletion\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x15\n\rprompt_length\x18\x05 \x01(\r\":\n\rScoreResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.polyhead.v1.ScoreResult\"y\n\x0bScoreResult\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12#\n\x05score\x18\x02 \x01(\x0b\x32\x12.polyhead.v1.ScoreH\x00\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x17.polyhead.v1.ScoreErrorH\x00\x42\x08\n\x06result\"H\n\nScoreError\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.polyhead.v1.ScoreErrorKind\x12\x0f\n\x07message\x18\x02 \x01(\t*q\n\x0eScoreErrorKind\x12 \n\x1cSCORE_ERROR_KIND_UNSPECIFIED\x10\x00\x12 \n\x1cSCORE_ERROR_KIND_UNAVAILABLE\x10\x01\x12\x1b\n\x17SCORE_ERROR_KIND_FAILED\x10\x02\x32O\n\rRewardService\x12>\n\x05Score\x12\x19.polyhead.v1.ScoreRequest\x1a\x1a.polyhead.v1.ScoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'polyhead.v1.reward_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOREERRORKIND']._serialized_start=484
-  _globals['_SCOREERRORKIND']._serialized_end=597
+  _globals['_SCOREERRORKIND']._serialized_start=527
+  _globals['_SCOREERRORKIND']._serialized_end=640
   _globals['_SCOREREQUEST']._serialized_start=67
   _globals['_SCOREREQUEST']._serialized_end=136
-  _globals['_SCOREITEM']._serialized_start=138
-  _globals['_SCOREITEM']._serialized_end=225
-  _globals['_SCORERESPONSE']._serialized_start=227
-  _globals['_SCORERESPONSE']._serialized_end=285
-  _globals['_SCORERESULT']._serialized_start=287
-  _globals['_SCORERESULT']._serialized_end=408
-  _globals['_SCOREERROR']._serialized_start=410
-  _globals['_SCOREERROR']._serialized_end=482
-  _globals['_REWARDSERVICE']._serialized_start=599
-  _globals['_REWARDSERVICE']._serialized_end=678
+  _globals['_SCOREITEM']._serialized_start=139
+  _globals['_SCOREITEM']._serialized_end=268
+  _globals['_SCORERESPONSE']._serialized_start=270
+  _globals['_SCORERESPONSE']._serialized_end=328
+  _globals['_SCORERESULT']._serialized_start=330
+  _globals['_SCORERESULT']._serialized_end=451
+  _globals['_SCOREERROR']._serialized_start=453
+  _globals['_SCOREERROR']._serialized_end=525
+  _globals['_REWARDSERVICE']._serialized_start=642
+  _globals['_REWARDSERVICE']._serialized_end=721
 # @@protoc_insertion_point(module_scope)

@@ -26,14 +26,18 @@ class ScoreRequest(_message.Message):
     def __init__(self, scorer: _Optional[str] = ..., items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ...) -> None: ...
 
 class ScoreItem(_message.Message):
-    __slots__ = ("sample_id", "prompt", "completion")
+    __slots__ = ("sample_id", "prompt", "completion", "token_ids", "prompt_length")
     SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     sample_id: str
     prompt: _sample_pb2.Prompt
     completion: str
-    def __init__(self, sample_id: _Optional[str] = ..., prompt: _Optional[_Union[_sample_pb2.Prompt, _Mapping]] = ..., completion: _Optional[str] = ...) -> None: ...
+    token_ids: bytes
+    prompt_length: int
+    def __init__(self, sample_id: _Optional[str] = ..., prompt: _Optional[_Union[_sample_pb2.Prompt, _Mapping]] = ..., completion: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., prompt_length: _Optional[int] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("results",)

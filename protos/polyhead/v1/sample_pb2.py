@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18polyhead/v1/sample.proto\x12\x0bpolyhead.v1\",\n\rWeightVersion\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x7f\n\x11WeightVersionSpan\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12!\n\x02kv\x18\x04 \x01(\x0e\x32\x15.polyhead.v1.KvOrigin\"t\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x17\n\rmessages_json\x18\x02 \x01(\tH\x00\x12\r\n\x05label\x18\x03 \x01(\t\x12\x15\n\rmetadata_json\x18\x04 \x01(\t\x12\x12\n\ntools_json\x18\x05 \x01(\tB\x07\n\x05input\"\x98\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x15\n\rsampling_seed\x18\x07 \x01(\x04\"\xec\x01\n\x07Segment\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x15\n\rprompt_length\x18\x03 \x01(\r\x12\x11\n\tloss_mask\x18\x04 \x01(\x0c\x12\x18\n\x10rollout_logprobs\x18\x05 \x01(\x0c\x12-\n\x05spans\x18\x06 \x03(\x0b\x32\x1e.polyhead.v1.WeightVersionSpan\x12\x1b\n\x13\x66irst_token_unix_us\x18\x07 \x01(\x03\x12\x1a\n\x12last_token_unix_us\x18\x08 \x01(\x03\x12\x0e\n\x06\x64igest\x18\t \x01(\x06\"\x94\x01\n\x05Score\x12\x0e\n\x06reward\x18\x01 \x01(\x01\x12,\n\x05parts\x18\x02 \x03(\x0b\x32\x1d.polyhead.v1.Score.PartsEntry\x12\x0e\n\x06scorer\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\'\n\x07\x42lobRef\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"\x97\x03\n\x06Sample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12#\n\x06prompt\x18\x04 \x01(\x0b\x32\x13.polyhead.v1.Prompt\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.polyhead.v1.SamplingParams\x12&\n\x08segments\x18\x06 \x03(\x0b\x32\x14.polyhead.v1.Segment\x12\x12\n\ncompletion\x18\x07 \x01(\t\x12\x30\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x19.polyhead.v1.FinishReason\x12\x17\n\x0f\x62\x65haviour_exact\x18\t \x01(\x08\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\x12+\n\x04refs\x18\x0b \x03(\x0b\x32\x1d.polyhead.v1.Sample.RefsEntry\x1a\x41\n\tRefsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.polyhead.v1.BlobRef:\x02\x38\x01\"\x99\x01\n\nTokenDelta\x12\x12\n\nfrom_token\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x18\n\x10rollout_logprobs\x18\x03 \x01(\x0c\x12-\n\x05spans\x18\x04 \x03(\x0b\x32\x1e.polyhead.v1.WeightVersionSpan\x12\x1b\n\x13\x66irst_token_unix_us\x18\x05 \x01(\x03\"\xb2\x01\n\x0bSampleIndex\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.polyhead.v1.FinishReason\x12\x32\n\x0eoldest_version\x18\x04 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\x0e\n\x06reward\x18\x05 \x01(\x01*T\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTAGE_GENERATE\x10\x01\x12\x0f\n\x0bSTAGE_SCORE\x10\x02\x12\x0f\n\x0bSTAGE_TRAIN\x10\x03*\xca\x02\n\x0bSampleState\x12\x1c\n\x18SAMPLE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SAMPLE_STATE_PENDING\x10\x01\x12\x1b\n\x17SAMPLE_STATE_GENERATING\x10\x02\x12\x1a\n\x16SAMPLE_STATE_GENERATED\x10\x03\x12\x18\n\x14SAMPLE_STATE_SCORING\x10\x04\x12\x17\n\x13SAMPLE_STATE_SCORED\x10\x05\x12\x16\n\x12SAMPLE_STATE_READY\x10\x06\x12\x19\n\x15SAMPLE_STATE_TRAINING\x10\x07\x12\x19\n\x15SAMPLE_STATE_CONSUMED\x10\x08\x12\x18\n\x14SAMPLE_STATE_RETIRED\x10\t\x12\x18\n\x14SAMPLE_STATE_DROPPED\x10\n\x12\x15\n\x11SAMPLE_STATE_DEAD\x10\x0b*\x96\x02\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44ROP_REASON_STALE\x10\x01\x12\x1d\n\x19\x44ROP_REASON_ZERO_VARIANCE\x10\x02\x12\x18\n\x14\x44ROP_REASON_FILTERED\x10\x03\x12\x1a\n\x16\x44ROP_REASON_GROUP_DEAD\x10\x04\x12\x17\n\x13\x44ROP_REASON_SURPLUS\x10\x05\x12\x18\n\x14\x44ROP_REASON_OVERSIZE\x10\x06\x12\x17\n\x13\x44ROP_REASON_INVALID\x10\x07\x12\x19\n\x15\x44ROP_REASON_CANCELLED\x10\x08\x12\x18\n\x14\x44ROP_REASON_OPERATOR\x10\t*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*Q\n\x08KvOrigin\x12\x19\n\x15KV_ORIGIN_UNSPECIFIED\x10\x00\x12\x13\n\x0fKV_ORIGIN_FRESH\x10\x01\x12\x15\n\x11KV_ORIGIN_CARRIED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18polyhead/v1/sample.proto\x12\x0bpolyhead.v1\",\n\rWeightVersion\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x7f\n\x11WeightVersionSpan\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12!\n\x02kv\x18\x04 \x01(\x0e\x32\x15.polyhead.v1.KvOrigin\"t\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x17\n\rmessages_json\x18\x02 \x01(\tH\x00\x12\r\n\x05label\x18\x03 \x01(\t\x12\x15\n\rmetadata_json\x18\x04 \x01(\t\x12\x12\n\ntools_json\x18\x05 \x01(\tB\x07\n\x05input\"\x98\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x15\n\rsampling_seed\x18\x07 \x01(\x04\"\xec\x01\n\x07Segment\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x15\n\rprompt_length\x18\x03 \x01(\r\x12\x11\n\tloss_mask\x18\x04 \x01(\x0c\x12\x18\n\x10rollout_logprobs\x18\x05 \x01(\x0c\x12-\n\x05spans\x18\x06 \x03(\x0b\x32\x1e.polyhead.v1.WeightVersionSpan\x12\x1b\n\x13\x66irst_token_unix_us\x18\x07 \x01(\x03\x12\x1a\n\x12last_token_unix_us\x18\x08 \x01(\x03\x12\x0e\n\x06\x64igest\x18\t \x01(\x06\"8\n\nRewardSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0e\n\x06reward\x18\x03 \x01(\x01\"\xbc\x01\n\x05Score\x12\x0e\n\x06reward\x18\x01 \x01(\x01\x12,\n\x05parts\x18\x02 \x03(\x0b\x32\x1d.polyhead.v1.Score.PartsEntry\x12\x0e\n\x06scorer\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12&\n\x05spans\x18\x05 \x03(\x0b\x32\x17.polyhead.v1.RewardSpan\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\'\n\x07\x42lobRef\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"\x97\x03\n\x06Sample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12#\n\x06prompt\x18\x04 \x01(\x0b\x32\x13.polyhead.v1.Prompt\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.polyhead.v1.SamplingParams\x12&\n\x08segments\x18\x06 \x03(\x0b\x32\x14.polyhead.v1.Segment\x12\x12\n\ncompletion\x18\x07 \x01(\t\x12\x30\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x19.polyhead.v1.FinishReason\x12\x17\n\x0f\x62\x65haviour_exact\x18\t \x01(\x08\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\x12+\n\x04refs\x18\x0b \x03(\x0b\x32\x1d.polyhead.v1.Sample.RefsEntry\x1a\x41\n\tRefsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.polyhead.v1.BlobRef:\x02\x38\x01\"\x99\x01\n\nTokenDelta\x12\x12\n\nfrom_token\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x18\n\x10rollout_logprobs\x18\x03 \x01(\x0c\x12-\n\x05spans\x18\x04 \x03(\x0b\x32\x1e.polyhead.v1.WeightVersionSpan\x12\x1b\n\x13\x66irst_token_unix_us\x18\x05 \x01(\x03\"\xb2\x01\n\x0bSampleIndex\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.polyhead.v1.FinishReason\x12\x32\n\x0eoldest_version\x18\x04 \x01(\x0b\x32\x1a.polyhead.v1.WeightVersion\x12\x0e\n\x06reward\x18\x05 \x01(\x01*T\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTAGE_GENERATE\x10\x01\x12\x0f\n\x0bSTAGE_SCORE\x10\x02\x12\x0f\n\x0bSTAGE_TRAIN\x10\x03*\xca\x02\n\x0bSampleState\x12\x1c\n\x18SAMPLE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SAMPLE_STATE_PENDING\x10\x01\x12\x1b\n\x17SAMPLE_STATE_GENERATING\x10\x02\x12\x1a\n\x16SAMPLE_STATE_GENERATED\x10\x03\x12\x18\n\x14SAMPLE_STATE_SCORING\x10\x04\x12\x17\n\x13SAMPLE_STATE_SCORED\x10\x05\x12\x16\n\x12SAMPLE_STATE_READY\x10\x06\x12\x19\n\x15SAMPLE_STATE_TRAINING\x10\x07\x12\x19\n\x15SAMPLE_STATE_CONSUMED\x10\x08\x12\x18\n\x14SAMPLE_STATE_RETIRED\x10\t\x12\x18\n\x14SAMPLE_STATE_DROPPED\x10\n\x12\x15\n\x11SAMPLE_STATE_DEAD\x10\x0b*\x96\x02\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44ROP_REASON_STALE\x10\x01\x12\x1d\n\x19\x44ROP_REASON_ZERO_VARIANCE\x10\x02\x12\x18\n\x14\x44ROP_REASON_FILTERED\x10\x03\x12\x1a\n\x16\x44ROP_REASON_GROUP_DEAD\x10\x04\x12\x17\n\x13\x44ROP_REASON_SURPLUS\x10\x05\x12\x18\n\x14\x44ROP_REASON_OVERSIZE\x10\x06\x12\x17\n\x13\x44ROP_REASON_INVALID\x10\x07\x12\x19\n\x15\x44ROP_REASON_CANCELLED\x10\x08\x12\x18\n\x14\x44ROP_REASON_OPERATOR\x10\t*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*Q\n\x08KvOrigin\x12\x19\n\x15KV_ORIGIN_UNSPECIFIED\x10\x00\x12\x13\n\x0fKV_ORIGIN_FRESH\x10\x01\x12\x15\n\x11KV_ORIGIN_CARRIED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,16 +35,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCORE_PARTSENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLE_REFSENTRY']._loaded_options = None
   _globals['_SAMPLE_REFSENTRY']._serialized_options = b'8\001'
-  _globals['_STAGE']._serialized_start=1667
-  _globals['_STAGE']._serialized_end=1751
-  _globals['_SAMPLESTATE']._serialized_start=1754
-  _globals['_SAMPLESTATE']._serialized_end=2084
-  _globals['_DROPREASON']._serialized_start=2087
-  _globals['_DROPREASON']._serialized_end=2365
-  _globals['_FINISHREASON']._serialized_start=2368
-  _globals['_FINISHREASON']._serialized_end=2513
-  _globals['_KVORIGIN']._serialized_start=2515
-  _globals['_KVORIGIN']._serialized_end=2596
+  _globals['_STAGE']._serialized_start=1765
+  _globals['_STAGE']._serialized_end=1849
+  _globals['_SAMPLESTATE']._serialized_start=1852
+  _globals['_SAMPLESTATE']._serialized_end=2182
+  _globals['_DROPREASON']._serialized_start=2185
+  _globals['_DROPREASON']._serialized_end=2463
+  _globals['_FINISHREASON']._serialized_start=2466
+  _globals['_FINISHREASON']._serialized_end=2611
+  _globals['_KVORIGIN']._serialized_start=2613
+  _globals['_KVORIGIN']._serialized_end=2694
   _globals['_WEIGHTVERSION']._serialized_start=41
   _globals['_WEIGHTVERSION']._serialized_end=85
   _globals['_WEIGHTVERSIONSPAN']._serialized_start=87
@@ -55,18 +55,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_end=487
   _globals['_SEGMENT']._serialized_start=490
   _globals['_SEGMENT']._serialized_end=726
-  _globals['_SCORE']._serialized_start=729
-  _globals['_SCORE']._serialized_end=877
-  _globals['_SCORE_PARTSENTRY']._serialized_start=833
-  _globals['_SCORE_PARTSENTRY']._serialized_end=877
-  _globals['_BLOBREF']._serialized_start=879
-  _globals['_BLOBREF']._serialized_end=918
-  _globals['_SAMPLE']._serialized_start=921
-  _globals['_SAMPLE']._serialized_end=1328
-  _globals['_SAMPLE_REFSENTRY']._serialized_start=1263
-  _globals['_SAMPLE_REFSENTRY']._serialized_end=1328
-  _globals['_TOKENDELTA']._serialized_start=1331
-  _globals['_TOKENDELTA']._serialized_end=1484
-  _globals['_SAMPLEINDEX']._serialized_start=1487
-  _globals['_SAMPLEINDEX']._serialized_end=1665
+  _globals['_REWARDSPAN']._serialized_start=728
+  _globals['_REWARDSPAN']._serialized_end=784
+  _globals['_SCORE']._serialized_start=787
+  _globals['_SCORE']._serialized_end=975
+  _globals['_SCORE_PARTSENTRY']._serialized_start=931
+  _globals['_SCORE_PARTSENTRY']._serialized_end=975
+  _globals['_BLOBREF']._serialized_start=977
+  _globals['_BLOBREF']._serialized_end=1016
+  _globals['_SAMPLE']._serialized_start=1019
+  _globals['_SAMPLE']._serialized_end=1426
+  _globals['_SAMPLE_REFSENTRY']._serialized_start=1361
+  _globals['_SAMPLE_REFSENTRY']._serialized_end=1426
+  _globals['_TOKENDELTA']._serialized_start=1429
+  _globals['_TOKENDELTA']._serialized_end=1582
+  _globals['_SAMPLEINDEX']._serialized_start=1585
+  _globals['_SAMPLEINDEX']._serialized_end=1763
 # @@protoc_insertion_point(module_scope)

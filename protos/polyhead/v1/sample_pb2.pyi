@@ -164,8 +164,18 @@ class Segment(_message.Message):
     digest: int
     def __init__(self, token_ids: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., loss_mask: _Optional[bytes] = ..., rollout_logprobs: _Optional[bytes] = ..., spans: _Optional[_Iterable[_Union[WeightVersionSpan, _Mapping]]] = ..., first_token_unix_us: _Optional[int] = ..., last_token_unix_us: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
 
+class RewardSpan(_message.Message):
+    __slots__ = ("start", "end", "reward")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    REWARD_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    reward: float
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., reward: _Optional[float] = ...) -> None: ...
+
 class Score(_message.Message):
-    __slots__ = ("reward", "parts", "scorer", "seconds")
+    __slots__ = ("reward", "parts", "scorer", "seconds", "spans")
     class PartsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -177,11 +187,13 @@ class Score(_message.Message):
     PARTS_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
     reward: float
     parts: _containers.ScalarMap[str, float]
     scorer: str
     seconds: float
-    def __init__(self, reward: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ..., scorer: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+    spans: _containers.RepeatedCompositeFieldContainer[RewardSpan]
+    def __init__(self, reward: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ..., scorer: _Optional[str] = ..., seconds: _Optional[float] = ..., spans: _Optional[_Iterable[_Union[RewardSpan, _Mapping]]] = ...) -> None: ...
 
 class BlobRef(_message.Message):
     __slots__ = ("sha256", "size")

@@ -71,6 +71,9 @@ class AlgorithmConfig(Section):
     normalize_advantages: bool = False
     """Whiten the advantages over all trained tokens of the step. reinforce_plus_plus and its baseline always do
     (slime: --normalize-advantages)."""
+    process_rewards: Literal["add", "only"] = "add"
+    """Of samples whose scorer rewards spans of tokens. add: beside the reward of the whole. only: instead of it, as in
+    DeepSeekMath."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount per completion token: reinforce_plus_plus and its baseline."""
     lambd: float = 1.0
@@ -111,6 +114,11 @@ class AlgorithmConfig(Section):
     def token_level(self) -> bool:
         """Whether tokens of one sample differ in their advantages by the estimator's nature."""
         return self.name in _TOKEN_LEVEL
+
+    @property
+    def whole_completions(self) -> bool:
+        """Whether all tokens of a sample have one advantage, whatever it was rewarded for."""
+        return self.name == "rloo" or self.policy_loss == "gspo"
 
     @property
     def needs_reference(self) -> bool:

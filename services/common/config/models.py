@@ -356,6 +356,33 @@ class CodeConfig(Section):
     """Of each process of a program, and of its files."""
 
 
+class RewardEngineConfig(Section):
+    """A Hugging Face reward model in an SGLang engine that the run starts, and starts again when it ends."""
+
+    model: Path | None = None
+    """Its directory: a sequence-classification model. None: no engine is started."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    python: Path | None = None
+    """SGLang's interpreter. Default: .engines/<device>/bin/python of this checkout."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto" is the checkpoint's."""
+    port: Annotated[int, Field(ge=0, lt=65536)] = 0
+    """On this machine; 0: any that is free."""
+    gpus: Positive = 1
+    """Tensor-parallel ranks."""
+    base_gpu: Annotated[int, Field(ge=0)] = 0
+    """The first of its GPUs."""
+    threads: Positive = 1
+    """torch threads on a CPU."""
+    args: dict[str, FlagValue] = Field(default_factory=dict)
+    """Further server arguments of SGLang, by the name of the flag: mem-fraction-static = 0.2."""
+
+    @field_validator("args")
+    @classmethod
+    def _flags_are_plain(cls, value: dict[str, FlagValue]) -> dict[str, FlagValue]:
+        return plain_flags(value)
+
+
 class RewardConfig(Section):
     replicas: Positive = 1
     address: str = "127.0.0.1:0"
@@ -378,6 +405,9 @@ class RewardConfig(Section):
     reward). The penalty comes after it."""
     group_rm: bool = False
     """Whole groups are scored: the function gets a list of samples, and gives a list (slime: --group-rm)."""
+    send_tokens: bool = False
+    """A function's samples have their token ids as `tokens`, prompt and completion, and so has what goes to a server of
+    kind "grpc": for rewards of spans of tokens."""
     buffer_filter: str = ""
     """The dotted path of a function with slime's signature that says which unfinished groups are continued first.
     Default: the oldest (slime: --buffer-filter-path)."""
@@ -389,11 +419,15 @@ class RewardConfig(Section):
     code: CodeConfig = Field(default_factory=CodeConfig)
     remote: RemoteConfig = Field(default_factory=RemoteConfig)
     """The servers of scorer = "remote" (docs/rewards_remote.md)."""
+    engine: RewardEngineConfig = Field(default_factory=RewardEngineConfig)
+    """One such server that the run starts by itself."""
 
     @model_validator(mode="after")
     def _remote_is_wanted_and_there(self) -> RewardConfig:
-        if self.scorer == REMOTE and not self.remote.urls:
-            raise ValueError('scorer = "remote" needs remote.urls')
+        if self.engine.model is not None and (self.scorer, self.remote.kind) != (REMOTE, "classify"):
+            raise ValueError('engine.model is for scorer = "remote" with remote.kind = "classify"')
+        if self.scorer == REMOTE and not self.remote.urls and self.engine.model is None:
+            raise ValueError('scorer = "remote" needs remote.urls, or engine.model')
         if self.scorer != REMOTE and self.remote.urls:
             raise ValueError(f'remote.urls is for scorer = "remote", not {self.scorer!r}')
         return self

@@ -10,8 +10,8 @@ from services.common.outbound import Place
 from services.reward.remote.breaker import Breaker, State
 from services.reward.remote.grpc_client import GrpcClient
 from services.reward.remote.kinds import Classify, Judge, RemoteRm
-from services.reward.remote.outcomes import Answer, BrokenCallError, CallError, Client, Request
-from services.reward.scorers.base import Verdict
+from services.reward.remote.outcomes import Answer, BrokenCallError, CallError, Client
+from services.reward.scorers.base import Item, Verdict
 
 
 class Endpoint:
@@ -29,7 +29,7 @@ class Endpoint:
         self.name = f"{place.host}:{place.port}"
         # Nothing that a server does, not even a slow drip of bytes, makes a call longer.
         self._limit_s = config.timeout_s + config.connect_timeout_s + 1.0
-        self._control: Request | None = None
+        self._control: Item | None = None
         self._checking: asyncio.Task[bool] | None = None
 
     @property
@@ -43,16 +43,16 @@ class Endpoint:
     def batch_size(self) -> int:
         return self.client.batch_size if self.breaker.state is State.CLOSED else 1
 
-    async def score(self, requests: Sequence[Request]) -> Sequence[Answer]:
+    async def score(self, items: Sequence[Item]) -> Sequence[Answer]:
         """Raises CallError."""
         try:
             async with asyncio.timeout(self._limit_s):
-                answers = await self.client.score(requests)
+                answers = await self.client.score(items)
         except TimeoutError:
             raise BrokenCallError(f"timed out after {self._limit_s:g} s", timed_out=True) from None
-        for request, answer in zip(requests, answers, strict=True):
+        for item, answer in zip(items, answers, strict=True):
             if isinstance(answer, Verdict):
-                self._control = request
+                self._control = item
         return answers
 
     async def still_scores(self) -> bool:

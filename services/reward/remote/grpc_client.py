@@ -15,16 +15,17 @@ from services.common.config.remote import RemoteConfig
 from services.common.errors import ConfigError, LimitError, from_rpc_error
 from services.common.outbound import Place, parse_network
 from services.common.rpc import outside_channel
+from services.common.wire import TOKEN_DTYPE
 from services.reward.remote.outcomes import (
     Answer,
     BadAnswerError,
     BrokenCallError,
     CallError,
-    Request,
+    RefusedError,
     UnreachableError,
 )
 from services.reward.remote.resolving import resolve
-from services.reward.scorers.base import Item, SampleError, Verdict
+from services.reward.scorers.base import Item, SampleError, Verdict, to_spans
 
 _Code = grpc.StatusCode
 # These say nothing about the samples, and will not pass by themselves.
@@ -55,9 +56,9 @@ class GrpcClient:
         self._retire(self._channel, grace_s=0)
         await asyncio.gather(*self._closing, return_exceptions=True)
 
-    async def score(self, requests: Sequence[Request]) -> Sequence[Answer]:
+    async def score(self, items: Sequence[Item]) -> Sequence[Answer]:
         channel = await self._open()
-        message = reward_pb2.ScoreRequest(scorer=self._config.scorer, items=[_to_proto(each.item) for each in requests])
+        message = reward_pb2.ScoreRequest(scorer=self._config.scorer, items=[_to_proto(each) for each in items])
         try:
             response = await reward_pb2_grpc.RewardServiceStub(channel).Score(
                 message, timeout=self._config.timeout_s, metadata=self._metadata
@@ -66,9 +67,9 @@ class GrpcClient:
             if error.code() is _Code.UNAVAILABLE:
                 self._retire(channel, grace_s=self._config.timeout_s)
             raise self._failure(error) from error
-        if len(response.results) != len(requests):
-            raise BadAnswerError(f"{len(response.results)} results for {len(requests)} items")
-        return [_answer(request, result) for request, result in zip(requests, response.results, strict=True)]
+        if len(response.results) != len(items):
+            raise BadAnswerError(f"{len(response.results)} results for {len(items)} items")
+        return [_answer(item, result) for item, result in zip(items, response.results, strict=True)]
 
     async def _open(self) -> grpc.aio.Channel:
         async with self._opening:
@@ -112,7 +113,7 @@ class GrpcClient:
         if code is _Code.RESOURCE_EXHAUSTED:
             too_large = isinstance(from_rpc_error(error), LimitError) or "larger than max" in said
             return BadAnswerError(reason) if too_large else UnreachableError(reason)
-        return BadAnswerError(reason) if code in _REFUSED else BrokenCallError(reason)
+        return RefusedError(reason) if code in _REFUSED else BrokenCallError(reason)
 
 
 def _to_proto(item: Item) -> reward_pb2.ScoreItem:
@@ -121,11 +122,18 @@ def _to_proto(item: Item) -> reward_pb2.ScoreItem:
         prompt.messages_json = item.messages_json
     else:
         prompt.text = item.prompt
-    return reward_pb2.ScoreItem(sample_id=item.sample_id, prompt=prompt, completion=item.completion)
+    prompt_length = len(item.token_ids) // TOKEN_DTYPE.itemsize - item.completion_tokens if item.token_ids else 0
+    return reward_pb2.ScoreItem(
+        sample_id=item.sample_id,
+        prompt=prompt,
+        completion=item.completion,
+        token_ids=item.token_ids,
+        prompt_length=prompt_length,
+    )
 
 
-def _answer(request: Request, result: reward_pb2.ScoreResult) -> Answer:
-    if result.sample_id != request.item.sample_id:
+def _answer(item: Item, result: reward_pb2.ScoreResult) -> Answer:
+    if result.sample_id != item.sample_id:
         return BadAnswerError(f"the result is of {result.sample_id!r:.80}")
     if result.HasField("error"):
         reason = " ".join(result.error.message.split())[:_MAX_REASON] or "no reason given"
@@ -135,7 +143,13 @@ def _answer(request: Request, result: reward_pb2.ScoreResult) -> Answer:
         return BadAnswerError("the result is neither a score nor an error")
     parts = dict(result.score.parts)
     bad = next((name for name, part in {"reward": result.score.reward, **parts}.items() if not math.isfinite(part)), "")
-    return BadAnswerError(f"{bad} is not a finite number") if bad else Verdict(result.score.reward, parts)
+    if bad:
+        return BadAnswerError(f"{bad} is not a finite number")
+    try:
+        spans = to_spans([[span.start, span.end, span.reward] for span in result.score.spans])
+    except SampleError as error:
+        return BadAnswerError(str(error))
+    return Verdict(result.score.reward, parts, spans)
 
 
 def _credentials(config: RemoteConfig) -> grpc.ChannelCredentials:

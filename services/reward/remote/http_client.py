@@ -11,7 +11,7 @@ import orjson
 from services.common.config.remote import RemoteConfig
 from services.common.errors import ConfigError
 from services.common.outbound import parse_network
-from services.reward.remote.outcomes import BadAnswerError, BrokenCallError, UnreachableError
+from services.reward.remote.outcomes import BadAnswerError, BrokenCallError, RefusedError, UnreachableError
 from services.reward.remote.resolving import CheckedResolver
 
 # Below the 5 s after which common servers close an idle connection, which would look like a call that broke.
@@ -101,7 +101,7 @@ class HttpSession:
             raise UnreachableError(said)
         if status >= 500:
             raise BrokenCallError(said)
-        raise BadAnswerError(said)
+        raise RefusedError(said)
 
     def _excerpt(self, content: bytes) -> str:
         text = content[: 2 * _EXCERPT].decode(errors="replace")

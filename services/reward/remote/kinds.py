@@ -13,7 +13,7 @@ from services.common.config.remote import RemoteConfig
 from services.common.errors import ConfigError
 from services.common.wire import decode_tokens
 from services.reward.remote.http_client import HttpSession
-from services.reward.remote.outcomes import Answer, BadAnswerError, Request
+from services.reward.remote.outcomes import Answer, BadAnswerError
 from services.reward.remote.texts import filled
 from services.reward.scorers.base import Item, SampleError, Verdict, finite, to_verdict
 
@@ -30,9 +30,9 @@ class RemoteRm:
         self._http, self._url = HttpSession(config), url
         self.start, self.close = self._http.start, self._http.close
 
-    async def score(self, requests: Sequence[Request]) -> Sequence[Answer]:
-        [request] = requests
-        answer = await self._http.post(self._url, _contract(request.item))
+    async def score(self, items: Sequence[Item]) -> Sequence[Answer]:
+        [item] = items
+        answer = await self._http.post(self._url, _contract(item))
         try:
             return [to_verdict(answer)]
         except SampleError as error:
@@ -59,9 +59,9 @@ class Judge:
         if config.judge.prompt_file is not None:
             self._prompt = _read(config.judge.prompt_file)
 
-    async def score(self, requests: Sequence[Request]) -> Sequence[Answer]:
-        [request] = requests
-        messages = [{"role": "user", "content": filled(self._prompt, request.item)}]
+    async def score(self, items: Sequence[Item]) -> Sequence[Answer]:
+        [item] = items
+        messages = [{"role": "user", "content": filled(self._prompt, item)}]
         if self._judge.system:
             messages.insert(0, {"role": "system", "content": self._judge.system})
         answer = await self._http.post(
@@ -100,25 +100,25 @@ class Classify:
         self._classify = config.classify
         self.batch_size = config.batch_size
 
-    async def score(self, requests: Sequence[Request]) -> Sequence[Answer]:
+    async def score(self, items: Sequence[Item]) -> Sequence[Answer]:
         # One call takes either all as token ids or all as text.
         tokens = self._classify.input == "tokens"
         answers: dict[int, Answer] = {}
         for with_tokens in (True, False):
-            places = [at for at, each in enumerate(requests) if bool(tokens and each.token_ids) is with_tokens]
+            places = [at for at, each in enumerate(items) if bool(tokens and each.token_ids) is with_tokens]
             if places:
-                found = await self._call([requests[at] for at in places], with_tokens=with_tokens)
+                found = await self._call([items[at] for at in places], with_tokens=with_tokens)
                 answers |= zip(places, found, strict=True)
-        return [answers[at] for at in range(len(requests))]
+        return [answers[at] for at in range(len(items))]
 
-    async def _call(self, requests: Sequence[Request], *, with_tokens: bool) -> list[Answer]:
+    async def _call(self, items: Sequence[Item], *, with_tokens: bool) -> list[Answer]:
         if with_tokens:
-            body: dict[str, Any] = {"input_ids": [decode_tokens(each.token_ids).tolist() for each in requests]}
+            body: dict[str, Any] = {"input_ids": [decode_tokens(each.token_ids).tolist() for each in items]}
         else:
-            body = {"text": [filled(self._classify.text, each.item) for each in requests]}
+            body = {"text": [filled(self._classify.text, each) for each in items]}
         answers = await self._http.post(self._url, body)
-        if not isinstance(answers, list) or len(answers) != len(requests):
-            raise BadAnswerError(f"the answer is no list of {len(requests)}")
+        if not isinstance(answers, list) or len(answers) != len(items):
+            raise BadAnswerError(f"the answer is no list of {len(items)}")
         return [self._logit(answer) for answer in answers]
 
     def _logit(self, answer: Any) -> Answer:

@@ -6,7 +6,7 @@ A server may also say so of a sample by its contract: that is `SampleError`, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from services.reward.scorers.base import Item, SampleError, Verdict
 
@@ -31,16 +31,12 @@ class BrokenCallError(CallError):
         self.timed_out = timed_out
 
 
+class RefusedError(CallError):
+    """The sample's: the server says that it does not score it."""
+
+
 class BadAnswerError(CallError):
-    """The sample's: it was refused, or its answer holds no score. Where that happens to all, the server's as well."""
-
-
-class Request(NamedTuple):
-    """One sample to score."""
-
-    item: Item
-    token_ids: bytes = b""
-    """int32, where they are wanted and known."""
+    """The server's or the sample's: what came is no score."""
 
 
 Answer = Verdict | SampleError | CallError
@@ -55,6 +51,6 @@ class Client(Protocol):
 
     async def close(self) -> None: ...
 
-    async def score(self, requests: Sequence[Request]) -> Sequence[Answer]:
-        """One answer per request, in order. Raises CallError when there is none to any of them."""
+    async def score(self, items: Sequence[Item]) -> Sequence[Answer]:
+        """One answer per item, in order. Raises CallError when there is none to any of them."""
         ...

@@ -26,7 +26,7 @@ from services.reward.remote.outcomes import (
     BadAnswerError,
     BrokenCallError,
     CallError,
-    Request,
+    RefusedError,
     UnreachableError,
 )
 from services.reward.scorers.base import Item, SampleError, Verdict
@@ -41,11 +41,11 @@ _LOOK_S = 0.5
 class _Entry:
     """A job on its way."""
 
-    __slots__ = ("alone", "always_broke", "job", "request", "tries")
+    __slots__ = ("alone", "always_broke", "item", "job", "tries")
 
     def __init__(self, job: Job, item: Item) -> None:
         self.job = job
-        self.request = Request(item, job.token_ids)
+        self.item = item
         self.tries = 0
         self.always_broke = True
         """Whether each failure so far may have been the sample's."""
@@ -57,11 +57,20 @@ class RemoteStation:
     """Scores elsewhere. The user's filters, if the run has any, are in a pool of processes here."""
 
     def __init__(
-        self, config: RemoteConfig, filters: ScorerPool | None = None, penalty: Overlong | None = None
+        self,
+        config: RemoteConfig,
+        filters: ScorerPool | None = None,
+        penalty: Overlong | None = None,
+        *,
+        send_tokens: bool = False,
     ) -> None:
-        """Raises ConfigError for certificates or prompts that cannot be read."""
+        """`send_tokens` is for servers of kind "grpc".
+
+        Raises ConfigError for certificates or prompts that cannot be read.
+        """
         self._config = config
         self._penalty = penalty
+        self._send_tokens = send_tokens
         self._filters = filters
         self._endpoints = [Endpoint(config, place, self._on_change) for place in config.places]
         self._queue: deque[_Entry] = deque()
@@ -89,12 +98,19 @@ class RemoteStation:
 
     @property
     def wants_tokens(self) -> bool:
-        return self._config.kind == "classify" and self._config.classify.input == "tokens"
+        kind = self._config.kind
+        return (kind == "classify" and self._config.classify.input == "tokens") or (
+            kind == "grpc" and self._send_tokens
+        )
 
     @property
     def room(self) -> int | None:
         """While it is not known that any server answers, one sample finds out."""
         return None if any(each.breaker.state is State.CLOSED for each in self._endpoints) else 1
+
+    @property
+    def held_back(self) -> int:
+        return 0
 
     @property
     def trouble(self) -> str:
@@ -228,7 +244,7 @@ class RemoteStation:
     async def _call(self, endpoint: Endpoint, entries: list[_Entry]) -> None:
         begun = time.perf_counter()
         try:
-            answers = await endpoint.score([entry.request for entry in entries])
+            answers = await endpoint.score([entry.item for entry in entries])
         except CallError as error:
             if len(entries) > 1 and not isinstance(error, UnreachableError):
                 endpoint.breaker.bad(str(error))
@@ -245,19 +261,24 @@ class RemoteStation:
     async def _settle(
         self, endpoint: Endpoint, entries: list[_Entry], answers: Sequence[Answer], seconds: float
     ) -> None:
-        if any(isinstance(answer, Verdict | SampleError) for answer in answers):
+        works = any(isinstance(answer, Verdict | SampleError) for answer in answers)
+        if works:
             endpoint.breaker.good()
-        elif not isinstance(answers[0], BrokenCallError):  # of that `_suspect` decides
+        elif isinstance(answers[0], UnreachableError | RefusedError):  # the others are decided below
             endpoint.breaker.bad(str(answers[0]))
         for entry, answer in zip(entries, answers, strict=True):
             if isinstance(answer, Verdict):
-                verdict = self._penalty(entry.request.item, answer) if self._penalty else answer
+                verdict = self._penalty(entry.item, answer) if self._penalty else answer
                 entry.job.report(Result(verdict, seconds))
             elif isinstance(answer, UnreachableError):
                 entry.always_broke = False
                 self._again(entry, f"{endpoint.name}: {answer}", retry=answer.retry or len(self._endpoints) > 1)
             elif isinstance(answer, BrokenCallError):
                 await self._suspect(endpoint, entry, answer)
+            elif isinstance(answer, BadAnswerError) and not (works or await endpoint.still_scores()):
+                entry.always_broke = False
+                endpoint.breaker.bad(str(answer))
+                self._again(entry, f"{endpoint.name}: {answer}", retry=True)
             else:
                 entry.job.report(Result(None, seconds, FailureKind.RAISED, str(answer)))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any, NamedTuple, Protocol
 
 # slime's name for a scorer's own reward among the entries of its dict.
 _OWN_KEY = "score"
+_SPANS = "spans"
 
 
 class Item(NamedTuple):
@@ -29,6 +31,8 @@ class Item(NamedTuple):
     sample_index: int
     start_rollout_id: int = -1
     """The step whose weights made its first token, of a sample that later weights finished; else -1."""
+    token_ids: bytes = b""
+    """int32, prompt and completion, where they are wanted and known: of samples with one segment."""
 
 
 class WholeItem(NamedTuple):
@@ -38,11 +42,21 @@ class WholeItem(NamedTuple):
     items: list[Item]
 
 
+class RewardSpan(NamedTuple):
+    """A reward for the completion tokens [start, end)."""
+
+    start: int
+    end: int
+    reward: float
+
+
 class Verdict(NamedTuple):
-    """A score. `reward` and the parts are finite."""
+    """A score. `reward`, the parts and the rewards of spans are finite."""
 
     reward: float
     parts: dict[str, float]
+    spans: tuple[RewardSpan, ...] = ()
+    """Process rewards, beside the reward of the whole."""
 
 
 class SampleError(Exception):
@@ -84,8 +98,8 @@ def finite(value: Any, what: str) -> float:
 def to_verdict(value: Any, reward_key: str = "") -> Verdict:
     """Reads what a user's function returned: a number, or a dict with the reward under `reward_key`.
 
-    Without a key, that is "score" or "reward". The other entries of a dict become parts when they are numbers; texts
-    and nested values are left out.
+    Without a key, that is "score" or "reward". "spans" is a list of [start, end, reward]. The other entries of a dict
+    become parts when they are numbers; texts and nested values are left out.
     Raises SampleError for anything else, NaN, infinities and None included, and for a number where a key is asked for.
     """
     if not isinstance(value, Mapping):
@@ -102,7 +116,47 @@ def to_verdict(value: Any, reward_key: str = "") -> Verdict:
         for name, part in value.items()
         if name != key and hasattr(part, "__float__")
     }
-    return Verdict(finite(value[key], f"the returned dict's {key!r}"), parts)
+    return Verdict(finite(value[key], f"the returned dict's {key!r}"), parts, to_spans(value.get(_SPANS)))
+
+
+def to_spans(value: Any) -> tuple[RewardSpan, ...]:
+    """Reads process rewards, [[start, end, reward], ...] over completion tokens; None is none.
+
+    Raises SampleError for anything else: what is no list, bounds that are no whole numbers or 0 <= start < end not
+    true of them, a reward that is not finite. Whether the completion is that long is checked by `check_spans`.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise SampleError(f"{_SPANS!r} is {_kind(value)}, not a list of [start, end, reward]")
+    return tuple(_to_span(place, each) for place, each in enumerate(value))
+
+
+def _to_span(place: int, value: Any) -> RewardSpan:
+    what = f"{_SPANS}[{place}]"
+    if not isinstance(value, list | tuple) or len(value) != len(RewardSpan._fields):
+        raise SampleError(f"{what} is not [start, end, reward]")
+    start, end = (_whole(bound, what) for bound in value[:2])
+    if not 0 <= start < end:
+        raise SampleError(f"{what} is from {start} to {end}")
+    return RewardSpan(start, end, finite(value[2], what))
+
+
+def _whole(value: Any, what: str) -> int:
+    """NumPy's whole numbers included."""
+    try:
+        return index(value)
+    except TypeError:
+        raise SampleError(f"{what} has a bound that is {_kind(value)}, not a whole number") from None
+
+
+def check_spans(verdict: Verdict, completion_tokens: int) -> None:
+    """Raises SampleError for a span that ends behind the completion."""
+    for place, span in enumerate(verdict.spans):
+        if span.end > completion_tokens:
+            raise SampleError(
+                f"{_SPANS}[{place}] ends at {span.end}, and the completion has {completion_tokens} tokens"
+            )
 
 
 def keyed(verdict: Verdict, reward_key: str) -> Verdict:
@@ -117,7 +171,7 @@ def keyed(verdict: Verdict, reward_key: str) -> Verdict:
             f"the verdict has no part {reward_key!r}; it has {', '.join(sorted(verdict.parts)) or 'none'}"
         )
     parts = {name: part for name, part in verdict.parts.items() if name != reward_key}
-    return Verdict(verdict.parts[reward_key], {**parts, _OWN_KEY: verdict.reward})
+    return verdict._replace(reward=verdict.parts[reward_key], parts={**parts, _OWN_KEY: verdict.reward})
 
 
 def _kind(value: Any) -> str:

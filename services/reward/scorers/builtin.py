@@ -9,7 +9,7 @@ from functools import partial
 
 from services.reward.scorers.base import Item, SampleError, Scorer, Verdict, keyed
 from services.reward.scorers.boxed import last_boxed
-from services.reward.scorers.metadata import metadata_of
+from services.reward.scorers.metadata import rm_type_of
 
 _PREFIX = "boxed_"
 # How what stood in a box is put to scorers that look for an answer's mark of their own.
@@ -98,9 +98,7 @@ class BuiltinScorer:
         return "" if name == self._name else name
 
     def _name_for(self, item: Item) -> str:
-        if '"rm_type"' not in item.metadata_json and "\\" not in item.metadata_json:
-            return self._name
-        asked = metadata_of(item).get("rm_type")
+        asked = rm_type_of(item)
         name = asked.strip() if isinstance(asked, str) else asked
         if name is None or name == "":
             return self._name

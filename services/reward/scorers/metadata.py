@@ -22,6 +22,13 @@ def metadata_of(item: Item) -> dict[str, Any]:
     return metadata
 
 
+def rm_type_of(item: Item) -> Any:
+    """What the metadata asks for as the item's scorer; None when it does not. Raises SampleError as `metadata_of`."""
+    if '"rm_type"' not in item.metadata_json and "\\" not in item.metadata_json:
+        return None
+    return metadata_of(item).get("rm_type")
+
+
 def after_thinking(completion: str) -> str:
     """What follows the last ``</think>``; all of it without one."""
     return completion.rpartition("</think>")[2]

@@ -19,4 +19,4 @@ class Overlong:
         """The verdict with the penalty, which is at most 0, added to its reward and kept as part ``overlong``."""
         over = item.completion_tokens - (self.max_len - self.buffer_len)
         penalty = -self.factor * min(1.0, over / self.buffer_len) if over > 0 else 0.0
-        return Verdict(verdict.reward + penalty, {**verdict.parts, "overlong": penalty})
+        return verdict._replace(reward=verdict.reward + penalty, parts={**verdict.parts, "overlong": penalty})

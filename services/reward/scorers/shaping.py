@@ -22,4 +22,4 @@ class Shaping:
         """The scorer's own reward is kept as part ``unshaped``. Raises SampleError for what is no finite number."""
         sample = to_scored_sample(ScoredItem(item, verdict.reward, verdict.parts))
         shaped = finite(self._function(sample, sample.reward), "the shaped reward")
-        return Verdict(shaped, {**verdict.parts, "unshaped": verdict.reward})
+        return verdict._replace(reward=shaped, parts={**verdict.parts, "unshaped": verdict.reward})

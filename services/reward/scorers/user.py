@@ -48,6 +48,12 @@ class Sample:
     metadata: dict[str, Any] = dataclass_field(default_factory=dict)
     reward: float | None = None
     """None until it is scored."""
+    token_ids: bytes = dataclass_field(default=b"", repr=False)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt's and the completion's, with `reward.send_tokens`; of a sample with several segments none."""
+        return memoryview(self.token_ids).cast("i").tolist()
 
     def get_reward_value(self, args: Any) -> float | None:
         return self.reward
@@ -148,6 +154,7 @@ def to_sample(item: Item) -> Sample:
         label=item.label or None,
         status=Status(item.status),
         metadata=metadata,
+        token_ids=item.token_ids,
     )
 
 

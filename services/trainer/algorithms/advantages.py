@@ -27,7 +27,7 @@ def group_advantages(
     A group of one has nothing to be compared with: 0.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
-    for rows in _groups(group_ids):
+    for rows in groups_of(group_ids):
         group = rewards[rows]
         centred = group - group.mean()
         advantages[rows] = centred / (group.std(ddof=1) + STD_EPS) if normalize_std else centred
@@ -40,7 +40,7 @@ def leave_one_out(rewards: NDArray[np.float64], group_ids: Sequence[str]) -> NDA
     A group of one has no others: 0.
     """
     advantages = np.zeros(len(rewards), dtype=np.float64)
-    for rows in _groups(group_ids):
+    for rows in groups_of(group_ids):
         group = rewards[rows]
         advantages[rows] = (group - group.mean()) * (len(rows) / (len(rows) - 1))
     return advantages
@@ -93,7 +93,7 @@ def whiten(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (values - values.mean()) / np.sqrt(values.var(ddof=1) + VARIANCE_EPS)
 
 
-def _groups(group_ids: Sequence[str]) -> Iterator[list[int]]:
+def groups_of(group_ids: Sequence[str]) -> Iterator[list[int]]:
     """The rows of each group of two or more."""
     members: dict[str, list[int]] = {}
     for row, group_id in enumerate(group_ids):

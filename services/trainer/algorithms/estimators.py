@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from services.common.config.algorithm import AlgorithmConfig
 from services.trainer.algorithms.advantages import discounted_returns, group_advantages, leave_one_out, whiten
+from services.trainer.algorithms.process import ProcessRewards, following_sums, group_process_rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +27,39 @@ class Episodes:
     """[n]: its place among all completion tokens of the sample."""
     kl: NDArray[np.float64] | None
     """[n]: the estimate of KL(policy || reference) at each token; None when it is not in the reward."""
+    process: ProcessRewards | None = None
+    """None where no sample has any."""
 
 
 def token_advantages(episodes: Episodes, algorithm: AlgorithmConfig) -> NDArray[np.float64]:
     """The built-in estimators, float64[n]. Not whitened.
 
-    With a KL in the reward, a token earns ``-kl_coef * kl`` where it stands; `rloo`, whose action is the whole
-    completion, takes the sum of it.
+    With a KL in the reward, a token earns ``-kl_coef * kl`` where it stands, and process rewards where they are; `rloo`
+    and `gspo`, whose action is the whole completion, take the sum of them.
     """
-    rewards, group_ids, rows = episodes.rewards, episodes.group_ids, episodes.rows
+    group_ids, rows, process = episodes.group_ids, episodes.rows, episodes.process
+    rewards = outcome_rewards(episodes, algorithm)
     penalties = np.zeros(len(rows)) if episodes.kl is None else -algorithm.kl_coef * episodes.kl
     if algorithm.name == "rloo":
         shaped = rewards + np.bincount(rows, weights=penalties, minlength=len(rewards))
         return leave_one_out(shaped, group_ids)[rows]
     relative = relative_rewards(rewards, group_ids, algorithm)
     if algorithm.token_level:
+        if process is not None:
+            penalties = penalties + process.at_tokens(rows, episodes.positions)
         return discounted_returns(relative, penalties, rows, episodes.positions, gamma=algorithm.gamma)
-    return relative[rows]
+    if process is None or algorithm.whole_completions:
+        return relative[rows]
+    steps = group_process_rewards(process, group_ids, normalize_std=algorithm.normalize_std)
+    return relative[rows] + following_sums(steps, rows, episodes.positions)
+
+
+def outcome_rewards(episodes: Episodes, algorithm: AlgorithmConfig) -> NDArray[np.float64]:
+    """What each sample as a whole is rewarded with, float64[samples]."""
+    rewards = np.zeros_like(episodes.rewards) if algorithm.process_rewards == "only" else episodes.rewards
+    if episodes.process is None or not algorithm.whole_completions:
+        return rewards
+    return rewards + episodes.process.sums(len(rewards))
 
 
 def relative_rewards(

@@ -3,8 +3,9 @@
 `rollout_data` has slime's keys, with one entry per segment (of single-turn samples, per sample): `tokens`,
 `total_lengths`, `response_lengths`, `loss_masks` (what is trained), `rewards` (relative to the group where the
 estimator of ``name`` has it so), `raw_reward`, `rollout_log_probs`, `log_probs` (old), `ref_log_probs` and `kl` (None
-without a reference model), and ours: `group_ids`, `sample_ids`. Per-token entries are tensors over the completion, 0
-where nothing is trained. The advantages are a list of tensors of the same lengths, left under "advantages" or returned.
+without a reference model), and ours: `group_ids`, `sample_ids`, `process_rewards` (what each token earns; None where
+no sample has any). Per-token entries are tensors over the completion, 0 where nothing is trained. The advantages are
+a list of tensors of the same lengths, left under "advantages" or returned.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from services.common.config import Config
 from services.common.errors import ConfigError
 from services.common.plugins import load_function
-from services.trainer.algorithms.estimators import Episodes, relative_rewards
+from services.trainer.algorithms.estimators import Episodes, outcome_rewards, relative_rewards
 from services.trainer.batch.samples import TrainSample
 
 FIELD = "trainer.algorithm.advantage_function"
@@ -87,7 +88,8 @@ class _Layout:
 def _rollout_data(
     samples: Sequence[TrainSample], episodes: Episodes, logprobs: TokenLogprobs, layout: _Layout, config: Config
 ) -> dict[str, Any]:
-    relative = relative_rewards(episodes.rewards, episodes.group_ids, config.trainer.algorithm)
+    algorithm = config.trainer.algorithm
+    relative = relative_rewards(outcome_rewards(episodes, algorithm), episodes.group_ids, algorithm)
     pairs = [(row, segment) for row, sample in enumerate(samples) for segment in sample.segments]
     return {
         "tokens": [torch.tensor(segment.token_ids.astype(np.int64)) for _, segment in pairs],
@@ -100,10 +102,15 @@ def _rollout_data(
         "log_probs": layout.spread(logprobs.old),
         "ref_log_probs": layout.spread(logprobs.ref),
         "kl": layout.spread(logprobs.kl),
+        "process_rewards": layout.spread(_process(episodes)),
         "sample_indices": [row for row, _ in pairs],
         "group_ids": [samples[row].group_id for row, _ in pairs],
         "sample_ids": [samples[row].sample_id for row, _ in pairs],
     }
+
+
+def _process(episodes: Episodes) -> NDArray[np.float64] | None:
+    return None if episodes.process is None else episodes.process.at_tokens(episodes.rows, episodes.positions)
 
 
 def _args(config: Config) -> SimpleNamespace:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import structlog
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
@@ -15,6 +16,8 @@ from polyhead.v1 import sample_pb2
 from services.common import wire
 from services.common.errors import InvalidArgumentError
 from services.common.versions import Version
+
+log = structlog.get_logger()
 
 
 class Span(NamedTuple):
@@ -47,6 +50,14 @@ class TrainSegment:
         return len(self.token_ids) - self.prompt_length
 
 
+class ProcessReward(NamedTuple):
+    """Earned at a completion token."""
+
+    position: int
+    """Of the last token of what it is for, counted through the completions of all segments."""
+    reward: float
+
+
 @dataclass(frozen=True, slots=True)
 class TrainSample:
     """One trajectory with its reward."""
@@ -58,6 +69,8 @@ class TrainSample:
     segments: tuple[TrainSegment, ...]
     message: sample_pb2.Sample
     """The rest of it, for the records: prompt, completion text, finish reason."""
+    process: tuple[ProcessReward, ...] = ()
+    """Beside `reward`, by position."""
 
     @property
     def completion_length(self) -> int:
@@ -69,11 +82,27 @@ def decode_groups(
 ) -> list[TrainSample]:
     """The samples of a TRAIN lease with payloads, groups in the order of the lease.
 
-    Raises InvalidArgumentError, naming the sample, for a payload that does not parse, is damaged, whose tokens the
-    model does not have, or one with a segment longer than the model's `context_length` (None: any length). Limits and
-    spans were checked by the buffer when it accepted the sample.
+    A sample is unusable whose payload does not parse, is damaged, has tokens that the model does not, or a segment
+    longer than the model's `context_length` (None: any length). It is named in the log, and nothing of it is trained:
+    it has no segments, but its reward, which its group is compared with. Limits and spans were checked by the buffer
+    when it accepted the sample. Raises InvalidArgumentError, naming the first, when there are only unusable ones.
     """
-    return [_decode(group.group_id, leased, vocab_size, context_length) for group in groups for leased in group.samples]
+    samples: list[TrainSample] = []
+    unusable: list[InvalidArgumentError] = []
+    for group_id, leased in [(group.group_id, leased) for group in groups for leased in group.samples]:
+        try:
+            samples.append(_decode(group_id, leased, vocab_size, context_length))
+        except InvalidArgumentError as error:
+            log.warning("sample_unusable", sample_id=leased.sample_id, reason=error.reason)
+            unusable.append(error)
+            samples.append(_untrained(group_id, leased))
+    if unusable and len(unusable) == len(samples):
+        raise unusable[0]
+    return samples
+
+
+def _untrained(group_id: str, leased: pb.LeasedSample) -> TrainSample:
+    return TrainSample(leased.sample_id, group_id, leased.score.reward, 1.0, (), sample_pb2.Sample())
 
 
 def _decode(group_id: str, leased: pb.LeasedSample, vocab_size: int, context_length: int | None) -> TrainSample:
@@ -103,7 +132,27 @@ def _decode(group_id: str, leased: pb.LeasedSample, vocab_size: int, context_len
         temperature=message.sampling.temperature or 1.0,
         segments=segments,
         message=message,
+        process=_process(leased, message, segments),
     )
+
+
+def _process(
+    leased: pb.LeasedSample, message: sample_pb2.Sample, segments: Sequence[TrainSegment]
+) -> tuple[ProcessReward, ...]:
+    """Raises InvalidArgumentError for a reward of tokens that the sample does not have."""
+    if not leased.score.spans:
+        return ()
+    # By the place of a token as it was generated: its place among the tokens here, or the last one before it.
+    places: list[int] = []
+    following = 0
+    for sent, kept in zip(message.segments, segments, strict=True):
+        skipped = wire.completion_length(sent) - kept.completion_length
+        places += [following - 1] * skipped + list(range(following, following + kept.completion_length))
+        following += kept.completion_length
+    if any(span.end > len(places) for span in leased.score.spans):
+        raise InvalidArgumentError(f"a reward of tokens behind its {len(places)}", field=leased.sample_id)
+    earned = [ProcessReward(places[span.end - 1], span.reward) for span in leased.score.spans]
+    return tuple(sorted(each for each in earned if each.position >= 0))
 
 
 def _decode_segment(segment: sample_pb2.Segment) -> TrainSegment:

@@ -174,9 +174,9 @@ async def test_what_was_checked_is_what_is_called(answers, kind):
         assert result.failure is FailureKind.UNAVAILABLE
         assert "reward.example is 127.0.0.1, a private address" in result.reason
     else:
-        assert result.verdict == (1.0, {})
+        assert result.verdict == (1.0, {}, ())
     async with remote(kind, url, networks=["127.0.0.0/8"]) as station:
-        assert (await station.score([item("ok")]))[0].verdict == (1.0, {})
+        assert (await station.score([item("ok")]))[0].verdict == (1.0, {}, ())
     answers[:] = ["169.254.169.254"]
     async with remote(kind, url, networks=["127.0.0.0/8"]) as station:
         [result] = await station.score([item("ok")])

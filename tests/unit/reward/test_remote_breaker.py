@@ -81,7 +81,7 @@ async def test_the_users_filters_run_here_whatever_the_server_does():
     ):
         assert (station.judges, station.orders_partials, len(station.pids())) == (True, False, 1)
         [result] = await station.score([item("ok")])
-        assert result.verdict == (1.0, {})
+        assert result.verdict == (1.0, {}, ())
         await server.stop()
         [result] = await station.score([item("ok")])
         assert result.failure is FailureKind.UNAVAILABLE

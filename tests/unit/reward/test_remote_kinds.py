@@ -39,7 +39,7 @@ async def one(station: RemoteStation, completion: str = "42", **fields: object) 
 async def test_remote_rm_takes_numbers_and_objects(answer, reward, parts):
     async with http_server(lambda body: answer) as server, remote("http", server.url) as station:
         result = await one(station, "4 2", label="42")
-        assert result.verdict == (reward, parts)
+        assert result.verdict == (reward, parts, ())
         assert station.scorer == "remote/http"
     assert server.calls == [{"prompt": "What?", "response": "4 2", "label": "42"}]
 
@@ -68,13 +68,18 @@ NO_SCORES = [
 
 
 @pytest.mark.parametrize(("answer", "reason"), [row[1:] for row in NO_SCORES], ids=[row[0] for row in NO_SCORES])
-async def test_what_is_no_score_is_the_samples_failure_and_no_number(answer, reason):
-    async with http_server(lambda body: answer) as server, remote("http", server.url) as station:
-        result = await one(station)
-    assert result.verdict is None
-    assert result.failure is FailureKind.RAISED
-    assert reason in result.reason
-    assert len(server.calls) == 1
+async def test_what_is_no_score_is_the_samples_failure_where_the_server_scores_others(answer, reason):
+    def answers(body: dict[str, Any]) -> Any:
+        return 1 if body["response"] == "fine" else answer
+
+    async with http_server(answers) as server, remote("http", server.url) as station:
+        assert (await one(station, "fine")).verdict == (1.0, {}, ())
+        result = await one(station, "odd")
+        assert (result.verdict, result.failure) == (None, FailureKind.RAISED)
+        assert reason in result.reason
+        refused = isinstance(answer, web.Response) and answer.status >= 400
+        assert [call["response"] for call in server.calls] == ["fine", "odd", *(["fine"] if not refused else [])]
+        assert station.room is None
 
 
 UNREACHABLE = [
@@ -120,9 +125,9 @@ async def test_proxies_of_the_environment_are_not_used(monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     async with http_server(lambda body: 1) as server, remote("http", server.url) as station:
-        assert (await one(station)).verdict == (1.0, {})
+        assert (await one(station)).verdict == (1.0, {}, ())
     async with grpc_server(lambda item: 1.0) as server, remote("grpc", server.url) as station:
-        assert (await one(station)).verdict == (1.0, {})
+        assert (await one(station)).verdict == (1.0, {}, ())
 
 
 JUDGE = {"model": "judge-1", "prompt": "Q {prompt}\nA {response}\nL {label} {other}", "low": 0, "high": 10}
@@ -138,7 +143,7 @@ async def test_a_judge_is_asked_with_the_template_and_its_last_score_counts():
         url = f"http://127.0.0.1:{server.port}/v1/"
         async with remote("judge", url, judge={**JUDGE, "system": "You judge."}) as station:
             result = await one(station, "{label} {0} %s", label="forty-two")
-    assert result.verdict == (7.5, {})
+    assert result.verdict == (7.5, {}, ())
     assert server.paths == ["/v1/chat/completions"]
     assert server.calls[0]["model"] == "judge-1"
     assert server.calls[0]["temperature"] == 0
@@ -178,7 +183,7 @@ async def test_a_judges_prompt_may_be_a_file_and_chat_messages_become_text(tmp_p
 async def test_a_judge_that_gives_no_score_gives_no_number(answer):
     async with http_server(lambda body: answer) as server, remote("judge", server.url, judge=JUDGE) as station:
         result = await one(station)
-    assert (result.verdict, result.failure) == (None, FailureKind.RAISED)
+    assert (result.verdict, result.failure) == (None, FailureKind.UNAVAILABLE)
 
 
 async def test_classify_sends_token_ids_where_there_are_some_and_text_elsewhere():
@@ -189,7 +194,8 @@ async def test_classify_sends_token_ids_where_there_are_some_and_text_elsewhere(
     results: dict[str, Result] = {}
 
     def job(name: str, token_ids: bytes) -> Job:
-        return Job(item("abc", sample_id=name), lambda result: results.setdefault(name, result), token_ids)
+        each = item("abc", sample_id=name, token_ids=token_ids)
+        return Job(each, lambda result: results.setdefault(name, result))
 
     settings = {"batch_size": 4, "classify": {"label": 1}}
     async with http_server(answer) as server:
@@ -199,8 +205,8 @@ async def test_classify_sends_token_ids_where_there_are_some_and_text_elsewhere(
             station.submit([job("tokens", b"\1\0\0\0\2\0\0\0")])
             await station.score([item("abc", sample_id="text")])
             [text] = await station.score([item("abc", sample_id="text")])
-    assert results["tokens"].verdict == (2.0, {})
-    assert text.verdict == (float(len("What?abc")), {})
+    assert results["tokens"].verdict == (2.0, {}, ())
+    assert text.verdict == (float(len("What?abc")), {}, ())
     assert {"input_ids": [[1, 2]]} in server.calls
     assert {"text": ["What?abc"]} in server.calls
     assert set(server.paths) == {"/classify"}
@@ -210,7 +216,7 @@ async def test_classify_sends_token_ids_where_there_are_some_and_text_elsewhere(
 async def test_classify_without_a_logit_gives_no_number(answer):
     async with http_server(lambda body: answer) as server, remote("classify", server.url) as station:
         result = await one(station)
-    assert (result.verdict, result.failure) == (None, FailureKind.RAISED)
+    assert (result.verdict, result.failure) == (None, FailureKind.UNAVAILABLE)
 
 
 async def test_grpc_batches_and_carries_scores_parts_and_reasons():
@@ -228,10 +234,10 @@ async def test_grpc_batches_and_carries_scores_parts_and_reasons():
     assert server.batches == [["s1", "s2", "sbad", "s4"]]
     assert server.metadata[0]["authorization"] == "Bearer word"
     assert [result.verdict for result in results] == [
-        (1.0, {"label": 42.0}),
-        (2.0, {"label": 42.0}),
+        (1.0, {"label": 42.0}, ()),
+        (2.0, {"label": 42.0}, ()),
         None,
-        (4.0, {"label": 42.0}),
+        (4.0, {"label": 42.0}, ()),
     ]
     assert (results[2].failure, results[2].reason) == (FailureKind.RAISED, "too long")
 
@@ -239,10 +245,10 @@ async def test_grpc_batches_and_carries_scores_parts_and_reasons():
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        (float("nan"), FailureKind.RAISED),
-        (float("inf"), FailureKind.RAISED),
-        (reward_pb2.ScoreResult(sample_id="another"), FailureKind.RAISED),
-        (reward_pb2.ScoreResult(sample_id="g00000001-000"), FailureKind.RAISED),
+        (float("nan"), FailureKind.UNAVAILABLE),
+        (float("inf"), FailureKind.UNAVAILABLE),
+        (reward_pb2.ScoreResult(sample_id="another"), FailureKind.UNAVAILABLE),
+        (reward_pb2.ScoreResult(sample_id="g00000001-000"), FailureKind.UNAVAILABLE),
         (grpc.StatusCode.INVALID_ARGUMENT, FailureKind.RAISED),
         (grpc.StatusCode.UNAUTHENTICATED, FailureKind.UNAVAILABLE),
         (grpc.StatusCode.PERMISSION_DENIED, FailureKind.UNAVAILABLE),
@@ -272,7 +278,7 @@ async def test_grpc_over_mutual_tls(tmp_path: Path):
     async with grpc_server(lambda asked: 1.0, credentials=tls) as server:
         url = f"grpcs://localhost:{server.port}"
         async with remote("grpc", url, **files) as station:
-            assert (await one(station)).verdict == (1.0, {})
+            assert (await one(station)).verdict == (1.0, {}, ())
         for settings in ({"ca": certificate}, {**files, "ca": own}):
             async with remote("grpc", url, **settings) as station:
                 assert (await one(station)).failure is FailureKind.UNAVAILABLE
@@ -290,7 +296,7 @@ async def test_http_over_mutual_tls(tmp_path: Path):
     async with http_server(lambda body: 1, tls=tls) as server:
         url = f"https://localhost:{server.port}/score"
         async with remote("http", url, **files) as station:
-            assert (await one(station)).verdict == (1.0, {})
+            assert (await one(station)).verdict == (1.0, {}, ())
         for settings in ({"ca": certificate}, {**files, "ca": own}):
             async with remote("http", url, **settings) as station:
                 assert (await one(station)).failure is FailureKind.UNAVAILABLE

@@ -72,17 +72,17 @@ UNREADABLE = ["", "   ", "I do not know", r"\boxed{}", r"\boxed{", "}{}{", "\x00
 
 @pytest.mark.parametrize(("label", "completion"), RIGHT)
 def test_right_answers(label: str, completion: str) -> None:
-    assert math_score(item(completion, label)) == (1.0, {"parsed": 1.0})
+    assert math_score(item(completion, label)) == (1.0, {"parsed": 1.0}, ())
 
 
 @pytest.mark.parametrize(("label", "completion"), WRONG)
 def test_wrong_answers(label: str, completion: str) -> None:
-    assert math_score(item(completion, label)) == (0.0, {"parsed": 1.0})
+    assert math_score(item(completion, label)) == (0.0, {"parsed": 1.0}, ())
 
 
 @pytest.mark.parametrize("completion", UNREADABLE)
 def test_a_completion_without_an_answer_scores_zero(completion: str) -> None:
-    assert math_score(item(completion, "42")) == (0.0, {"parsed": 0.0})
+    assert math_score(item(completion, "42")) == (0.0, {"parsed": 0.0}, ())
 
 
 @pytest.mark.parametrize("label", ["", "   ", "???", r"\boxed{}"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from polyhead.v1 import buffer_pb2 as pb
+from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.config.models import RewardConfig
@@ -99,6 +100,20 @@ async def test_no_more_is_leased_than_max_inflight(buffer: FakeBuffer) -> None:
             most = max(most, len(buffer.leased))
             await asyncio.sleep(0.005)
     assert most == 8
+
+
+async def test_samples_of_a_scorer_that_hangs_leave_room_for_the_others(buffer: FakeBuffer) -> None:
+    def asks_for(scorer: str, number: int, word: str) -> sample_pb2.Sample:
+        sample = generated(number, word)
+        sample.prompt.metadata_json = f'{{"rm_type": "{scorer}"}}'
+        return sample
+
+    async with pulling(buffer, max_inflight=8, timeout_s=1.0):
+        buffer.add(*(asks_for("bad", number, "wait") for number in range(20)))
+        buffer.add(*(asks_for("good", number, "sleep 0.02") for number in range(20, 80)))
+        await buffer.until(lambda: len(buffer.scores) == 60, timeout_s=60)
+        assert len(buffer.released) < 20
+    assert {sample.error for sample in buffer.released[:1]} == {"timed out after 1 s"}
 
 
 async def test_leases_are_kept_alive_while_a_score_is_slow(buffer: FakeBuffer) -> None:
@@ -196,6 +211,25 @@ async def test_stop_finishes_what_is_quick_and_gives_back_the_rest(
         ("g00000001-006", pb.RELEASE_REASON_DRAIN),
     }
     assert buffer.leased == {}
+
+
+async def test_what_is_being_fetched_keeps_its_lease_and_is_given_back_on_stop(
+    buffer: FakeBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = asyncio.Event()
+    monkeypatch.setattr(buffer, "Fetch", lambda request, context: never.wait())
+    buffer.lease_ttl_s = 0.3
+    await buffer.stop()
+    await buffer.start()
+    buffer.add(*(generated(number, "ok") for number in range(5)))
+    async with pulling(buffer) as (stop, task, _):
+        await buffer.until(lambda: len(buffer.extended) >= 10)
+        stop.set()
+        await task
+    assert buffer.leased == {}
+    assert {sample.reason for sample in buffer.released} == {pb.RELEASE_REASON_DRAIN}
+    assert len(buffer.released) == 5
+    never.set()
 
 
 async def test_stop_ends_also_when_the_buffer_is_gone(buffer: FakeBuffer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,22 +34,22 @@ def test_the_penalty_is_equation_13(length: int, longest: int, data: st.DataObje
     cache = data.draw(st.integers(1, longest))
     verdict = Overlong(longest, cache, 0.5)(item("", completion_tokens=length), Verdict(1.0, {"acc": 1.0}))
     penalty = 0.5 * equation_13(length, longest, cache)
-    assert verdict == (pytest.approx(1.0 + penalty), {"acc": 1.0, "overlong": pytest.approx(penalty)})
+    assert verdict == (pytest.approx(1.0 + penalty), {"acc": 1.0, "overlong": pytest.approx(penalty)}, ())
 
 
 async def test_the_penalty_is_a_part() -> None:
     async with running_pool("exact", overlong=OVERLONG) as pool:
         results = await pool.score([item("42", completion_tokens=tokens) for tokens in (0, 60, 70, 100, 120)])
     assert [result.verdict for result in results] == [
-        (1.0 + penalty, {"overlong": penalty}) for penalty in (0.0, 0.0, -0.5, -2.0, -2.0)
+        (1.0 + penalty, {"overlong": penalty}, ()) for penalty in (0.0, 0.0, -0.5, -2.0, -2.0)
     ]
 
 
 async def test_a_function_shapes_and_the_penalty_comes_after_it() -> None:
     async with running_pool(BY_ORDER, shaping=SHAPES, overlong=OVERLONG) as pool:
         plain, parts, refused = await pool.score([item("ok", completion_tokens=70), item("dict"), item("refuse")])
-    assert plain.verdict == (0.0, {"unshaped": 1.0, "overlong": -0.5})
-    assert parts.verdict == (0.0, {"acc": 1.0, "length": 3.0, "unshaped": 0.5, "overlong": 0.0})
+    assert plain.verdict == (0.0, {"unshaped": 1.0, "overlong": -0.5}, ())
+    assert parts.verdict == (0.0, {"acc": 1.0, "length": 3.0, "unshaped": 0.5, "overlong": 0.0}, ())
     assert (refused.verdict, refused.reason) == (None, "the shaped reward is None, not a number")
 
 
@@ -58,8 +58,8 @@ async def test_rewards_of_whole_groups_are_shaped_one_by_one() -> None:
         "reward_functions:ranks_as_array", group_rm=True, shaping=SHAPES, overlong=OVERLONG
     ) as pool:
         first, second = await pool.score([item("a"), item("b", completion_tokens=70)])
-    assert first.verdict == (0.0, {"unshaped": 0.0, "overlong": 0.0})
-    assert second.verdict == (0.125 - 0.5, {"unshaped": 0.25, "overlong": -0.5})
+    assert first.verdict == (0.0, {"unshaped": 0.0, "overlong": 0.0}, ())
+    assert second.verdict == (0.125 - 0.5, {"unshaped": 0.25, "overlong": -0.5}, ())
 
 
 async def test_a_function_that_does_not_fit_is_refused() -> None:

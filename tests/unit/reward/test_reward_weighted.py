@@ -51,7 +51,7 @@ def test_a_sum_that_is_not_finite_is_none() -> None:
 
 def test_a_sample_does_not_choose_among_them() -> None:
     chooses = item("the 42", metadata_json='{"rm_type": "f1"}')
-    assert weighted(exact=1.0)(chooses) == (0.0, {"exact": 0.0})
+    assert weighted(exact=1.0)(chooses) == (0.0, {"exact": 0.0}, ())
     assert weighted(f1=1.0)(chooses).reward == 1.0
 
 
@@ -59,7 +59,7 @@ async def test_they_run_in_the_pool_and_a_slow_one_fails_the_sample() -> None:
     weights = {"exact": 1.0, BY_ORDER: 0.5}
     async with running_pool("weighted", timeout_s=0.5, weights=weights) as pool:
         good, raises, hangs = await pool.score([item("ok", "ok"), item("raise it"), item("hang")])
-    assert good.verdict == (1.5, {"exact": 1.0, BY_ORDER: 1.0})
+    assert good.verdict == (1.5, {"exact": 1.0, BY_ORDER: 1.0}, ())
     assert (raises.verdict, raises.failure) == (None, FailureKind.RAISED)
     assert (hangs.verdict, hangs.failure) == (None, FailureKind.TIMED_OUT)
 

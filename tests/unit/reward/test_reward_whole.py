@@ -62,9 +62,9 @@ async def test_the_function_gets_all_and_each_sample_its_own_score() -> None:
     async with running_pool(RANKS, group_rm=True) as pool:
         results = await pool.score([item("aaa", sample_index=4), item("a", sample_index=5), item("aa", sample_index=6)])
     assert [result.verdict for result in results] == [
-        (2.0, {"group": 3.0, "index": 4.0}),
-        (0.0, {"group": 3.0, "index": 5.0}),
-        (1.0, {"group": 3.0, "index": 6.0}),
+        (2.0, {"group": 3.0, "index": 4.0}, ()),
+        (0.0, {"group": 3.0, "index": 5.0}, ()),
+        (1.0, {"group": 3.0, "index": 6.0}, ()),
     ]
 
 
@@ -72,7 +72,7 @@ async def test_an_array_is_a_list() -> None:
     async with running_pool("reward_functions:ranks_as_array", group_rm=True) as pool:
         results = await pool.score([item("")] * 3)
         assert await pool.score([]) == []
-    assert [result.verdict for result in results] == [(0.0, {}), (0.25, {}), (0.5, {})]
+    assert [result.verdict for result in results] == [(0.0, {}, ()), (0.25, {}, ()), (0.5, {}, ())]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,23 @@ async def test_a_replica_that_leaves_gives_the_group_back(buffer: FakeBuffer) ->
         stop.set()
         await buffer.until(lambda: len(buffer.released) == 4)
     assert {sample.reason for sample in buffer.released} == {pb.RELEASE_REASON_DRAIN}
+
+
+async def test_a_group_that_is_being_fetched_keeps_its_lease_and_is_given_back_on_stop(
+    buffer: FakeBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = asyncio.Event()
+    monkeypatch.setattr(buffer, "Fetch", lambda request, context: never.wait())
+    buffer.lease_ttl_s = 0.3
+    await buffer.stop()
+    await buffer.start()
+    buffer.add(*(generated(index, "ok") for index in range(4)))
+    async with pulling(buffer) as (stop, _):
+        await buffer.until(lambda: len(buffer.extended) >= 8)
+        stop.set()
+        await buffer.until(lambda: len(buffer.released) == 4)
+    assert {sample.reason for sample in buffer.released} == {pb.RELEASE_REASON_DRAIN}
+    never.set()
 
 
 async def test_what_belongs_together_is_parted_only_where_a_call_is_too_small_or_refused(buffer: FakeBuffer) -> None:

@@ -68,7 +68,7 @@ def test_the_key_of_a_builtin_scorers_reward(key: str, reward: float, parts: dic
 
 def test_a_wrong_answer_by_its_key() -> None:
     scorer = build("dapo", paths=[], args={}, options=Options(reward_key="acc"))
-    assert scorer(item("Answer: 41")) == (0.0, {"score": -1.0, "parsed": 1.0})
+    assert scorer(item("Answer: 41")) == (0.0, {"score": -1.0, "parsed": 1.0}, ())
 
 
 def test_a_key_that_is_not_there() -> None:
@@ -81,8 +81,8 @@ def test_a_key_that_is_not_there() -> None:
 
 def test_the_key_of_a_users_dict() -> None:
     said = {"score": -1, "acc": True, "pred": "42"}
-    assert to_verdict(said) == (-1.0, {"acc": 1.0})
-    assert to_verdict(said, "acc") == (1.0, {"score": -1.0})
+    assert to_verdict(said) == (-1.0, {"acc": 1.0}, ())
+    assert to_verdict(said, "acc") == (1.0, {"score": -1.0}, ())
     with pytest.raises(SampleError, match="the returned dict has no 'f1'"):
         to_verdict(said, "f1")
     with pytest.raises(SampleError, match="the returned dict's 'pred' is a str, not a number"):
@@ -101,7 +101,7 @@ async def test_settings_reach_the_pool() -> None:
         )
     finally:
         await pool.close()
-    assert good.verdict == (0.0, {"score": -1.0, "parsed": 1.0})
+    assert good.verdict == (0.0, {"score": -1.0, "parsed": 1.0}, ())
     assert (bad.verdict, bad.failure) == (None, FailureKind.RAISED)
 
 

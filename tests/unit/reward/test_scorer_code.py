@@ -90,7 +90,7 @@ UNREADABLE = [
 def test_a_program(program: str, tests: Any, passed: float) -> None:
     fenced = f"Here:\n```python\n{program}\n```"
     verdict = scorer(item(fenced, "unused", metadata_json=json.dumps({"tests": tests})))
-    assert verdict == (float(passed == 1.0), {"passed": passed, "timed_out": 0.0})
+    assert verdict == (float(passed == 1.0), {"passed": passed, "timed_out": 0.0}, ())
 
 
 @pytest.mark.parametrize(("completion", "program"), BLOCKS)
@@ -117,7 +117,7 @@ def test_a_program_that_does_not_end(program: str) -> None:
     short = build("code", paths=[], args={}, options=Options(code_timeout_s=1.0, code_memory_mb=128))
     begun = time.monotonic()
     verdict = short(item(program, '[{"input": "", "output": ""}]'))
-    assert verdict == (0.0, {"passed": 0.0, "timed_out": 1.0})
+    assert verdict == (0.0, {"passed": 0.0, "timed_out": 1.0}, ())
     assert time.monotonic() - begun < 20
 
 

@@ -56,7 +56,7 @@ NO_WHOLE_NUMBER = ["", "3.5", "1/2", "x", "\\frac{1}{2}", "inf", "nan", "1e99999
 
 @pytest.mark.parametrize(("completion", "label"), RIGHT)
 def test_right(completion: str, label: str) -> None:
-    assert score(item(completion, label)) == (1.0, {"acc": 1.0, "parsed": 1.0})
+    assert score(item(completion, label)) == (1.0, {"acc": 1.0, "parsed": 1.0}, ())
 
 
 @pytest.mark.parametrize(("completion", "label"), WRONG)
@@ -67,7 +67,7 @@ def test_wrong(completion: str, label: str) -> None:
 
 @pytest.mark.parametrize("completion", NO_ANSWER)
 def test_without_an_answer(completion: str) -> None:
-    assert score(item(completion)) == (-1.0, {"acc": 0.0, "parsed": 0.0})
+    assert score(item(completion)) == (-1.0, {"acc": 0.0, "parsed": 0.0}, ())
 
 
 @pytest.mark.parametrize("label", NO_WHOLE_NUMBER)

@@ -76,17 +76,17 @@ def test_two_forms(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(("completion", "label"), RIGHT)
 def test_right(completion: str, label: str) -> None:
-    assert scorer(item(completion, label)) == (1.0, {"parsed": 1.0})
+    assert scorer(item(completion, label)) == (1.0, {"parsed": 1.0}, ())
 
 
 @pytest.mark.parametrize(("completion", "label"), WRONG)
 def test_wrong(completion: str, label: str) -> None:
-    assert scorer(item(completion, label)) == (0.0, {"parsed": 1.0})
+    assert scorer(item(completion, label)) == (0.0, {"parsed": 1.0}, ())
 
 
 @pytest.mark.parametrize("completion", NO_ANSWER)
 def test_without_an_answer(completion: str) -> None:
-    assert scorer(item(completion, "42")) == (0.0, {"parsed": 0.0})
+    assert scorer(item(completion, "42")) == (0.0, {"parsed": 0.0}, ())
 
 
 @pytest.mark.parametrize("label", ["", "  "])

@@ -73,13 +73,13 @@ CASES = [
 def test_the_letter(completion: str, letter: str) -> None:
     for correct in "ABCD":
         verdict = score(item(completion, correct))
-        assert verdict == (float(correct == letter), {"parsed": float(bool(letter))}), correct
+        assert verdict == (float(correct == letter), {"parsed": float(bool(letter))}, ()), correct
 
 
 @pytest.mark.parametrize(("completion", "label", "metadata", "reward", "parsed"), CASES)
 def test_by_metadata(completion: str, label: str, metadata: dict[str, object], reward: int, parsed: int) -> None:
     verdict = score(item(completion, label, metadata_json=json.dumps(metadata)))
-    assert verdict == (float(reward), {"parsed": float(parsed)})
+    assert verdict == (float(reward), {"parsed": float(parsed)}, ())
 
 
 @pytest.mark.parametrize(

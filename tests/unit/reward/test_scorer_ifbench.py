@@ -124,8 +124,8 @@ def of(response: str, names: list[str], arguments: Any) -> tuple[float, dict[str
 
 @pytest.mark.parametrize(("name", "arguments", "followed", "ignored"), CASES)
 def test_an_instruction(name: str, arguments: dict[str, Any], followed: str, ignored: str) -> None:
-    assert of(followed, [name], [arguments]) == (1.0, {"followed": 1.0})
-    assert of(ignored, [name], [arguments]) == (0.0, {"followed": 0.0})
+    assert of(followed, [name], [arguments]) == (1.0, {"followed": 1.0}, ())
+    assert of(ignored, [name], [arguments]) == (0.0, {"followed": 0.0}, ())
 
 
 def test_every_instruction_has_a_case() -> None:
@@ -135,17 +135,17 @@ def test_every_instruction_has_a_case() -> None:
 def test_all_or_nothing() -> None:
     names = ["punctuation:no_comma", "count:numbers", "detectable_format:title"]
     nulls = {"N": 1, "keywords": None}
-    assert of("<<One 1>>", names, [{}, nulls, None]) == (1.0, {"followed": 1.0})
-    assert of("<<One, 1>>", names, [{}, nulls, None]) == (0.0, {"followed": 2 / 3})
+    assert of("<<One 1>>", names, [{}, nulls, None]) == (1.0, {"followed": 1.0}, ())
+    assert of("<<One, 1>>", names, [{}, nulls, None]) == (0.0, {"followed": 2 / 3}, ())
 
 
 @pytest.mark.parametrize("response", ["", "  \n\t\u00a0"])
 def test_a_blank_response_follows_nothing(response: str) -> None:
-    assert of(response, ["punctuation:no_comma"], None) == (0.0, {"followed": 0.0})
+    assert of(response, ["punctuation:no_comma"], None) == (0.0, {"followed": 0.0}, ())
 
 
 def test_arguments_as_floats_and_once_for_all() -> None:
-    assert of("one 1", ["count:numbers", "words:repeats"], {"N": 1.0, "small_n": 1}) == (1.0, {"followed": 1.0})
+    assert of("one 1", ["count:numbers", "words:repeats"], {"N": 1.0, "small_n": 1}) == (1.0, {"followed": 1.0}, ())
 
 
 @pytest.mark.parametrize(("name", "arguments", "message"), BAD)

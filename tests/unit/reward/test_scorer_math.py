@@ -99,7 +99,7 @@ def test_a_label_in_other_digits_is_a_failure() -> None:
 
 @pytest.mark.parametrize("completion", NO_ANSWER)
 def test_a_bomb_is_no_answer(completion: str) -> None:
-    assert scorer(item(completion)) == (0.0, {"parsed": 0.0})
+    assert scorer(item(completion)) == (0.0, {"parsed": 0.0}, ())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Every advantage against plain loops in float64: ragged groups, empty masks, groups of one, equal rewards."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from services.common.config.algorithm import AlgorithmConfig
 from services.trainer.algorithms.advantages import whiten
 from services.trainer.algorithms.estimators import Episodes, normalized, token_advantages
+from services.trainer.algorithms.process import ProcessRewards
 from tests.kit import reference_advantages as reference
 
 REWARDS = st.one_of(st.sampled_from([0.0, 1.0, 0.1]), st.floats(-1e3, 1e3))
@@ -78,6 +81,66 @@ def test_reinforce_plus_plus_matches_the_paper(samples, kl_coef, gamma, baseline
     np.testing.assert_allclose(got, flat, rtol=1e-9, atol=1e-9)
     # Rounding is magnified where all returns are nearly equal, down to the variance's epsilon.
     np.testing.assert_allclose(normalized(got, config), reference.whitened(flat), rtol=1e-6, atol=1e-5)
+
+
+STEPS = st.lists(st.tuples(st.integers(0, 6), st.floats(-3, 3)), max_size=4)
+WITH_STEPS = st.lists(
+    st.tuples(st.sampled_from("abc"), REWARDS, st.lists(TOKEN, min_size=1, max_size=7), STEPS), min_size=1, max_size=10
+)
+
+
+def with_process(samples):
+    """The batch, and its episodes: process rewards stand within their completions, in order."""
+    batch = batch_of([sample[:3] for sample in samples])
+    for sample, (*_, steps) in zip(batch, samples, strict=True):
+        sample["process"] = sorted((min(place, len(sample["mask"]) - 1), reward) for place, reward in steps)
+    earned = [(row, *each) for row, sample in enumerate(batch) for each in sample["process"]]
+    rows, positions, rewards = (np.array([each[column] for each in earned]) for column in range(3))
+    process = ProcessRewards(rows.astype(np.int64), positions.astype(np.int64), rewards.astype(np.float64))
+    return batch, process
+
+
+@settings(max_examples=200, deadline=None)
+@given(WITH_STEPS, st.booleans(), st.booleans())
+def test_process_rewards_of_the_grpo_family_match_the_paper(samples, only, std):
+    batch, process = with_process(samples)
+    config = AlgorithmConfig(name="grpo", normalize_std=std, process_rewards="only" if only else "add")
+    got = token_advantages(replace(episodes_of(batch, kl=False), process=process), config)
+    outcome = [reference.process_outcome(sample, only=only, whole=False) for sample in batch]
+    pairs = zip(reference.grpo(outcome, std=std), reference.process_supervision(batch, std=std), batch, strict=True)
+    wanted = [
+        relative + value
+        for relative, steps, sample in pairs
+        for value, m in zip(steps, sample["mask"], strict=True)
+        if m
+    ]
+    np.testing.assert_allclose(got, wanted, rtol=1e-7, atol=1e-5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(WITH_STEPS, st.booleans())
+def test_whole_completions_are_rewarded_with_the_sum_of_their_parts(samples, only):
+    batch, process = with_process(samples)
+    episodes = replace(episodes_of(batch, kl=False), process=process)
+    outcome = [reference.process_outcome(sample, only=only, whole=True) for sample in batch]
+    extra = {"process_rewards": "only" if only else "add"}
+    got = token_advantages(episodes, AlgorithmConfig(name="rloo", **extra))
+    np.testing.assert_allclose(got, spread(reference.rloo(outcome, kl_coef=0.0), batch), rtol=1e-9, atol=1e-9)
+    got = token_advantages(episodes, AlgorithmConfig(name="gspo", normalize_std=False, **extra))
+    np.testing.assert_allclose(got, spread(reference.grpo(outcome, std=False), batch), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(WITH_STEPS, st.sampled_from([1.0, 0.9]), st.booleans(), st.booleans())
+def test_process_rewards_are_in_the_returns_of_reinforce_plus_plus(samples, gamma, baseline, only):
+    batch, process = with_process(samples)
+    name = "reinforce_plus_plus_baseline" if baseline else "reinforce_plus_plus"
+    config = AlgorithmConfig(name=name, gamma=gamma, process_rewards="only" if only else "add")
+    outcome = [reference.process_outcome(sample, only=only, whole=False) for sample in batch]
+    wanted = reference.returns(outcome, kl_coef=0.0, gamma=gamma, baseline=baseline)
+    got = token_advantages(replace(episodes_of(batch, kl=False), process=process), config)
+    flat = [value for of_sample in wanted for value in of_sample if value is not None]
+    np.testing.assert_allclose(got, flat, rtol=1e-9, atol=1e-9)
 
 
 def test_whitened_tokens_have_mean_zero_and_variance_one():

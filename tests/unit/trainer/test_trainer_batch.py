@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from polyhead.v1 import sample_pb2
 from services.common import wire
@@ -14,6 +15,7 @@ from services.trainer.batch.plan import Batching, split_by_groups
 from services.trainer.batch.prepare import prepare_step
 from services.trainer.batch.samples import decode_groups
 from services.trainer.batch.staleness import Clock, fresh_tokens, last_version, sample_staleness, trained_mask
+from services.trainer.metrics import batch_metrics, sample_line
 from tests.kit.trainer_batch import make_batch, make_group, make_sample
 
 
@@ -61,6 +63,43 @@ def test_a_flipped_bit_in_a_stored_payload_names_its_sample():
     groups[0].samples[0].sample = groups[0].samples[0].sample.replace(tokens, bytes([tokens[0] ^ 1]) + tokens[1:])
     with pytest.raises(InvalidArgumentError, match=r"g00000000-000: .*damaged"):
         decode_groups(groups, vocab_size=128)
+
+
+def test_of_a_batch_only_the_unusable_sample_is_not_trained():
+    groups = make_batch(0, groups=2, size=2)
+    groups[0].samples[1].sample = b"\xff\xff"
+    whole = decode_groups(make_batch(0, groups=2, size=2), vocab_size=128)
+    with capture_logs() as logs:
+        samples = decode_groups(groups, vocab_size=128)
+    assert [entry["sample_id"] for entry in logs if entry["event"] == "sample_unusable"] == ["g00000000-001"]
+    assert [sample.reward for sample in samples] == [sample.reward for sample in whole]
+    assert [bool(sample.segments) for sample in samples] == [True, False, True, True]
+    step = prepare_step(
+        samples,
+        Clock(Version(1, 0), {1: 0}),
+        mask_above=None,
+        reduction="per_sample",
+        batching=Batching(1000),
+    )
+    assert set(step.rows.tolist()) == {0, 2, 3}
+    line = batch_metrics(groups, samples, Clock(Version(1, 0), {1: 0}), None)
+    assert line["samples"] == 4
+    assert sample_line(1, samples[1], Clock(Version(1, 0), {1: 0}))["spans"] == []
+
+
+def test_rewards_of_spans_stand_at_their_last_tokens():
+    sample = make_sample(np.random.default_rng(0), sample_id="g0-000", prompt=[5], completion_length=4)
+    sample.segments.append(
+        make_sample(np.random.default_rng(1), sample_id="g0-000", prompt=[], completion_length=3).segments[0]
+    )
+    group = make_group([sample], [0.5])
+    for start, end, reward in [(0, 7, 3.0), (0, 2, 1.0), (2, 5, 2.0)]:
+        group.samples[0].score.spans.add(start=start, end=end, reward=reward)
+    # Of the second segment the first token is only context: what it earned is the token's before.
+    assert decode_groups([group], vocab_size=128)[0].process == ((1, 1.0), (3, 2.0), (5, 3.0))
+    group.samples[0].score.spans.add(start=0, end=8, reward=1.0)
+    with pytest.raises(InvalidArgumentError, match="g0-000: a reward of tokens behind its 7"):
+        decode_groups([group], vocab_size=128)
 
 
 def test_without_a_prompt_the_first_token_is_only_context():
