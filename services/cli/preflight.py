@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import redis
 
 from services.buffer.prompts import PromptSource
+from services.cli.reward_engine import reward_engine
 from services.common.config import Config, load
 from services.common.errors import ConfigError, PolyheadError, UnavailableError
 from services.common.process import free_port
@@ -176,7 +177,16 @@ async def _check_external(config: Config, shares: Sequence[Sequence[str]]) -> No
 
 
 def _check_scorer(config: Config) -> None:
-    """The scorer imports, and scores the first prompt's own label without raising or hanging."""
+    """The scorer imports, and scores the first prompt's own label without raising or hanging.
+
+    A reward model that the run is to start can be started.
+    """
     from services.reward.check import check_scorer
 
+    if config.reward.engine.model is not None:
+        if config.reward.remote.urls or config.reward.remote.token is not None:
+            what = "urls" if config.reward.remote.urls else "token"
+            raise ConfigError("is given by the engine that reward.engine.model starts", field=f"reward.remote.{what}")
+        reward_engine(config)
+        return
     asyncio.run(check_scorer(config, PromptSource(config.data, config.buffer.limits).prompt(0)))

@@ -21,6 +21,7 @@ from services.cli.lock import sole_launcher
 from services.cli.observe import Observer
 from services.cli.preflight import check
 from services.cli.progress import Progress
+from services.cli.reward_engine import KEY_VARIABLE, RewardEngine, reward_engine
 from services.cli.summary import write_results
 from services.cli.supervisor import Child, Supervisor
 from services.common import embedded_store
@@ -34,6 +35,8 @@ log = structlog.get_logger()
 
 # The trainer finishes its step and writes a checkpoint first.
 TRAINER_GRACE_S = 120.0
+# SGLang has nothing to save, and takes seconds to notice.
+ENGINE_GRACE_S = 1.0
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
@@ -49,14 +52,19 @@ def run(config: Config, *, dry_run: bool = False) -> int:
         return 0
     with sole_launcher(config.run.dir), tempfile.TemporaryDirectory(prefix="polyhead-") as socket_dir:
         resolved = _resolve(config, Path(socket_dir))
-        return asyncio.run(Launcher(resolved, embedded=config.store.url == "embedded").run())
+        engine = reward_engine(config)
+        if engine is not None:
+            resolved.reward.remote.urls = [engine.url]
+        return asyncio.run(Launcher(resolved, engine, embedded=config.store.url == "embedded").run())
 
 
 class Launcher:
     """Starts the processes of one run on this machine and keeps them running."""
 
-    def __init__(self, config: Config, *, embedded: bool) -> None:
+    def __init__(self, config: Config, engine: RewardEngine | None = None, *, embedded: bool) -> None:
+        """`engine` is the reward model's, to be started beside the services."""
         self._config = config
+        self._reward_engine = engine
         self._embedded = embedded
         self._dir = config.run.dir
         self._stop = asyncio.Event()
@@ -103,6 +111,10 @@ class Launcher:
             self._start_store()
         for index in range(self._config.buffer.replicas):
             self._start("buffer", index)
+        if (engine := self._reward_engine) is not None:
+            self._add(
+                "reward-engine", engine.command, "reward-engine.log", environment=engine.environment, foreign=True
+            )
         self._fleet.settle()
         leader, *_ = [self._start("trainer", rank) for rank in range(self._config.trainer.ranks)]
         return leader
@@ -129,7 +141,9 @@ class Launcher:
             "--index",
             str(index),
         ]
-        return self._add(role, command, f"{role}-{index}.log", index)
+        engine = self._reward_engine
+        environment = {KEY_VARIABLE: engine.key} if engine is not None and role == "reward" else {}
+        return self._add(role, command, f"{role}-{index}.log", index, environment=environment)
 
     def _add(
         self,
@@ -138,13 +152,16 @@ class Launcher:
         log_name: str,
         index: int = 0,
         waits_for: Mapping[str, str] = MappingProxyType({}),
+        environment: Mapping[str, str] = MappingProxyType({}),
+        foreign: bool = False,
     ) -> Child:
         child = Child(
             role,
             command,
             self._dir / "logs" / log_name,
             index,
-            env=_environment(self._config, role, index),
+            env={**_environment(self._config, role, index), **environment},
+            foreign=foreign,
             registers=role in scale.ROLES,
             group=role if role == "trainer" and self._config.trainer.ranks > 1 else "",
             stable_after_s=self._config.run.stable_after_s,
@@ -161,6 +178,7 @@ class Launcher:
         await self._supervisor.end([trainer], TRAINER_GRACE_S)
         await self._supervisor.end(self._children("trainer"), GRACE_S)
         await self._supervisor.end(self._children("rollout", "reward"), GRACE_S)
+        await self._supervisor.end(self._children("reward-engine"), ENGINE_GRACE_S)
         watching.cancel()
         await self._observer.look_at_the_end()
         await self._supervisor.end(self._children("buffer"), GRACE_S)

@@ -39,6 +39,8 @@ class Child:
     index: int = 0
     """Which of its role it is."""
     env: Mapping[str, str] = field(default_factory=dict)
+    foreign: bool = False
+    """Whether it is another program, which has no use for the services' secrets."""
     registers: bool = False
     """Whether it is up only when the registry says so: it may take minutes to start. Others are up at once."""
     stable_after_s: float = 20.0
@@ -57,7 +59,9 @@ class Child:
 
     def start(self) -> None:
         # SIGKILL: a launcher that crashed can no longer end anything in order, and every service survives it.
-        self.process = spawn(self.command, log_path=self.log_path, env=self.env, death_signal=signal.SIGKILL)
+        self.process = spawn(
+            self.command, log_path=self.log_path, env=self.env, death_signal=signal.SIGKILL, foreign=self.foreign
+        )
         self.pids.append(self.process.pid)
         self.started_at = time.monotonic()
         self.up_since = None if self.registers else self.started_at

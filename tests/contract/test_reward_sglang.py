@@ -23,7 +23,7 @@ from tests.kit.tiny_model import build_tiny_reward_model
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make test-sglang"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(600),
 ]
 
 COMPLETIONS = ["4", "What is it?", "a longer answer, of some length, with\ntwo lines", "0" * 150]
@@ -54,7 +54,8 @@ async def test_rewards_of_sglang_are_those_of_transformers(model: Path, url: str
         ids = wire.encode_tokens(tokenizer(f"What?{completion}").input_ids) if kind == "tokens" else b""
         # Only the token ids say what it is.
         text = "" if kind == "tokens" else completion
-        return Job(item(text, sample_id=completion), lambda result: rewards.setdefault(completion, result), ids)
+        each = item(text, sample_id=completion, token_ids=ids)
+        return Job(each, lambda result: rewards.setdefault(completion, result))
 
     async with remote("classify", url, token=ADMIN_KEY, timeout_s=60, classify={"input": kind}) as station:
         station.submit([job(each) for each in COMPLETIONS])
@@ -81,3 +82,25 @@ def test_a_run_has_its_rewards_from_sglang(url: str, tmp_path: Path) -> None:
     assert (summary["ledger_imbalance"], summary["ledger"]["dead"]) == (0, 0)
     assert len({line["reward_mean"] for line in run.steps()}) == 4
     assert ADMIN_KEY not in (run.dir / "config.toml").read_text()
+
+
+def test_a_run_starts_its_reward_model_and_starts_it_again(model: Path, tmp_path: Path) -> None:
+    engine = {"model": str(model), "dtype": "float32", "args.context-length": "512", "args.max-total-tokens": "8192"}
+    command = [
+        *small_flags(small_inputs(tmp_path / "inputs")),
+        *("--reward.scorer", "remote", "--reward.remote.kind", "classify", "--reward.remote.timeout_s", "60"),
+        *(part for key, value in engine.items() for part in (f"--reward.engine.{key}", value)),
+        *("--num-rollout", "40", "--run-dir", str(tmp_path / "run")),
+    ]
+    run = Run(tmp_path / "run", *command)
+    run.wait_for(lambda: run.step() >= 3, within_s=200)
+    [victim] = [each for each in run.look() if each.ppid() == run.process.pid and "--is-embedding" in each.cmdline()]
+    assert not any("--api-key" in part for part in victim.cmdline())
+    victim.kill()
+    assert run.finish(within_s=300) == 0, run.tail()
+    summary = run.summary()
+    assert (summary["ledger_imbalance"], summary["ledger"]["dead"]) == (0, 0)
+    assert len(summary["processes"]["reward-engine"]) == 2
+    assert [line["step"] for line in run.steps()] == list(range(1, 41))
+    assert len({line["reward_mean"] for line in run.steps()}) > 30
+    assert run.left_behind() == []

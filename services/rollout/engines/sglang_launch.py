@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from services.common.config import Config
-from services.common.config.models import EngineConfig
+from services.common.config.models import EngineConfig, RewardEngineConfig
 from services.common.errors import ConfigError
 from services.rollout.capacity import DEFAULT_SLOTS
 from services.rollout.engines.python_module import flags_of, user_flags
@@ -40,7 +40,7 @@ _OURS = {
 }
 
 # Pure torch: no CPU build of SGLang's kernels is published.
-_CPU_FLAGS = {
+CPU_FLAGS = {
     "attention-backend": "torch_native",
     "sampling-backend": "pytorch",
     "grammar-backend": "none",
@@ -75,7 +75,7 @@ def sglang_flags(config: Config, replica: int, index: int) -> list[str]:
     slots = engine.max_running_requests
     if engine.device == "cpu":
         slots = slots or DEFAULT_SLOTS
-        options |= _CPU_FLAGS
+        options |= CPU_FLAGS
         if engine.context_length is not None:
             options["max-total-tokens"] = slots * engine.context_length
     else:
@@ -87,19 +87,28 @@ def sglang_flags(config: Config, replica: int, index: int) -> list[str]:
     return flags_of(options | user_flags(engine.args, _OURS, "rollout.engine.args"))
 
 
+def cpu_environment(threads: int) -> dict[str, str]:
+    """What SGLang without a GPU reads from its environment."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (_CPU_SHIMS, PLUGIN_DIRECTORY))),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
 def sglang_environment(config: Config) -> dict[str, str]:
     """What SGLang reads from its environment."""
     engine = config.rollout.engine
-    environment = {"HF_HUB_OFFLINE": "1"}
     if engine.device == "cpu":
-        return environment | {
-            "PYTHONPATH": os.pathsep.join(map(str, (_CPU_SHIMS, PLUGIN_DIRECTORY))),
-            "SGLANG_USE_CPU_ENGINE": "1",
-            "OMP_NUM_THREADS": str(engine.threads),
-        }
+        return cpu_environment(engine.threads)
     # An in-place pause only sets a flag: with this, loading weights waits for the forward pass that is still running.
     # This service's own packages are none of SGLang's.
-    return environment | {"SGLANG_FORCE_COARSE_WAR_BARRIER": "1", "PYTHONPATH": str(PLUGIN_DIRECTORY)}
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_FORCE_COARSE_WAR_BARRIER": "1",
+        "PYTHONPATH": str(PLUGIN_DIRECTORY),
+    }
 
 
 def receives_ahead(config: Config, replica: int, index: int) -> bool:
@@ -113,17 +122,17 @@ def sglang_scratch(config: Config, replica: int, index: int) -> Path | None:
     return directory if len(str(directory)) <= _SCRATCH_MAX else None
 
 
-def sglang_python(engine: EngineConfig) -> Path:
-    """The interpreter that has SGLang. Raises ConfigError when there is none."""
+def sglang_python(engine: EngineConfig | RewardEngineConfig, field: str = "rollout.engine.python") -> Path:
+    """The interpreter that has SGLang. Raises ConfigError, of `field`, when there is none."""
     if engine.python is not None:
         if not engine.python.is_file():
-            raise ConfigError(f"{engine.python} is not a file", field="rollout.engine.python")
+            raise ConfigError(f"{engine.python} is not a file", field=field)
         # Not resolved: a virtual environment's interpreter is a link, and knows its environment by the link.
         return engine.python.absolute()
     default = _CHECKOUT / ".engines" / engine.device / "bin" / "python"
     if not (default.parents[1] / "engine.installed").is_file():
         raise ConfigError(
             f"SGLang is not installed in {default.parents[1]}: make engine-env, or name an interpreter here",
-            field="rollout.engine.python",
+            field=field,
         )
     return default
