@@ -19,6 +19,8 @@ class Row(NamedTuple):
     item: reward_pb2.ScoreItem
     expected: float | None
     """What the row says its reward is, if it does."""
+    group: str
+    """What the row says its group is; else its prompt."""
 
 
 def read_rows(path: Path, expect: str | None = None) -> list[Row]:
@@ -62,7 +64,8 @@ def _parse(number: int, line: bytes, expect: str | None) -> Row:
     prompt = sample_pb2.Prompt(label=_label(row), metadata_json=_metadata(row))
     _set_prompt(prompt, row)
     item = reward_pb2.ScoreItem(sample_id=f"line {number}", prompt=prompt, completion=row[name])
-    return Row(number, item, _expected(row, expect))
+    group = orjson.dumps([row.get("group"), None if "group" in row else row.get("prompt")]).decode()
+    return Row(number, item, _expected(row, expect), group)
 
 
 def _label(row: dict[str, Any]) -> str:

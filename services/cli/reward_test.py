@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import math
 import sys
 import time
@@ -17,14 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from services.cli.reward_rows import Row, read_rows
-from services.common.config import Config
-from services.common.config.models import PluginsConfig, RewardConfig
+from services.common.config import Config, load
 from services.common.errors import ConfigError
 from services.common.telemetry import configure_logging
 from services.reward.items import item_of_request
 from services.reward.jobs import Result
-from services.reward.pool import ScorerPool
-from services.reward.settings import scorer_settings
+from services.reward.opening import running_station
 
 # Rewards that differ by less agree: they may have been written with few digits.
 _CLOSE = 1e-6
@@ -52,12 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
     """1 when a row failed or disagrees, else 0. Raises ConfigError for bad rows and for a scorer that does not load."""
     _check(arguments)
     configure_logging("reward-test", stream=sys.stderr)
-    rows = read_rows(arguments.file, arguments.expect)
-    scored, seconds = asyncio.run(_score(arguments, rows))
+    rows, config = read_rows(arguments.file, arguments.expect), _config(arguments)
+    scored, seconds = asyncio.run(_score(config, arguments.processes, rows))
     summary = summarise(scored, seconds)
     shown = [each for each in scored if each.is_problem or not arguments.problems]
     if arguments.json:
-        document = {"scorer": arguments.scorer, **summary, "rows": [_as_dict(each) for each in shown]}
+        document = {"scorer": config.reward.scorer, **summary, "rows": [_as_dict(each) for each in shown]}
         print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
     else:
         _print(shown, summary)
@@ -83,22 +82,33 @@ def summarise(scored: Sequence[Scored], seconds: float) -> dict[str, Any]:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.processes < 1:
         raise ConfigError(f"is {arguments.processes}, must be at least 1", field="--processes")
-    if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
+    if arguments.timeout is not None and not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
         raise ConfigError(f"is {arguments.timeout:g}, must be positive", field="--timeout")
 
 
-async def _score(arguments: argparse.Namespace, rows: Sequence[Row]) -> tuple[list[Scored], float]:
-    paths = [path.resolve() for path in arguments.path]
-    config = Config(reward=RewardConfig(scorer=arguments.scorer), plugins=PluginsConfig(paths=paths))
-    pool = ScorerPool(scorer_settings(config), processes=arguments.processes, timeout_s=arguments.timeout)
-    await pool.start()
-    try:
+def _config(arguments: argparse.Namespace) -> Config:
+    """Raises ConfigError."""
+    overrides: dict[str, Any] = {}
+    if arguments.scorer is not None:
+        overrides["reward.scorer"] = arguments.scorer
+    if arguments.timeout is not None:
+        overrides["reward.score_timeout_s"] = arguments.timeout
+    config = load(arguments.config, overrides)
+    config.plugins.paths = [*config.plugins.paths, *(path.resolve() for path in arguments.path)]
+    return config
+
+
+async def _score(config: Config, processes: int, rows: Sequence[Row]) -> tuple[list[Scored], float]:
+    async with running_station(config, processes=processes) as station:
         begun = time.perf_counter()
-        results = await pool.score([item_of_request(row.item, place) for place, row in enumerate(rows)])
-        seconds = time.perf_counter() - begun
-    finally:
-        await pool.close()
-    return [Scored(row, result) for row, result in zip(rows, results, strict=True)], seconds
+        items = [item_of_request(row.item, place) for place, row in enumerate(rows)]
+        calls = [items]
+        if station.scores_whole:
+            of_group = itertools.groupby(zip(rows, items, strict=True), key=lambda pair: pair[0].group)
+            calls = [[item for _, item in pairs] for _, pairs in of_group]
+        results = itertools.chain(*await asyncio.gather(*map(station.score, calls)))
+        scored = [Scored(row, result) for row, result in zip(rows, results, strict=True)]
+        return scored, time.perf_counter() - begun
 
 
 def _as_dict(scored: Scored) -> dict[str, Any]:

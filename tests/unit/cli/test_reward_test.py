@@ -87,6 +87,50 @@ def test_the_same_as_json(tmp_path, capsys):
     assert document["scores_per_s"] > 0
 
 
+RUN = """
+[plugins]
+paths = [{kit!r}]
+[reward]
+{reward}
+"""
+
+
+@pytest.mark.parametrize(
+    ("reward", "rows", "rewards"),
+    [
+        ('weights = {{ exact = 1.0, "reward_functions:by_order" = 0.5 }}', [("ok", "ok"), ("ok", "no")], [1.5, 0.5]),
+        ('scorer = "exact"\nshaping = "reward_functions:shapes"', [("1", "1"), ("1", "2")], [0.5, 0.0]),
+        ('scorer = "dapo"\nreward_key = "acc"', [("Answer: 1", "1"), ("Answer: 1", "2")], [1.0, 0.0]),
+    ],
+)
+def test_the_rewards_of_a_run(tmp_path, capsys, reward, rows, rewards):
+    (tmp_path / "run.toml").write_text(RUN.format(kit=str(KIT), reward=reward.replace("{{", "{").replace("}}", "}")))
+    file = write(tmp_path, *({"completion": completion, "label": label} for completion, label in rows))
+    assert main(["reward", "test", "-c", str(tmp_path / "run.toml"), "--file", str(file), "--json"]) == 0
+    assert [row["reward"] for row in json.loads(capsys.readouterr().out)["rows"]] == rewards
+
+
+def test_whole_groups_are_rows_of_one_prompt_or_one_group(tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(
+        RUN.format(kit=str(KIT), reward='scorer = "reward_functions:ranks"\ngroup_rm = true')
+    )
+    rows = [{"completion": text, "prompt": prompt} for text, prompt in [("aa", "p"), ("a", "p"), ("a", "q")]]
+    rows += [{"completion": text, "prompt": text, "group": 7} for text in ("a", "aa", "aaa")]
+    options = ["--file", str(write(tmp_path, *rows)), "--json"]
+    assert main(["reward", "test", "-c", str(tmp_path / "run.toml"), *options]) == 0
+    scored = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["reward"] for row in scored] == [1.0, 0.0, 0.0, 0.0, 1.0, 2.0]
+    assert [row["parts"]["group"] for row in scored] == [2, 2, 1, 3, 3, 3]
+
+
+def test_a_scorer_or_a_run_is_given(tmp_path, capsys):
+    file = write(tmp_path, GOOD)
+    with pytest.raises(SystemExit):
+        main(["reward", "test", "--file", str(file)])
+    with pytest.raises(SystemExit):
+        main(["reward", "test", "--file", str(file), "--scorer", "math", "-c", "run.toml"])
+
+
 def test_a_prompt_and_metadata_reach_the_scorer(tmp_path):
     [row] = read_rows(write(tmp_path, GOOD | {"prompt": [{"role": "user"}], "metadata": {"difficulty": 3}}))
     assert (row.item.prompt.text, row.item.prompt.messages_json) == ("", '[{"role":"user"}]')
