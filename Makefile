@@ -9,6 +9,8 @@ SEED ?= 0
 STRIKES ?= 100
 SYSTEMS ?= 2
 MINUTES ?= 42
+# Of make outage: seconds of each fault, after everything waits for it.
+MINUTE ?= 60
 # Of make property: random histories, commands in each, and processes.
 HISTORIES ?= 5000
 COMMANDS ?= 100
@@ -36,7 +38,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang check fmt lint type proto proto-check up down status scale bench chaos property fuzz fuzz-scorers clean
+	test-sglang check fmt lint type proto proto-check up down status scale bench chaos outage property fuzz \
+	fuzz-scorers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -166,6 +169,9 @@ bench: $(VENV)/bench.installed ## micro-benchmarks, as JSON
 chaos: $(VENV)/dev.installed ## kill and freeze every role in whole runs, 45 min (STRIKES=100 SYSTEMS=2 MINUTES=42 SEED=0)
 	@PYTHONPATH=.:protos $(BIN)/python -m tests.kit.faults.campaign --strikes $(STRIKES) --systems $(SYSTEMS) \
 		--minutes $(MINUTES) --seed $(SEED) --json runs/chaos/summary.json
+
+outage: $(VENV)/dev.installed ## runs whose reward server fails in every way, a minute each (MINUTE=60)
+	@POLYHEAD_OUTAGE_S=$(MINUTE) $(PYTEST) tests/e2e/test_e2e_reward_outage.py
 
 # A seed of its own each time, unless one is given.
 property: $(VENV)/dev.installed ## many random histories of the store (HISTORIES=5000 COMMANDS=100 WORKERS=2)
