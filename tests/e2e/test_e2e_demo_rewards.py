@@ -1,4 +1,4 @@
-"""The demo, a few steps of it, with its rewards from a server in a process of its own: the two examples."""
+"""A few steps of the demo, from a random model, with rewards from the example servers, each in its own process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.demo.common import prepare_directory
 from services.common.process import die_with_parent, free_port
 from tests.kit.runs import ROOT, Run
+from tests.kit.tiny_model import build_tiny_qwen3
 
 STEPS = 6
 SERVERS = {
@@ -49,6 +51,9 @@ def example(kind: str) -> Iterator[str]:
 @pytest.mark.parametrize("kind", SERVERS)
 def test_the_demo_has_its_rewards_from_a_server_elsewhere(tmp_path: Path, kind: str) -> None:
     run_dir = tmp_path / "run"
+    # Instead of its own, which is warmed up first.
+    prepare_directory(run_dir, "addition", 0)
+    build_tiny_qwen3(run_dir / "model")
     with example(kind) as url:
         remote = ["--reward.scorer", "remote", "--reward.remote.kind", kind, "--reward.remote.urls", url]
         run = Run(run_dir, "demo", *remote, "--run.num_rollout", str(STEPS), "--run.dir", str(run_dir))

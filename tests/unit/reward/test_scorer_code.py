@@ -1,4 +1,8 @@
-"""Programs, their tests, and every way in which a program ends."""
+"""Programs, their tests, and every way in which a program ends.
+
+Tests come in the forms of the published data sets: lists of asserts as in MBPP (arXiv 2108.07732), a text that ends
+with `check(entry_point)` as in HumanEval (arXiv 2107.03374), inputs and outputs as in APPS (arXiv 2105.09938).
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,15 @@ from tests.kit.reward_items import item, running_pool
 
 scorer = build("code", paths=[], args={}, options=Options(code_timeout_s=4.0, code_memory_mb=256))
 ADD = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add(0, 0) == 0"]
+HUMAN_EVAL = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n\ncheck(add)\n"
 DOUBLE = {"inputs": ["1\n", "21\n"], "outputs": ["2\n", "42\n"]}
 
 # program, tests, share of them that it passes
 PROGRAMS: list[tuple[str, Any, float]] = [
     ("def add(a, b): return a + b", ADD, 1.0),
     ("def add(a, b): return a + b", "\n".join(ADD), 1.0),
+    ("def add(a, b): return a + b", HUMAN_EVAL, 1.0),
+    ("def add(a, b): return a - b", HUMAN_EVAL, 0.0),
     ("def add(a, b): return abs(a + b) or 1", ADD, 1 / 3),
     ("def add(a, b): return 3", "\n".join(ADD), 0.0),
     ("def sub(a, b): return a - b", ADD, 0.0),

@@ -1,4 +1,9 @@
-"""DeepScaleR's rule."""
+"""DeepScaleR's rule.
+
+What is one text: the equivalences of the MATH data set's own grader (Hendrycks et al., arXiv 2103.03874), which
+DeepScaleR's `mathd` and slime's `deepscaler` use. What counts as an answer: the box behind the thinking, as in
+DeepScaleR.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Overlap of words. The values are SQuAD's and HotpotQA's evaluation scripts'."""
+"""Overlap of words.
+
+The values are those of the published scripts: SQuAD's evaluate-v1.1.py (arXiv 1606.05250), and for yes, no and noanswer
+HotpotQA's hotpot_evaluate_v1.py (arXiv 1809.09600), which slime's `f1` copies.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Which letter a completion settles on."""
+"""Which letter a completion settles on.
+
+The phrases are those that prompts for GPQA (arXiv 2311.12022) ask for, "The answer is (C)" of the paper's and
+"Answer: C" of simple-evals, and the patterns of slime's `gpqa`; where the verdict is not slime's, docs/rewards.md says
+so.
+"""
 
 from __future__ import annotations
 
