@@ -147,6 +147,7 @@ class ScorerPool:
 
     async def close(self) -> None:
         """Kills the processes. Jobs that are not finished are never reported."""
+        self._running = False
         if self._watch is not None:
             self._watch.cancel()
         keepers = [slot.keeper for slot in self._slots if slot.keeper is not None]
@@ -283,6 +284,8 @@ class ScorerPool:
 
     def _fit(self) -> None:
         """Starts a process for each that is set aside, and ends those that have long been too many."""
+        if not self._running:
+            return
         aside = sum(slot.aside for slot in self._slots) + self._lanes.suspects_wait
         missing = self._processes + min(self._processes, aside) - len(self._slots)
         for _ in range(missing):

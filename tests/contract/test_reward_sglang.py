@@ -23,7 +23,7 @@ from tests.kit.tiny_model import build_tiny_reward_model
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make test-sglang"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(800),
 ]
 
 COMPLETIONS = ["4", "What is it?", "a longer answer, of some length, with\ntwo lines", "0" * 150]
@@ -93,11 +93,11 @@ def test_a_run_starts_its_reward_model_and_starts_it_again(model: Path, tmp_path
         *("--num-rollout", "40", "--run-dir", str(tmp_path / "run")),
     ]
     run = Run(tmp_path / "run", *command)
-    run.wait_for(lambda: run.step() >= 3, within_s=200)
+    run.wait_for(lambda: run.step() >= 3, within_s=300)
     [victim] = [each for each in run.look() if each.ppid() == run.process.pid and "--is-embedding" in each.cmdline()]
     assert not any("--api-key" in part for part in victim.cmdline())
     victim.kill()
-    assert run.finish(within_s=300) == 0, run.tail()
+    assert run.finish(within_s=400) == 0, run.tail()
     summary = run.summary()
     assert (summary["ledger_imbalance"], summary["ledger"]["dead"]) == (0, 0)
     assert len(summary["processes"]["reward-engine"]) == 2

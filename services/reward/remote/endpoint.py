@@ -55,17 +55,19 @@ class Endpoint:
                 self._control = item
         return answers
 
-    async def still_scores(self) -> bool:
-        """Whether it answers for the sample that it last scored: then a call that breaks is not its fault."""
+    async def still_scores(self, failed: Item) -> bool:
+        """Whether it scores the sample that it last scored: then it is not its fault that `failed` was not.
+
+        Where it has scored none so far, the label of `failed` as the completion is one.
+        """
         if self._checking is None:
-            self._checking = asyncio.create_task(self._check())
+            plain = failed._replace(completion=failed.label, token_ids=b"")
+            self._checking = asyncio.create_task(self._check(self._control or plain))
         return await asyncio.shield(self._checking)
 
-    async def _check(self) -> bool:
+    async def _check(self, control: Item) -> bool:
         try:
-            if self._control is None:
-                return False
-            [answer] = await self.score([self._control])
+            [answer] = await self.score([control])
             return isinstance(answer, Verdict)
         except CallError:
             return False

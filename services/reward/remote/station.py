@@ -275,7 +275,7 @@ class RemoteStation:
                 self._again(entry, f"{endpoint.name}: {answer}", retry=answer.retry or len(self._endpoints) > 1)
             elif isinstance(answer, BrokenCallError):
                 await self._suspect(endpoint, entry, answer)
-            elif isinstance(answer, BadAnswerError) and not (works or await endpoint.still_scores()):
+            elif isinstance(answer, BadAnswerError) and not (works or await endpoint.still_scores(entry.item)):
                 entry.always_broke = False
                 endpoint.breaker.bad(str(answer))
                 self._again(entry, f"{endpoint.name}: {answer}", retry=True)
@@ -291,7 +291,7 @@ class RemoteStation:
     async def _suspect(self, endpoint: Endpoint, entry: _Entry, error: BrokenCallError) -> None:
         """Tells a sample that breaks its calls from a server that breaks all: by one that was scored before."""
         last = entry.tries + 1 >= self._config.attempts
-        if (endpoint.breaker.on_the_brink or (last and entry.always_broke)) and await endpoint.still_scores():
+        if (endpoint.breaker.on_the_brink or (last and entry.always_broke)) and await endpoint.still_scores(entry.item):
             endpoint.breaker.good()
             if last and entry.always_broke:
                 kind = FailureKind.TIMED_OUT if error.timed_out else FailureKind.RAISED

@@ -117,6 +117,18 @@ async def test_a_sample_that_breaks_the_server_is_told_from_a_broken_server(faul
     assert "and the server scores others" in alone.reason
 
 
+@pytest.mark.parametrize("poison", [{"text": "?"}, {"status": 500}], ids=["nonsense", "error"])
+async def test_the_only_sample_there_is_may_be_to_blame(poison):
+    """Its label is what the server is asked about instead."""
+    async with (
+        http_server(lambda body: 1 if body["response"] == "42" else web.Response(**poison)) as server,
+        remote("http", server.url) as station,
+    ):
+        [result] = await score(station, "poison")
+        assert result.failure is FailureKind.RAISED
+        assert server.calls[-1]["response"] == "42"
+
+
 async def test_a_sample_that_breaks_its_batch_is_found():
     def answer(asked: reward_pb2.ScoreItem) -> float:
         if asked.completion == "poison":

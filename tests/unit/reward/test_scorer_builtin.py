@@ -63,7 +63,7 @@ def test_a_users_function_is_not_overridden() -> None:
 )
 def test_the_key_of_a_builtin_scorers_reward(key: str, reward: float, parts: dict[str, float]) -> None:
     scorer = build("dapo", paths=[], args={}, options=Options(reward_key=key))
-    assert scorer(item("Answer: 42")) == (reward, parts)
+    assert scorer(item("Answer: 42")) == (reward, parts, ())
 
 
 def test_a_wrong_answer_by_its_key() -> None:
