@@ -78,14 +78,15 @@ class TrainSample:
 
 
 def decode_groups(
-    groups: Iterable[pb.LeasedGroup], *, vocab_size: int, context_length: int | None = None
+    groups: Iterable[pb.LeasedGroup], *, vocab_size: int, context_length: int | None = None, strict: bool = False
 ) -> list[TrainSample]:
     """The samples of a TRAIN lease with payloads, groups in the order of the lease.
 
     A sample is unusable whose payload does not parse, is damaged, has tokens that the model does not, or a segment
     longer than the model's `context_length` (None: any length). It is named in the log, and nothing of it is trained:
     it has no segments, but its reward, which its group is compared with. Limits and spans were checked by the buffer
-    when it accepted the sample. Raises InvalidArgumentError, naming the first, when there are only unusable ones.
+    when it accepted the sample. Raises InvalidArgumentError, naming the first, when there are only unusable ones, and
+    with `strict` when there is one.
     """
     samples: list[TrainSample] = []
     unusable: list[InvalidArgumentError] = []
@@ -93,6 +94,8 @@ def decode_groups(
         try:
             samples.append(_decode(group_id, leased, vocab_size, context_length))
         except InvalidArgumentError as error:
+            if strict:
+                raise
             log.warning("sample_unusable", sample_id=leased.sample_id, reason=error.reason)
             unusable.append(error)
             samples.append(_untrained(group_id, leased))

@@ -51,7 +51,7 @@ def own_batches(
     batches = []
     for step, plan, of_step in zip(message["steps"], plans, wanted, strict=True):
         group = pb.LeasedGroup(samples=of_step.values())
-        samples = dict(zip(of_step, decode_groups([group], vocab_size=vocab_size), strict=True))
+        samples = dict(zip(of_step, decode_groups([group], vocab_size=vocab_size, strict=True), strict=True))
         masks = {row: masking.masks(sample) for row, sample in samples.items()}
         batches.append(
             [
