@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from services.common.config.algorithm import AlgorithmConfig
+from services.common.config.optimizer import OptimizerConfig
 from services.common.config.remote import RemoteConfig
 from services.common.config.section import Positive, Seconds, Section
 
@@ -426,17 +427,6 @@ class RewardConfig(Section):
                 f"group_rm needs a function of yours as scorer, pkg.mod:fn; {self.scorer!r} scores samples one by one"
             )
         return self
-
-
-class OptimizerConfig(Section):
-    lr: Annotated[float, Field(gt=0)] = 1e-6
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_grad: Annotated[float, Field(gt=0)] = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Linear warm-up, then constant."""
 
 
 class CheckpointConfig(Section):

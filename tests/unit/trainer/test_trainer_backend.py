@@ -203,12 +203,24 @@ def test_bfloat16_models_take_small_steps_in_their_master_weights(models):
     assert all(torch.equal(restored.weights()[key], weight) for key, weight in backend.weights().items())
 
 
-def test_warm_up_rises_linearly_to_the_learning_rate(models):
-    config = make_config(models["qwen3"], optimizer={"lr": 1e-3, "warmup_steps": 4})
+def test_the_learning_rate_is_that_of_the_optimizer_steps_taken(models):
+    optimizer = {"lr": 1e-3, "lr_decay_style": "linear", "warmup_steps": 2, "decay_steps": 4}
+    config = make_config(models["qwen3"], optimizer=optimizer)
     backend = TorchBackend(config)
     samples = decode_groups(make_batch(0, groups=1, size=4), vocab_size=128)
     rates = [train_batch(backend, samples, CLOCK, config)[0].lr for _ in range(6)]
-    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4, 0, 0])
+
+
+def test_without_a_clip_the_gradient_is_as_it_is(models):
+    samples = decode_groups(make_batch(0, groups=1, size=4), vocab_size=128)
+    norms = {}
+    for clip in (0.0, 1e-3):
+        backend = TorchBackend(make_config(models["qwen3"], optimizer={"clip_grad": clip}))
+        backend.accumulate(prepare(samples))
+        norms[clip] = backend._optimizer.clip(), backend._optimizer.clip()
+    assert norms[0.0][0] == norms[0.0][1] == norms[1e-3][0] > 1e-2
+    assert norms[1e-3][1] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_a_batch_of_several_optimizer_steps_takes_them_all(models):

@@ -27,6 +27,7 @@ from services.trainer.batch.flops import SequenceFlops, sequence_flops
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.ranks import commands
 from services.trainer.ranks.group import RankGroup
+from services.trainer.schedule import learning_rate
 
 MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
 
@@ -88,9 +89,8 @@ class TorchBackend:
             self.flops = sequence_flops(self.model.config.get_text_config().to_dict())
         self._tensors = _unique(self.model)
         masters = self._sharded and self._dtype != torch.float32
-        self._optimizer = Optimizer(
-            self.model.named_parameters(), config.trainer.optimizer, self.group, are_masters=masters
-        )
+        settings, schedule = config.trainer.optimizer, learning_rate(config)
+        self._optimizer = Optimizer(self.model.named_parameters(), settings, schedule, self.group, are_masters=masters)
         self._reference = (
             Reference(config, self.vocab_size, placement, self.group) if self._algorithm.needs_reference else None
         )
