@@ -477,6 +477,8 @@ class TrainerConfig(Section):
     recompute: bool = False
     """Keep no activations within a decoder layer, and compute them again for the gradient (slime:
     --recompute-granularity)."""
+    recompute_layers: Positive | None = None
+    """With `recompute`: of the first so many layers only. Default: of all."""
     offload: bool = False
     """With device = "cuda": weights, gradients and the optimizer's state are in the host's memory. Each layer comes
     from there when it computes, and the optimizer steps on the CPU (slime: --optimizer-cpu-offload)."""

@@ -72,8 +72,6 @@ class OptimizerConfig(Section):
                 f"trainer.optimizer: a warm-up of {warmup:g} steps leaves nothing of {end:g} for lr to decay over"
             )
         if (self.wsd_decay_steps or 0) > end - warmup:
-            raise ValueError(
-                f"trainer.optimizer.wsd_decay_steps = {self.wsd_decay_steps} is more than the {end - warmup:g} steps after "
-                "the warm-up"
-            )
+            after = f"the {end - warmup:g} steps after the warm-up"
+            raise ValueError(f"trainer.optimizer.wsd_decay_steps = {self.wsd_decay_steps} is more than {after}")
         return warmup, end

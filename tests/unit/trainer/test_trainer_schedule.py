@@ -1,5 +1,6 @@
 """Learning rates by step, against torch's and transformers' schedules, and the values of Megatron's own by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -61,7 +62,7 @@ def test_after_the_decay_it_is_the_lowest(style):
     mine = rates(steps=60, lr_decay_style=style, min_lr=1e-5, decay_steps=20)
     assert mine[21:] == [1e-5] * 40
     assert mine[0] == LR
-    assert all(later <= earlier for earlier, later in zip(mine, mine[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(mine))
 
 
 def test_inverse_square_root_is_transformers():

@@ -32,6 +32,8 @@ class Placement(NamedTuple):
     """Of a sharded one: its shards, and the optimizer's state with them, are in the host's memory."""
     recompute: bool = False
     """Activations within a decoder layer are computed again for the gradient."""
+    recompute_layers: int | None = None
+    """Those of the first so many layers; None: of all."""
 
 
 class Root(torch.nn.Module):
@@ -71,7 +73,7 @@ def place(model: torch.nn.Module, dtype: torch.dtype, placement: Placement, fiel
     """
     layers = _layers(model, field) if placement.mesh is not None or placement.recompute else []
     if placement.recompute:
-        for layer in layers:
+        for layer in layers[: placement.recompute_layers]:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     root = Root(model)
     if placement.mesh is None:
