@@ -36,7 +36,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang check fmt lint type proto proto-check up down status scale bench chaos property fuzz fuzz-scorers clean
+	test-sglang trl-env check fmt lint type proto proto-check up down status scale bench chaos property fuzz fuzz-scorers clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -76,6 +76,15 @@ $(ENGINE_DIR)/engine.installed: $(ENGINE_PINS)
 		&& expr $$(date +%s) - $$began > $@ && echo "installed in $$(cat $@) s"
 
 engine-env: $(ENGINE_DIR)/engine.installed ## make real SGLang's environment (ENGINE=cpu or cuda)
+
+# What the trainer's step is measured against.
+.engines/trl/trl.installed: deploy/engines/trl.txt
+	@echo "installing TRL into .engines/trl ..."
+	@rm -rf .engines/trl && $(PYTHON) -m venv .engines/trl \
+		&& .engines/trl/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $<)" \
+		&& .engines/trl/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@
+
+trl-env: .engines/trl/trl.installed ## make TRL's environment, for make bench
 
 # --- run ------------------------------------------------------------------------------------------------------------
 
@@ -160,7 +169,7 @@ proto-check: $(VENV)/dev.installed ## the contracts are well-formed and their ge
 		&& diff -r -x '*.proto' -x __pycache__ $$new/polyhead protos/polyhead \
 		|| { echo "generated code is not current: make proto" >&2; exit 1; }
 
-bench: $(VENV)/bench.installed ## micro-benchmarks, as JSON
+bench: $(VENV)/bench.installed .engines/trl/trl.installed ## micro-benchmarks, as JSON
 	@for file in tests/bench/bench_*.py; do name=$${file#tests/bench/bench_}; $(BIN)/polyhead bench $${name%.py} || exit 1; done
 
 chaos: $(VENV)/dev.installed ## kill and freeze every role in whole runs, 45 min (STRIKES=100 SYSTEMS=2 MINUTES=42 SEED=0)
