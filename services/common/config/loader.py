@@ -87,6 +87,12 @@ class Config(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _teacher_is_there_and_wanted(self) -> Config:
+        if self.trainer.algorithm.use_opd != (self.model.teacher_checkpoint is not None):
+            raise ValueError("trainer.algorithm.use_opd and model.teacher_checkpoint: give both or neither")
+        return self
+
+    @model_validator(mode="after")
     def _penalty_fits(self) -> Config:
         buffer_len, max_len = self.reward.overlong_buffer_len, self.rollout.sampling.max_response_len
         if buffer_len > max_len:

@@ -80,6 +80,10 @@ class PackedBatch:
     """[n]: the trainer's own at the start of the step, where they were needed before."""
     ref_logprobs: NDArray[np.float32] | None = None
     """[n]: the reference model's, where there is one."""
+    teacher_logprobs: NDArray[np.float32] | None = None
+    """[n]: the teacher's, where there is one."""
+    policy_factors: NDArray[np.float32] | None = None
+    """[n]: of the policy loss, where a user's function weighs it."""
 
 
 # What a rank computes for a micro-batch in which it has no sequence: one token, none of them trained.

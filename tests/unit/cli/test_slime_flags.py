@@ -37,6 +37,26 @@ def test_quickstart_flags_set_our_keys():
     assert str(config.run.dir) == "runs/tiny"
 
 
+def test_losses_and_distillation_have_slimes_flags():
+    flags = "--loss-type sft_loss --use-opd --opd-type megatron --opd-teacher-load /models/t --opd-kl-coef 0.5"
+    config = load(None, slime_flags.to_overrides(flags.split()))
+    algorithm = config.trainer.algorithm
+    assert (algorithm.policy_loss, algorithm.use_opd, algorithm.opd_kl_coef) == ("sft", True, 0.5)
+    assert str(config.model.teacher_checkpoint) == "/models/t"
+    flags = "--loss-type=custom_loss --custom-loss-function-path a.b:c"
+    algorithm = load(None, slime_flags.to_overrides(flags.split())).trainer.algorithm
+    assert (algorithm.policy_loss, algorithm.loss_function) == ("custom", "a.b:c")
+    flags = "--advantage-estimator gspo --loss-type policy_loss --custom-pg-loss-reducer-function-path a.b.c"
+    algorithm = load(None, slime_flags.to_overrides(flags.split())).trainer.algorithm
+    assert (algorithm.policy_loss, algorithm.loss_reducer_function) == ("gspo", "a.b.c")
+
+
+@pytest.mark.parametrize("flags", ["--loss-type mse", "--use-opd --opd-type sglang"])
+def test_other_losses_and_teachers_are_refused(flags):
+    with pytest.raises(ConfigError, match="is none of"):
+        slime_flags.to_overrides(flags.split())
+
+
 def test_megatrons_schedule_flags_are_taken():
     flags = """--lr 1e-5 --lr-decay-style WSD --min-lr 1e-6 --lr-decay-iters 90 --lr-warmup-fraction 0.1
         --lr-warmup-init 1e-7 --lr-wsd-decay-iters 20 --lr-wsd-decay-style minus_sqrt --adam-eps 1e-6 --clip-grad 0.0"""

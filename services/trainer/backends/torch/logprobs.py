@@ -39,6 +39,8 @@ class DeviceBatch(NamedTuple):
     advantages: torch.Tensor
     old_logprobs: torch.Tensor | None
     ref_logprobs: torch.Tensor | None
+    teacher_logprobs: torch.Tensor | None
+    policy_factors: torch.Tensor | None
 
 
 class TokenLogprobs(NamedTuple):
@@ -55,6 +57,9 @@ def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None 
 
     def move(array: object) -> torch.Tensor:
         return torch.as_tensor(array).to(device, non_blocking=True)
+
+    def move_any(array: object | None) -> torch.Tensor | None:
+        return None if array is None else move(array)
 
     def move_all(arrays: Sequence[NDArray[np.int64]]) -> tuple[torch.Tensor, ...]:
         return tuple(map(move, arrays))
@@ -85,8 +90,10 @@ def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None 
         sequences=move(batch.sequences),
         sequence_count=batch.sequence_count,
         advantages=move(batch.advantages),
-        old_logprobs=None if batch.old_logprobs is None else move(batch.old_logprobs),
-        ref_logprobs=None if batch.ref_logprobs is None else move(batch.ref_logprobs),
+        old_logprobs=move_any(batch.old_logprobs),
+        ref_logprobs=move_any(batch.ref_logprobs),
+        teacher_logprobs=move_any(batch.teacher_logprobs),
+        policy_factors=move_any(batch.policy_factors),
     )
 
 
