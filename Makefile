@@ -9,7 +9,7 @@ SEED ?= 0
 STRIKES ?= 100
 SYSTEMS ?= 2
 MINUTES ?= 42
-# Of make property: random histories, commands in each, and processes.
+# Of make property: random histories, commands in each, and processes. Of make learn: runs at a time.
 HISTORIES ?= 5000
 COMMANDS ?= 100
 WORKERS ?= 2
@@ -36,7 +36,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang trl-env check fmt lint type proto proto-check up down status scale bench chaos property fuzz fuzz-scorers clean
+	test-sglang trl-env check fmt lint type proto proto-check up down status scale bench chaos property fuzz fuzz-scorers learn clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -175,6 +175,10 @@ bench: $(VENV)/bench.installed .engines/trl/trl.installed ## micro-benchmarks, a
 chaos: $(VENV)/dev.installed ## kill and freeze every role in whole runs, 45 min (STRIKES=100 SYSTEMS=2 MINUTES=42 SEED=0)
 	@PYTHONPATH=.:protos $(BIN)/python -m tests.kit.faults.campaign --strikes $(STRIKES) --systems $(SYSTEMS) \
 		--minutes $(MINUTES) --seed $(SEED) --json runs/chaos/summary.json
+
+learn: $(VENV)/dev.installed ## each algorithm on the demo's task over three seeds, sync and async (WORKERS=2, runs at a time)
+	@PYTHONPATH=.:protos $(BIN)/python -m tests.bench.learn --workers $(WORKERS) --work runs/learn \
+		--json docs/benchmarks/learn.json
 
 # A seed of its own each time, unless one is given.
 property: $(VENV)/dev.installed ## many random histories of the store (HISTORIES=5000 COMMANDS=100 WORKERS=2)
