@@ -11,7 +11,7 @@ SYSTEMS ?= 2
 MINUTES ?= 42
 # Of make outage: seconds of each fault, after everything waits for it.
 MINUTE ?= 60
-# Of make property: random histories, commands in each, and processes.
+# Of make property: random histories, commands in each, and processes. Of make learn: runs at a time.
 HISTORIES ?= 5000
 COMMANDS ?= 100
 WORKERS ?= 2
@@ -38,8 +38,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang check fmt lint type proto proto-check up down status scale bench chaos outage property fuzz \
-	fuzz-scorers clean
+	test-sglang trl-env check fmt lint type proto proto-check up down status scale bench chaos outage property fuzz \
+	fuzz-scorers learn clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -79,6 +79,15 @@ $(ENGINE_DIR)/engine.installed: $(ENGINE_PINS)
 		&& expr $$(date +%s) - $$began > $@ && echo "installed in $$(cat $@) s"
 
 engine-env: $(ENGINE_DIR)/engine.installed ## make real SGLang's environment (ENGINE=cpu or cuda)
+
+# What the trainer's step is measured against.
+.engines/trl/trl.installed: deploy/engines/trl.txt
+	@echo "installing TRL into .engines/trl ..."
+	@rm -rf .engines/trl && $(PYTHON) -m venv .engines/trl \
+		&& .engines/trl/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $<)" \
+		&& .engines/trl/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@
+
+trl-env: .engines/trl/trl.installed ## make TRL's environment, for make bench
 
 # --- run ------------------------------------------------------------------------------------------------------------
 
@@ -163,7 +172,7 @@ proto-check: $(VENV)/dev.installed ## the contracts are well-formed and their ge
 		&& diff -r -x '*.proto' -x __pycache__ $$new/polyhead protos/polyhead \
 		|| { echo "generated code is not current: make proto" >&2; exit 1; }
 
-bench: $(VENV)/bench.installed ## micro-benchmarks, as JSON
+bench: $(VENV)/bench.installed .engines/trl/trl.installed ## micro-benchmarks, as JSON
 	@for file in tests/bench/bench_*.py; do name=$${file#tests/bench/bench_}; $(BIN)/polyhead bench $${name%.py} || exit 1; done
 
 chaos: $(VENV)/dev.installed ## kill and freeze every role in whole runs, 45 min (STRIKES=100 SYSTEMS=2 MINUTES=42 SEED=0)
@@ -172,6 +181,10 @@ chaos: $(VENV)/dev.installed ## kill and freeze every role in whole runs, 45 min
 
 outage: $(VENV)/dev.installed ## runs whose reward server fails in every way, a minute each (MINUTE=60)
 	@POLYHEAD_OUTAGE_S=$(MINUTE) $(PYTEST) tests/e2e/test_e2e_reward_outage.py
+
+learn: $(VENV)/dev.installed ## each algorithm on the demo's task over three seeds, sync and async (WORKERS=2, runs at a time)
+	@PYTHONPATH=.:protos $(BIN)/python -m tests.bench.learn --workers $(WORKERS) --work runs/learn \
+		--json docs/benchmarks/learn.json
 
 # A seed of its own each time, unless one is given.
 property: $(VENV)/dev.installed ## many random histories of the store (HISTORIES=5000 COMMANDS=100 WORKERS=2)

@@ -11,6 +11,7 @@ from services.cli import slime_engine_flags
 from services.common.config import parse_overrides
 from services.common.errors import ConfigError
 
+LOSS = "trainer.algorithm.policy_loss"
 TIS = "trainer.algorithm.correction.weights"
 
 # flag -> key. A flag that takes a value.
@@ -46,6 +47,10 @@ VALUE_FLAGS: dict[str, str] = {
     "--ref-load": "model.ref_checkpoint",
     "--advantage-estimator": "trainer.algorithm.name",
     "--custom-advantage-function-path": "trainer.algorithm.advantage_function",
+    "--custom-loss-function-path": "trainer.algorithm.loss_function",
+    "--custom-pg-loss-reducer-function-path": "trainer.algorithm.loss_reducer_function",
+    "--opd-teacher-load": "model.teacher_checkpoint",
+    "--opd-kl-coef": "trainer.algorithm.opd_kl_coef",
     "--gamma": "trainer.algorithm.gamma",
     "--lambd": "trainer.algorithm.lambd",
     "--eps-clip": "trainer.algorithm.eps_clip",
@@ -60,8 +65,16 @@ VALUE_FLAGS: dict[str, str] = {
     "--context-parallel-size": "trainer.context_parallel",
     "--max-tokens-per-gpu": "trainer.max_tokens_per_gpu",
     "--micro-batch-size": "trainer.micro_batch_size",
+    "--optimizer": "trainer.optimizer.name",
     "--lr": "trainer.optimizer.lr",
+    "--lr-decay-style": "trainer.optimizer.lr_decay_style",
+    "--min-lr": "trainer.optimizer.min_lr",
+    "--lr-decay-iters": "trainer.optimizer.decay_steps",
     "--lr-warmup-iters": "trainer.optimizer.warmup_steps",
+    "--lr-warmup-fraction": "trainer.optimizer.warmup_fraction",
+    "--lr-warmup-init": "trainer.optimizer.warmup_init",
+    "--lr-wsd-decay-iters": "trainer.optimizer.wsd_decay_steps",
+    "--lr-wsd-decay-style": "trainer.optimizer.wsd_decay_style",
     "--weight-decay": "trainer.optimizer.weight_decay",
     "--adam-beta1": "trainer.optimizer.beta1",
     "--adam-beta2": "trainer.optimizer.beta2",
@@ -87,6 +100,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--disable-grpo-std-normalization": ("trainer.algorithm.normalize_std", False),
     "--normalize-advantages": ("trainer.algorithm.normalize_advantages", True),
     "--use-rollout-logprobs": ("trainer.algorithm.old_logprobs", "rollout"),
+    "--use-opd": ("trainer.algorithm.use_opd", True),
     "--use-tis": (TIS, "clip"),
     "--use-kl-loss": ("trainer.algorithm.use_kl_loss", True),
     "--use-dynamic-batch-size": ("trainer.use_dynamic_batch_size", True),
@@ -106,7 +120,18 @@ _TRANSLATED = {
     **dict.fromkeys(_RECOMPUTE, "trainer.recompute"),
     "--rm-type": "reward.scorer",
     "--dynamic-sampling-filter-path": "batch.dynamic_sampling_filter",
+    "--loss-type": "trainer.algorithm.policy_loss",
+    "--opd-type": "megatron: model.teacher_checkpoint",
 }
+
+# slime's losses; its policy_loss is what --advantage-estimator says.
+_LOSSES: dict[str, dict[str, Any]] = {
+    "policy_loss": {},
+    "sft_loss": {LOSS: "sft"},
+    "custom_loss": {LOSS: "custom"},
+}
+# Of slime's teachers, the one that the trainer has by itself.
+_TEACHERS: dict[str, dict[str, Any]] = {"megatron": {}}
 
 # slime's names for scorers that have another one here.
 _SCORERS = {"remote_rm": "remote"}
@@ -152,6 +177,9 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         elif flag == "--rm-type":
             scorer = inline if equals else _values(flag, rest, 1)[0]
             overrides["reward.scorer"] = _SCORERS.get(scorer, scorer)
+        elif flag in ("--loss-type", "--opd-type"):
+            known = _LOSSES if flag == "--loss-type" else _TEACHERS
+            overrides |= _one_of(known, flag, inline if equals else _values(flag, rest, 1)[0])
         elif flag in VALUE_FLAGS:
             text = inline if equals else _values(flag, rest, 1)[0]
             overrides |= parse_overrides([f"--{VALUE_FLAGS[flag]}={text}"])
@@ -188,6 +216,12 @@ def _count(flag: str, rest: list[str], inline: str) -> int:
     if not text.isdigit():
         raise ConfigError(f"{text!r} is not a number", field=flag)
     return int(text)
+
+
+def _one_of(known: dict[str, dict[str, Any]], flag: str, value: str) -> dict[str, Any]:
+    if value not in known:
+        raise ConfigError(f"{value!r} is none of {', '.join(known)}", field=flag)
+    return known[value]
 
 
 def _filter(path: str) -> str:

@@ -19,6 +19,7 @@ from services.trainer.algorithms import kl
 from services.trainer.algorithms.estimators import Episodes, normalized, token_advantages
 from services.trainer.algorithms.process import ProcessRewards
 from services.trainer.algorithms.user_function import TokenLogprobs, user_advantages
+from services.trainer.algorithms.user_loss import load_reducer, reducer_weights
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.batch.prepare import StepTokens, fill
@@ -26,6 +27,8 @@ from services.trainer.batch.samples import TrainSample
 
 Packed = list[NDArray[np.float32]]
 Batches = list[list[PackedBatch]]
+Known = list[NDArray[np.float32] | None]
+"""Of one rank's tokens of an optimizer step: advantages, and factors of the policy loss."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,18 @@ class Scores:
     """Log-probs of the weights as they are, by optimizer step."""
     ref: list[Packed | None]
     """Of the reference model."""
+    teacher: list[Packed | None]
 
-    def filled(self, batches: Sequence[Sequence[PackedBatch]], advantages: Sequence[NDArray[np.float32]]) -> Batches:
-        """The micro-batches of each optimizer step, with the advantages of their tokens."""
-        return [fill(*of_step) for of_step in zip(batches, advantages, self.old, self.ref, strict=True)]
+    def filled(self, batches: Sequence[Sequence[PackedBatch]], known: Sequence[Known]) -> Batches:
+        """The micro-batches of each optimizer step, with what is known of their tokens."""
+        return [fill(*of_step) for of_step in zip(batches, known, self.old, self.ref, self.teacher, strict=True)]
 
 
 def score_steps(backend: TorchBackend, batches: Sequence[Sequence[PackedBatch]], algorithm: AlgorithmConfig) -> Scores:
     """On every rank, of its own micro-batches of each optimizer step."""
     old = [_old_logprobs(backend, of_step, algorithm, len(batches)) for of_step in batches]
-    return Scores(old, [backend.ref_logprobs(of_step) for of_step in batches])
+    ref = [backend.ref_logprobs(of_step) for of_step in batches]
+    return Scores(old, ref, [backend.teacher_logprobs(of_step) for of_step in batches])
 
 
 def with_advantages(
@@ -54,25 +59,49 @@ def with_advantages(
     """Rank 0's micro-batches of each optimizer step. `samples` are those of all steps, in order.
 
     The other ranks take part by `take_advantages`: rank 0 hears their log-probs, and tells them their advantages.
-    Raises ConfigError when the user's advantage function fails.
+    Raises ConfigError when a user's function fails.
     """
     algorithm = config.trainer.algorithm
     batches = [step.batches for step in steps]
     own = score_steps(backend, batches, algorithm)
     group = backend.group
-    everybodys = Scores(*(_of_all_parts(group.of_parts(group.gather(each))) for each in (own.old, own.ref)))
-    advantages = normalized(_advantages(samples, steps, everybodys.old, everybodys.ref, config), algorithm)
+    gathered = (group.of_parts(group.gather(each)) for each in (own.old, own.ref, own.teacher))
+    advantages = normalized(_advantages(samples, steps, Scores(*map(_of_all_parts, gathered)), config), algorithm)
     parts = np.split(advantages, np.cumsum([len(step.rows) for step in steps])[:-1])
-    packed = [step.packed(part) for step, part in zip(steps, parts, strict=True)]
-    return own.filled(batches, group.scatter(group.for_ranks(list(zip(*packed, strict=True)))))
+    factors = _policy_factors(samples, steps, config)
+    known = [_known(*of_step) for of_step in zip(steps, parts, factors, strict=True)]
+    return own.filled(batches, group.scatter(group.for_ranks(list(zip(*known, strict=True)))))
 
 
 def take_advantages(backend: TorchBackend, batches: Sequence[Sequence[PackedBatch]], config: Config) -> Batches:
     """What `with_advantages` is on rank 0, on the others."""
     own = score_steps(backend, batches, config.trainer.algorithm)
-    backend.group.gather(own.old)
-    backend.group.gather(own.ref)
+    for scores in (own.old, own.ref, own.teacher):
+        backend.group.gather(scores)
     return own.filled(batches, backend.group.scatter())
+
+
+def _known(step: StepTokens, advantages: NDArray[np.float64], factors: NDArray[np.float64] | None) -> list[Known]:
+    """For each part of the batch."""
+    of_factors = [None] * len(step.shares) if factors is None else step.packed(factors)
+    return [[*of_part] for of_part in zip(step.packed(advantages), of_factors, strict=True)]
+
+
+def _policy_factors(
+    samples: Sequence[TrainSample], steps: Sequence[StepTokens], config: Config
+) -> list[NDArray[np.float64] | None]:
+    """By optimizer step, flat: a user's weights of the policy losses over those of ``loss_reduction``."""
+    reducer = load_reducer(config)
+    if reducer is None:
+        return [None] * len(steps)
+    factors: list[NDArray[np.float64] | None] = []
+    first, per_token = 0, config.trainer.algorithm.loss_reduction == "per_token"
+    for step in steps:
+        members = samples[first : first + step.samples]
+        weights = reducer_weights(reducer, members, step.rows, step.positions, per_token=per_token)
+        factors.append(weights / step.weights[step.rows])
+        first += step.samples
+    return factors
 
 
 def _of_all_parts(scores: Sequence[Sequence[Packed | None]]) -> list[Packed | None]:
@@ -88,7 +117,7 @@ def _old_logprobs(
     backend: TorchBackend, batches: Sequence[PackedBatch], algorithm: AlgorithmConfig, steps: int
 ) -> Packed | None:
     """None where the loss finds them by itself: as recorded, or those of the only forward pass there is."""
-    ahead = steps > 1 or algorithm.kl_coef > 0 or algorithm.advantage_function
+    ahead = steps > 1 or algorithm.kl_coef > 0 or algorithm.use_opd or algorithm.advantage_function
     if algorithm.old_logprobs == "rollout" or not ahead:
         return None
     return backend.logprobs(batches)
@@ -97,11 +126,11 @@ def _old_logprobs(
 def _advantages(
     samples: Sequence[TrainSample],
     steps: Sequence[StepTokens],
-    old: Sequence[Packed | None],
-    ref: Sequence[Packed | None],
+    scores: Scores,
     config: Config,
 ) -> NDArray[np.float64]:
-    algorithm = config.trainer.algorithm
+    """Flat, of all steps; `scores` are of all parts."""
+    algorithm, old, ref = config.trainer.algorithm, scores.old, scores.ref
     recorded = np.concatenate([step.rollout_logprobs for step in steps]).astype(np.float64)
     logprobs = recorded if None in old else _flat(steps, old)
     ref_logprobs = None if None in ref else _flat(steps, ref)
@@ -115,8 +144,13 @@ def _advantages(
         process=_process(samples),
     )
     if algorithm.advantage_function:
-        return user_advantages(samples, episodes, TokenLogprobs(recorded, logprobs, ref_logprobs, divergence), config)
-    return token_advantages(episodes, algorithm)
+        by_token = TokenLogprobs(recorded, logprobs, ref_logprobs, divergence)
+        advantages = user_advantages(samples, episodes, by_token, config)
+    else:
+        advantages = token_advantages(episodes, algorithm)
+    if algorithm.use_opd:
+        advantages = advantages - algorithm.opd_kl_coef * (logprobs - _flat(steps, scores.teacher))
+    return advantages
 
 
 def _process(samples: Sequence[TrainSample]) -> ProcessRewards | None:

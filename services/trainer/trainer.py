@@ -14,6 +14,7 @@ from services.common.lifecycle import keep_loaded
 from services.common.versions import Version
 from services.trainer import model_dir
 from services.trainer.algorithms.user_function import load_advantage_function
+from services.trainer.algorithms.user_loss import load_reducer
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.checkpoint import Checkpoint, CheckpointStore
 from services.trainer.history import load_forks, record_fork
@@ -36,6 +37,7 @@ def train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, h
     takes over, UnavailableError when another rank is gone, and TrainingDivergedError.
     """
     load_advantage_function(config)
+    load_reducer(config)
     group = RankGroup.form(config.trainer, 0)
     try:
         backend = TorchBackend(config, group)

@@ -1,7 +1,7 @@
 """Losses as the papers write them: one token and one sequence at a time, in float64, for comparison.
 
 Nothing here calls the trainer. A token is a dict of float64 scalars: new (with gradient), entropy (with gradient), old,
-rollout, ref, advantage. Log-ratios are limited to ±20, as the trainer documents.
+rollout, ref, advantage, and the factor of its policy loss. Log-ratios are limited to ±20, as the trainer documents.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def ppo(ratio: Any, advantage: float, low: float, high: float, dual: float | Non
 
 def policy_loss(sequence: Sequence[Token], index: int, settings: dict[str, Any]) -> Any:
     token, low, high = sequence[index], settings["low"], settings["high"]
+    if settings["kind"] == "sft":
+        return -token["new"]
     if settings["kind"] == "gspo":
         terms = [difference(each["new"], each["old"]) for each in sequence]
         return ppo(ratio_of(sum(terms) / len(terms)), token["advantage"], low, high, settings["dual"])
@@ -128,7 +130,7 @@ def token_loss(sequence: Sequence[Token], index: int, settings: dict[str, Any]) 
     token = sequence[index]
     if is_rejected(sequence, index, settings):
         return torch.zeros((), dtype=torch.float64)
-    loss = weight_of(sequence, index, settings) * policy_loss(sequence, index, settings)
+    loss = token["factor"] * weight_of(sequence, index, settings) * policy_loss(sequence, index, settings)
     if settings["kl_coef"]:
         divergence = kl(settings["kl"], token["new"], token["ref"])
         if settings["unbiased"]:

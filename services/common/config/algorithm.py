@@ -78,8 +78,15 @@ class AlgorithmConfig(Section):
     """Discount per completion token: reinforce_plus_plus and its baseline."""
     lambd: float = 1.0
     """slime's flag of GAE. No algorithm here has a critic: anything but 1 is refused."""
-    policy_loss: Literal["clip", "gspo", "cispo"] = "clip"
-    """clip: PPO's, by tokens. gspo: PPO's, by the ratio of whole segments. cispo: the clipped ratio as a weight."""
+    policy_loss: Literal["clip", "gspo", "cispo", "sft", "custom"] = "clip"
+    """clip: PPO's, by tokens. gspo: PPO's, by the ratio of whole segments. cispo: the clipped ratio as a weight. sft:
+    the negative log-prob, whatever the rewards. custom: loss_function (slime: --loss-type)."""
+    loss_function: str = ""
+    """The dotted path of a function that makes the whole loss of a micro-batch: pkg.mod:fn, for policy_loss = custom
+    (slime: --custom-loss-function-path)."""
+    loss_reducer_function: str = ""
+    """The dotted path of a function, with slime's signature, that weighs the policy losses of tokens instead of
+    loss_reduction: pkg.mod:fn (slime: --custom-pg-loss-reducer-function-path)."""
     eps_clip: Annotated[float, Field(gt=0)] = 0.2
     eps_clip_high: Annotated[float, Field(gt=0)] | None = None
     """Default: eps_clip."""
@@ -102,6 +109,11 @@ class AlgorithmConfig(Section):
     --kl-loss-type)."""
     kl_unbiased: bool = False
     """Weigh each token's KL in the loss by new / rollout probability (slime: --use-unbiased-kl)."""
+    use_opd: bool = False
+    """On-policy distillation: opd_kl_coef times log(policy / teacher) of each token is taken from its advantage; the
+    teacher is model.teacher_checkpoint (slime: --use-opd)."""
+    opd_kl_coef: NotNegative = 1.0
+    """slime: --opd-kl-coef"""
     entropy_coef: float = 0.0
     """Of the entropy bonus (slime: --entropy-coef)."""
     loss_reduction: Literal["per_sample", "per_token", "constant"] = "per_sample"
@@ -130,7 +142,7 @@ class AlgorithmConfig(Section):
     def _defaults_of_the_name(cls, given: Any) -> Any:
         return {**_MEANS.get(str(given.get("name")), {}), **given} if isinstance(given, dict) else given
 
-    @field_validator("advantage_function")
+    @field_validator("advantage_function", "loss_function", "loss_reducer_function")
     @classmethod
     def _function_is_a_path(cls, value: str) -> str:
         if value and not any(mark in value.strip(".:") for mark in ".:"):
@@ -167,6 +179,14 @@ class AlgorithmConfig(Section):
             raise ValueError("eps_clip_c is for policy_loss = clip or gspo: cispo never loses a gradient by clipping")
         if self.correction.active and self.old_logprobs == "rollout":
             raise ValueError("correction needs old_logprobs = recomputed: the ratio to rollout log-probs has it in it")
+        if bool(self.loss_function) != (self.policy_loss == "custom"):
+            raise ValueError("policy_loss = custom and loss_function: give both or neither")
+        if self.policy_loss in ("sft", "custom") and (self.correction.active or self.opsm_delta is not None):
+            raise ValueError(f"correction and opsm_delta are for policy losses by ratios, not {self.policy_loss}")
+        if self.policy_loss == "custom" and self.loss_reducer_function:
+            raise ValueError("loss_reducer_function is for built-in policy losses, and loss_function makes all of it")
+        if self.use_opd and self.policy_loss == "gspo":
+            raise ValueError("policy_loss = gspo needs one advantage per segment, and use_opd makes many")
         if self.loss_constant is not None and self.loss_reduction != "constant":
             raise ValueError(f"loss_constant is for loss_reduction = constant, not {self.loss_reduction}")
         return self

@@ -76,6 +76,22 @@ class Config(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Of the whole run."""
+        return self.run.num_rollout * (self.batch.num_steps_per_rollout or 1)
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Config:
+        self.trainer.optimizer.span(self.optimizer_steps)
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_there_and_wanted(self) -> Config:
+        if self.trainer.algorithm.use_opd != (self.model.teacher_checkpoint is not None):
+            raise ValueError("trainer.algorithm.use_opd and model.teacher_checkpoint: give both or neither")
+        return self
+
     @model_validator(mode="after")
     def _penalty_fits(self) -> Config:
         buffer_len, max_len = self.reward.overlong_buffer_len, self.rollout.sampling.max_response_len

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from services.common.config.algorithm import AlgorithmConfig
+from services.common.config.optimizer import OptimizerConfig
 from services.common.config.remote import RemoteConfig
 from services.common.config.section import Positive, Seconds, Section
 
@@ -63,6 +64,8 @@ class ModelConfig(Section):
     """A Hugging Face model directory: config.json, safetensors, tokenizer (slime: --hf-checkpoint)."""
     ref_checkpoint: Path | None = None
     """The frozen model of the KL terms. Default: hf_checkpoint, which is where training began (slime: --ref-load)."""
+    teacher_checkpoint: Path | None = None
+    """The frozen model of on-policy distillation, of the same vocabulary (slime: --opd-teacher-load)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -462,17 +465,6 @@ class RewardConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    lr: Annotated[float, Field(gt=0)] = 1e-6
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_grad: Annotated[float, Field(gt=0)] = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Linear warm-up, then constant."""
-
-
 class CheckpointConfig(Section):
     save_interval: Positive = 100
     """Steps between checkpoints; the last step always writes one."""
@@ -521,6 +513,8 @@ class TrainerConfig(Section):
     recompute: bool = False
     """Keep no activations within a decoder layer, and compute them again for the gradient (slime:
     --recompute-granularity)."""
+    recompute_layers: Positive | None = None
+    """With `recompute`: of the first so many layers only. Default: of all."""
     offload: bool = False
     """With device = "cuda": weights, gradients and the optimizer's state are in the host's memory. Each layer comes
     from there when it computes, and the optimizer steps on the CPU (slime: --optimizer-cpu-offload)."""
@@ -532,8 +526,11 @@ class TrainerConfig(Section):
     """Sequences in one micro-batch, whatever their lengths. Default: 1 where use_dynamic_batch_size is false."""
     balance_data: bool = False
     """Share micro-batches out over data-parallel ranks by their estimated FLOPs, the costliest first."""
+    compile: bool = False
+    """Decoder layers by torch.compile, which joins what is computed element by element: a minute at the start, and a C
+    compiler, for less time in each step on a GPU."""
     offload_reference: bool = True
-    """With device = "cuda": the reference model leaves the GPU while nothing asks for its log-probs."""
+    """With device = "cuda": reference and teacher model leave the GPU while nothing asks for their log-probs."""
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

@@ -14,6 +14,7 @@ from services.common.config.algorithm import AlgorithmConfig
 from services.trainer.algorithms import kl
 from services.trainer.algorithms.correction import importance_weights, off_policy_sequences, rejected
 from services.trainer.algorithms.policy_loss import Surrogate, cispo, clipped_surrogate, sequence_surrogate
+from services.trainer.algorithms.ratios import limited, log_ratio
 
 
 class Tokens(NamedTuple):
@@ -25,7 +26,12 @@ class Tokens(NamedTuple):
     old_logprobs: torch.Tensor
     rollout_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor | None
+    teacher_logprobs: torch.Tensor | None
     advantages: torch.Tensor
+    weights: torch.Tensor
+    """Of each token in the loss."""
+    policy_factors: torch.Tensor | None
+    """What the policy loss of each is multiplied by; None: 1."""
     sequences: torch.Tensor
     """int64[n]"""
     sequence_count: int
@@ -55,7 +61,9 @@ def objective(tokens: Tokens, algorithm: AlgorithmConfig) -> Objective:
     maxima = {"ratio_max": surrogate.ratio}
     if algorithm.eps_clip_c is not None:
         figures["clip_fraction_dual"] = surrogate.clipped_dual
-    loss = surrogate.loss
+    loss = surrogate.loss if tokens.policy_factors is None else surrogate.loss * tokens.policy_factors
+    if tokens.teacher_logprobs is not None:
+        figures["opd_reverse_kl"] = kl.k1(tokens.logprobs.detach(), tokens.teacher_logprobs)
     if algorithm.correction.weights != "none":
         loss = loss * _weights(tokens, algorithm, figures, maxima)
     if tokens.ref_logprobs is not None:
@@ -74,8 +82,16 @@ def objective(tokens: Tokens, algorithm: AlgorithmConfig) -> Objective:
     return Objective(loss, surrogate.ratio, surrogate.clipped, figures, maxima)
 
 
+def policy_ratio(tokens: Tokens) -> torch.Tensor:
+    """new / old probability of each token, [n], without gradient."""
+    return torch.exp(limited(log_ratio(tokens.logprobs.detach(), tokens.old_logprobs)))
+
+
 def _surrogate(tokens: Tokens, algorithm: AlgorithmConfig) -> Surrogate:
     new, old, advantages = tokens.logprobs, tokens.old_logprobs, tokens.advantages
+    if algorithm.policy_loss == "sft":
+        none = torch.zeros_like(new)
+        return Surrogate(-new, policy_ratio(tokens), none, none, none)
     low, high = algorithm.eps_clip, algorithm.eps_clip_high or algorithm.eps_clip
     if algorithm.policy_loss == "cispo":
         return cispo(new, old, advantages, eps_clip=low, eps_clip_high=high)

@@ -54,7 +54,7 @@ def user_advantages(
     layout = _Layout(samples, episodes)
     data = _rollout_data(samples, episodes, logprobs, layout, config)
     try:
-        returned = function(_args(config), data)
+        returned = function(slime_args(config), data)
         given = data["advantages"] if returned is None else returned
         values = [np.asarray(torch.as_tensor(each).detach().cpu(), dtype=np.float64) for each in given]
     except Exception as error:  # a user's function may raise anything
@@ -113,8 +113,8 @@ def _process(episodes: Episodes) -> NDArray[np.float64] | None:
     return None if episodes.process is None else episodes.process.at_tokens(episodes.rows, episodes.positions)
 
 
-def _args(config: Config) -> SimpleNamespace:
-    """slime's `args`, as far as advantages depend on them."""
+def slime_args(config: Config) -> SimpleNamespace:
+    """slime's `args`, as far as advantages and losses depend on them."""
     algorithm, batch = config.trainer.algorithm, config.batch
     return SimpleNamespace(
         hf_checkpoint=str(config.model.hf_checkpoint),

@@ -56,6 +56,12 @@ class PackedBatch:
     """Each [sequences, longest]: indices into the packed tokens, a shorter row filled with its last one."""
     slots: NDArray[np.int64]
     """[T]: where each token stands in the concatenation of the flattened blocks."""
+    order: NDArray[np.int64]
+    """Indices into the packed tokens, sequence after sequence: longer than T where they share prompts."""
+    places: NDArray[np.int64]
+    """[T]: where each token stands in `order`."""
+    lengths: NDArray[np.int32]
+    """[sequences]: what they have of `order`."""
     predict: NDArray[np.int64]
     """[n]: which packed token predicts each trained one."""
     targets: NDArray[np.int64]
@@ -74,6 +80,10 @@ class PackedBatch:
     """[n]: the trainer's own at the start of the step, where they were needed before."""
     ref_logprobs: NDArray[np.float32] | None = None
     """[n]: the reference model's, where there is one."""
+    teacher_logprobs: NDArray[np.float32] | None = None
+    """[n]: the teacher's, where there is one."""
+    policy_factors: NDArray[np.float32] | None = None
+    """[n]: of the policy loss, where a user's function weighs it."""
 
 
 # What a rank computes for a micro-batch in which it has no sequence: one token, none of them trained.
@@ -96,12 +106,18 @@ def pack(items: Sequence[PackItem]) -> PackedBatch:
     row = _Row()
     sequences = [row.add(item) for item in items]
     blocks, slots = _blocks(sequences, row.length)
+    order = np.concatenate(sequences)
+    places = np.empty(row.length, dtype=np.int64)
+    places[order] = np.arange(len(order))
     counts = [len(item.targets) for item in items]
     return PackedBatch(
         token_ids=np.concatenate(row.token_ids).astype(np.int64),
         position_ids=np.concatenate(row.position_ids),
         blocks=blocks,
         slots=slots,
+        order=order,
+        places=places,
+        lengths=np.array(list(map(len, sequences)), dtype=np.int32),
         predict=np.concatenate([sequence[item.predict] for sequence, item in zip(sequences, items, strict=True)]),
         targets=np.concatenate([item.targets for item in items]).astype(np.int64),
         weights=np.repeat(np.array([item.weight for item in items], dtype=np.float32), counts),

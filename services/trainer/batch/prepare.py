@@ -60,16 +60,22 @@ class StepTokens:
         ref_logprobs: Sequence[NDArray[np.float32]] | None = None,
     ) -> list[PackedBatch]:
         """The micro-batches of rank 0 with flat `advantages`, and with log-probs given per micro-batch."""
-        return fill(self.batches, self.packed(advantages)[0], old_logprobs, ref_logprobs)
+        return fill(self.batches, (self.packed(advantages)[0], None), old_logprobs, ref_logprobs)
 
 
 def fill(
     batches: Sequence[PackedBatch],
-    advantages: NDArray[np.float32],
+    known: Sequence[NDArray[np.float32] | None],
     old_logprobs: Sequence[NDArray[np.float32]] | None,
     ref_logprobs: Sequence[NDArray[np.float32]] | None,
+    teacher_logprobs: Sequence[NDArray[np.float32]] | None = None,
 ) -> list[PackedBatch]:
-    """The micro-batches of one rank with the advantages of all their tokens, and log-probs given per micro-batch."""
+    """The micro-batches of one rank with what is `known` of all their tokens, and log-probs given per micro-batch.
+
+    `known` are the advantages, and the factors of the policy loss, None where they are 1.
+    """
+    advantages, factors = known
+    assert advantages is not None
     filled, start = [], 0
     for number, batch in enumerate(batches):
         end = start + len(batch.targets)
@@ -77,8 +83,10 @@ def fill(
             replace(
                 batch,
                 advantages=advantages[start:end],
+                policy_factors=None if factors is None else factors[start:end],
                 old_logprobs=None if old_logprobs is None else old_logprobs[number],
                 ref_logprobs=None if ref_logprobs is None else ref_logprobs[number],
+                teacher_logprobs=None if teacher_logprobs is None else teacher_logprobs[number],
             )
         )
         start = end

@@ -11,7 +11,8 @@ QUICKSTART = """
     --apply-chat-template --rollout-shuffle --rm-type math --num-rollout 3000 --rollout-batch-size 16
     --n-samples-per-prompt 8 --num-steps-per-rollout 1 --global-batch-size 128 --rollout-max-response-len 8192
     --rollout-temperature 0.8 --rollout-stop-token-ids 1 -2 --rollout-stop "</answer>" 42
-    --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --lr 1e-6 --weight-decay 0.1 --adam-beta1 0.9
+    --advantage-estimator grpo --eps-clip 0.2 --eps-clip-high 0.28 --optimizer adam --lr 1e-6
+    --lr-decay-style constant --weight-decay 0.1 --adam-beta1 0.9
     --adam-beta2 0.98 --use-dynamic-batch-size --max-tokens-per-gpu 4608 --balance-data
     --calculate-per-token-loss
     --dynamic-sampling-filter-path slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std
@@ -34,6 +35,35 @@ def test_quickstart_flags_set_our_keys():
     assert config.trainer.optimizer.lr == 1e-6
     assert config.trainer.checkpoint.keep_last == 3
     assert str(config.run.dir) == "runs/tiny"
+
+
+def test_losses_and_distillation_have_slimes_flags():
+    flags = "--loss-type sft_loss --use-opd --opd-type megatron --opd-teacher-load /models/t --opd-kl-coef 0.5"
+    config = load(None, slime_flags.to_overrides(flags.split()))
+    algorithm = config.trainer.algorithm
+    assert (algorithm.policy_loss, algorithm.use_opd, algorithm.opd_kl_coef) == ("sft", True, 0.5)
+    assert str(config.model.teacher_checkpoint) == "/models/t"
+    flags = "--loss-type=custom_loss --custom-loss-function-path a.b:c"
+    algorithm = load(None, slime_flags.to_overrides(flags.split())).trainer.algorithm
+    assert (algorithm.policy_loss, algorithm.loss_function) == ("custom", "a.b:c")
+    flags = "--advantage-estimator gspo --loss-type policy_loss --custom-pg-loss-reducer-function-path a.b.c"
+    algorithm = load(None, slime_flags.to_overrides(flags.split())).trainer.algorithm
+    assert (algorithm.policy_loss, algorithm.loss_reducer_function) == ("gspo", "a.b.c")
+
+
+@pytest.mark.parametrize("flags", ["--loss-type mse", "--use-opd --opd-type sglang"])
+def test_other_losses_and_teachers_are_refused(flags):
+    with pytest.raises(ConfigError, match="is none of"):
+        slime_flags.to_overrides(flags.split())
+
+
+def test_megatrons_schedule_flags_are_taken():
+    flags = """--lr 1e-5 --lr-decay-style WSD --min-lr 1e-6 --lr-decay-iters 90 --lr-warmup-fraction 0.1
+        --lr-warmup-init 1e-7 --lr-wsd-decay-iters 20 --lr-wsd-decay-style minus_sqrt --adam-eps 1e-6 --clip-grad 0.0"""
+    optimizer = load(None, slime_flags.to_overrides(flags.split())).trainer.optimizer
+    assert (optimizer.lr_decay_style, optimizer.wsd_decay_style) == ("WSD", "minus_sqrt")
+    assert (optimizer.decay_steps, optimizer.warmup_fraction, optimizer.wsd_decay_steps) == (90, 0.1, 20)
+    assert (optimizer.min_lr, optimizer.warmup_init, optimizer.eps, optimizer.clip_grad) == (1e-6, 1e-7, 1e-6, 0.0)
 
 
 @pytest.mark.parametrize("name", ["dapo", "boxed_math", "random", "f1", "pkg.mod:fn"])

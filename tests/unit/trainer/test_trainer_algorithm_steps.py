@@ -78,7 +78,7 @@ def reference_loss(exact, samples, algorithm):
             for place in range(segment.completion_length):
                 rollout, new = float(segment.rollout_logprobs[place]), logprobs[place]
                 old = rollout if algorithm.old_logprobs == "rollout" else new.item()
-                token = {"new": new, "entropy": entropy[place], "old": old, "rollout": rollout}
+                token = {"new": new, "entropy": entropy[place], "old": old, "rollout": rollout, "factor": 1.0}
                 tokens.append({**token, "ref": ref_logprobs[place].item(), "segment": number})
             masks += segment.loss_mask.tolist()
         estimates = [reference_losses.kl(algorithm.kl_type, torch.tensor(t["old"]).double(), t["ref"]) for t in tokens]

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from services.common.config import Config
 from services.common.errors import ConfigError
 from services.common.versions import Version
 from services.trainer.algorithms.advantages import group_advantages
+from services.trainer.backends.torch import attention
 from services.trainer.backends.torch.backend import TorchBackend
-from services.trainer.backends.torch.logprobs import to_device, token_logprobs
+from services.trainer.backends.torch.logprobs import MAX_LOGITS, to_device, token_logprobs
 from services.trainer.batch.flops import sequence_flops
 from services.trainer.batch.plan import Batching
 from services.trainer.batch.prepare import prepare_step
@@ -128,10 +130,64 @@ def test_chunked_logits_give_the_same_gradient(models, monkeypatch):
     micro_batches = prepare(ragged_samples(2))
     backend.accumulate(micro_batches)
     whole = [parameter.grad.clone() for parameter in backend.model.parameters()]
-    monkeypatch.setattr(token_logprobs, "__defaults__", (128 * 5,))
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 128 * 5)
     backend.accumulate(micro_batches)
     for before, parameter in zip(whole, backend.model.parameters(), strict=True):
         np.testing.assert_allclose(parameter.grad, before, atol=1e-6, rtol=1e-4)
+
+
+def varlen_by_hand(query, key, value, starts, ends, longest, _, *, scale, window_size, enable_gqa=False):
+    """What torch's kernel gives, a sequence and a head at a time."""
+    assert starts.dtype == torch.int32
+    assert (starts.diff().max(), window_size[1]) == (longest, 0)
+    group = query.shape[1] // key.shape[1]
+    output = torch.empty_like(query)
+    for start, end in zip(starts.tolist(), ends.tolist()[1:], strict=False):
+        places = torch.arange(end - start)
+        behind = places[:, None] - places[None, :]
+        seen = (behind >= 0) & ((behind <= window_size[0]) | (window_size[0] < 0))
+        for head in range(query.shape[1]):
+            q, k, v = query[start:end, head], key[start:end, head // group], value[start:end, head // group]
+            scores = (q @ k.T * scale).masked_fill(~seen, -math.inf)
+            output[start:end, head] = scores.softmax(dim=-1) @ v
+    return output
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_varlen_kernel_is_given_the_sequences(tmp_path, monkeypatch, window, shared):
+    settings = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {}
+    directory = build_tiny_qwen2(tmp_path / "m", attn_implementation="sdpa", **settings)
+    backend = TorchBackend(make_config(directory))
+    micro_batches = prepare(ragged_samples(3), batching=ONE if shared else Batching(1))
+    assert any(len(batch.order) > len(batch.token_ids) for batch in micro_batches) == shared
+    results = []
+    for kernel in (False, True):
+        monkeypatch.setattr(attention, "_has_kernel", lambda *_, kernel=kernel: kernel)
+        monkeypatch.setattr(attention, "varlen_attn", varlen_by_hand)
+        backend.accumulate(micro_batches)
+        gradients = [parameter.grad.clone() for parameter in backend.model.parameters()]
+        results.append([*map(torch.from_numpy, backend.logprobs(micro_batches)), *gradients])
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("trainer", [{"recompute": True, "recompute_layers": 1}, {"recompute": True}])
+def test_recomputed_layers_give_the_same_gradient(models, trainer, monkeypatch):
+    runs = []
+    forward = Qwen3MLP.forward
+    monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x: (runs.append(self), forward(self, x))[1])
+    gradients, counts = [], []
+    for settings in ({}, trainer):
+        backend = TorchBackend(make_config(models["qwen3"], **settings))
+        runs.clear()
+        backend.accumulate(prepare(ragged_samples(2)))
+        gradients.append([parameter.grad for parameter in backend.model.parameters()])
+        counts.append(len(runs))
+    layers = backend.model.config.num_hidden_layers
+    assert counts == [layers, layers + trainer.get("recompute_layers", layers)]
+    for before, after in zip(*gradients, strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-7)
 
 
 def test_training_raises_the_probability_of_what_was_rewarded(models):
@@ -203,12 +259,24 @@ def test_bfloat16_models_take_small_steps_in_their_master_weights(models):
     assert all(torch.equal(restored.weights()[key], weight) for key, weight in backend.weights().items())
 
 
-def test_warm_up_rises_linearly_to_the_learning_rate(models):
-    config = make_config(models["qwen3"], optimizer={"lr": 1e-3, "warmup_steps": 4})
+def test_the_learning_rate_is_that_of_the_optimizer_steps_taken(models):
+    optimizer = {"lr": 1e-3, "lr_decay_style": "linear", "warmup_steps": 2, "decay_steps": 4}
+    config = make_config(models["qwen3"], optimizer=optimizer)
     backend = TorchBackend(config)
     samples = decode_groups(make_batch(0, groups=1, size=4), vocab_size=128)
     rates = [train_batch(backend, samples, CLOCK, config)[0].lr for _ in range(6)]
-    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4, 0, 0])
+
+
+def test_without_a_clip_the_gradient_is_as_it_is(models):
+    samples = decode_groups(make_batch(0, groups=1, size=4), vocab_size=128)
+    norms = {}
+    for clip in (0.0, 1e-3):
+        backend = TorchBackend(make_config(models["qwen3"], optimizer={"clip_grad": clip}))
+        backend.accumulate(prepare(samples))
+        norms[clip] = backend._optimizer.clip(), backend._optimizer.clip()
+    assert norms[0.0][0] == norms[0.0][1] == norms[1e-3][0] > 1e-2
+    assert norms[1e-3][1] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_a_batch_of_several_optimizer_steps_takes_them_all(models):

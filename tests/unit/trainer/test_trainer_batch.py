@@ -179,6 +179,9 @@ def test_a_packed_row_can_be_taken_apart_again(seed):
     # Every token is read back from a place where it stands, at its own position in the sequence.
     flat = np.concatenate([block.reshape(-1) for block in batch.blocks])
     np.testing.assert_array_equal(flat[batch.slots], np.arange(len(batch.token_ids)))
+    assert batch.lengths.tolist() == list(map(len, items))
+    np.testing.assert_array_equal(batch.token_ids[batch.order], np.concatenate([item.token_ids for item in items]))
+    np.testing.assert_array_equal(batch.order[batch.places], np.arange(len(batch.token_ids)))
     columns = np.concatenate([np.tile(np.arange(block.shape[1]), block.shape[0]) for block in batch.blocks])
     np.testing.assert_array_equal(columns[batch.slots], batch.position_ids)
     # Per-token arrays follow the items in order.

@@ -21,7 +21,7 @@ FIELDS = ("old", "rollout", "ref")
 @st.composite
 def algorithms(draw):
     """Any combination that the configuration allows."""
-    loss = draw(st.sampled_from(["clip", "gspo", "cispo"]))
+    loss = draw(st.sampled_from(["clip", "gspo", "cispo", "sft"]))
     level = st.sampled_from(["token", "sequence", "geometric"])
     weights = draw(st.sampled_from(["none", "clip", "mask"]))
     correction = CorrectionConfig(
@@ -32,16 +32,19 @@ def algorithms(draw):
         reject=draw(st.sampled_from(["none", "token", "sequence", "geometric"])),
         veto=draw(st.sampled_from([0.0, 1e-4, 0.3])),
     )
+    opsm_delta = draw(st.sampled_from([None, 1e-4, 0.3]))
+    if loss == "sft":
+        correction, opsm_delta = CorrectionConfig(), None
     use_kl = draw(st.booleans())
     low = draw(st.sampled_from([0.1, 0.2]))
     return AlgorithmConfig(
         policy_loss=loss,
         eps_clip=low,
         eps_clip_high=draw(st.sampled_from([None, 0.28])),
-        eps_clip_c=draw(st.sampled_from([None, 3.0])) if loss != "cispo" else None,
+        eps_clip_c=draw(st.sampled_from([None, 3.0])) if loss in ("clip", "gspo") else None,
         old_logprobs="recomputed",
         correction=correction,
-        opsm_delta=draw(st.sampled_from([None, 1e-4, 0.3])),
+        opsm_delta=opsm_delta,
         use_kl_loss=use_kl,
         kl_loss_coef=0.1 if use_kl else 0.0,
         kl_type=draw(st.sampled_from(["k1", "k2", "k3", "low_var_kl"])),
@@ -62,6 +65,7 @@ def random_samples(rng, spread, *, impossible=False):
                 new = -float(rng.exponential(3))
                 token = {name: min(new + float(rng.normal(0, spread)), 0.0) for name in FIELDS}
                 token |= {"new": new, "entropy": float(rng.exponential()), "advantage": advantage}
+                token["factor"] = float(rng.choice([0.0, 0.5, 2.0]))
                 if impossible and rng.random() < 0.2:
                     # Of what the engine sampled, the engine never says so.
                     names = [("new",), ("new", "old"), ("new", "old", "ref"), ("ref",)][int(rng.integers(4))]
@@ -88,16 +92,19 @@ def ours(samples, algorithm, reduction, bins=1, dtype=torch.float64):
 
         lengths = [len(sequence) for _, sequence in members]
         new, entropy = column("new", grad=True), column("entropy", grad=True)
+        weight = torch.tensor(np.repeat([weights[row] for row, _ in members], lengths), dtype=dtype)
         inputs = Tokens(
             new,
             entropy,
             *(column(name) for name in FIELDS),
-            column("advantage"),
-            torch.tensor(np.repeat(np.arange(len(members)), lengths)),
-            len(members),
+            teacher_logprobs=None,
+            advantages=column("advantage"),
+            weights=weight,
+            policy_factors=column("factor"),
+            sequences=torch.tensor(np.repeat(np.arange(len(members)), lengths)),
+            sequence_count=len(members),
         )
         result = objective(inputs, algorithm)
-        weight = torch.tensor(np.repeat([weights[row] for row, _ in members], lengths), dtype=dtype)
         loss = (result.loss * weight).sum()
         loss.backward()
         total = total + loss.detach()

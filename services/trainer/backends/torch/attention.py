@@ -1,21 +1,42 @@
 """Attention over a packed row, plugged into transformers' models.
 
-The models compute their linear layers on the packed row; this function alone knows the sequences in it. It gathers
-queries, keys and values into blocks of sequences of similar length, attends causally within each sequence, and puts
-the outcome back. Work and memory grow with the sum of squared sequence lengths, not with the square of the row.
+The models compute their linear layers on the packed row; this function alone knows the sequences in it. On a GPU,
+in half precision, torch's varlen kernel attends within each. Elsewhere, and where ranks share a row, queries, keys and
+values are gathered into blocks of sequences of similar length, which attend causally within each sequence, and the
+outcome is put back. Work grows with the sum of squared sequence lengths, not with the square of the row.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from services.trainer.backends.torch.context import Context, with_those_of_all
 
 NAME = "polyhead_packed"
+
+# From torch 2.12 on, fewer heads of keys than of queries have to be asked for.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+# What the kernel takes.
+_MAX_HEAD_DIM, _HEAD_DIM_MULTIPLE, _LEAST_CAPABILITY = 256, 8, (8, 0)
+
+
+class Varlen(NamedTuple):
+    """The sequences of a row as the kernel wants them: one after the other."""
+
+    order: torch.Tensor | None
+    """int64 indices into the row, sequence after sequence; None where that is the row, for no prompt is shared."""
+    places: torch.Tensor | None
+    """int64 [T]: where each token stands in `order`."""
+    starts: torch.Tensor
+    """int32 [sequences + 1]: of each sequence in `order`, and the end of the last."""
+    longest: int
+    """Tokens of the longest sequence."""
 
 
 class PackedLayout(NamedTuple):
@@ -25,6 +46,8 @@ class PackedLayout(NamedTuple):
     """Each [sequences, longest]: indices into the row, short sequences filled up at the end."""
     slots: torch.Tensor
     """[T]: where each token stands in the concatenation of the flattened blocks."""
+    varlen: Varlen | None = None
+    """The same for the kernel; None where ranks share the row."""
     context: Context | None = None
     """The ranks that share the row, whose tokens it then has a part of; None: it has them all."""
 
@@ -46,17 +69,58 @@ def packed_attention(
     With a `sliding_window` a token sees itself and the `sliding_window - 1` tokens before it.
     """
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    context = packed_layout.context
+    if packed_layout.varlen is not None and _has_kernel(queries, values):
+        return _varlen(queries, keys, values, packed_layout.varlen, scaling, sliding_window).unsqueeze(0), None
+    return _blockwise(queries, keys, values, packed_layout, scaling, sliding_window).unsqueeze(0), None
+
+
+def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    width = query.shape[-1]
+    fits = width <= _MAX_HEAD_DIM and width % _HEAD_DIM_MULTIPLE == 0 and value.shape[-1] == width
+    return fits and torch.cuda.get_device_capability(query.device) >= _LEAST_CAPABILITY
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    varlen: Varlen,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Rows [T, heads, head_dim] in, [T, heads, head_dim] out."""
+    if varlen.order is not None:
+        query, key, value = (rows.index_select(0, varlen.order) for rows in (query, key, value))
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    starts, longest = varlen.starts, varlen.longest
+    output = varlen_attn(
+        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=window, **_GROUPED
+    )
+    return output if varlen.places is None else output.index_select(0, varlen.places)
+
+
+def _blockwise(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """The same."""
+    context = layout.context
     if context is None:
-        outputs = [_attend(queries, keys, values, block, scaling, sliding_window) for block in packed_layout.blocks]
+        outputs = [_attend(query, key, value, block, scaling, sliding_window) for block in layout.blocks]
     else:
-        keys, values = (with_those_of_all(rows, context.group) for rows in (keys, values))
+        key, value = (with_those_of_all(rows, context.group) for rows in (key, value))
         outputs = [
-            _attend_over(queries, keys, values, *block, scaling, sliding_window)
-            for block in zip(packed_layout.blocks, context.places, context.keys, strict=True)
+            _attend_over(query, key, value, *block, scaling, sliding_window)
+            for block in zip(layout.blocks, context.places, context.keys, strict=True)
         ]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined.index_select(0, packed_layout.slots).unsqueeze(0), None
+    return joined.index_select(0, layout.slots)
 
 
 def _attend(
@@ -117,7 +181,7 @@ def _gather(rows: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The sequences are separated by the gathering, so the models need not build a mask."""
+    """The sequences are separated by the layout, so the models need not build a mask."""
 
 
 def register() -> None:

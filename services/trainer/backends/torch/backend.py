@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from services.common.config import Config
 from services.common.errors import ConfigError
 from services.trainer.algorithms.kl import k3
-from services.trainer.algorithms.objective import Objective, Tokens, objective
+from services.trainer.algorithms.objective import Objective, Tokens
+from services.trainer.algorithms.user_loss import load_loss
 from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, all_logprobs, score, to_device
 from services.trainer.backends.torch.model import context_length, load_model
 from services.trainer.backends.torch.optimizer import Optimizer
@@ -27,6 +28,7 @@ from services.trainer.batch.flops import SequenceFlops, sequence_flops
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.ranks import commands
 from services.trainer.ranks.group import RankGroup
+from services.trainer.schedule import learning_rate
 
 MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
 
@@ -88,12 +90,20 @@ class TorchBackend:
             self.flops = sequence_flops(self.model.config.get_text_config().to_dict())
         self._tensors = _unique(self.model)
         masters = self._sharded and self._dtype != torch.float32
-        self._optimizer = Optimizer(
-            self.model.named_parameters(), config.trainer.optimizer, self.group, are_masters=masters
-        )
-        self._reference = (
-            Reference(config, self.vocab_size, placement, self.group) if self._algorithm.needs_reference else None
-        )
+        settings, schedule = config.trainer.optimizer, learning_rate(config)
+        self._optimizer = Optimizer(self.model.named_parameters(), settings, schedule, self.group, are_masters=masters)
+        self._loss = load_loss(config)
+        self._entropy_in_loss = bool(self._algorithm.entropy_coef) or self._algorithm.policy_loss == "custom"
+        self._reference = self._teacher = None
+        if self._algorithm.needs_reference:
+            directory = config.model.ref_checkpoint or config.model.hf_checkpoint
+            self._reference = self._frozen(directory, "model.ref_checkpoint", config, placement)
+        if config.model.teacher_checkpoint is not None:
+            teacher = config.model.teacher_checkpoint
+            self._teacher = self._frozen(teacher, "model.teacher_checkpoint", config, placement)
+
+    def _frozen(self, directory: Path, field: str, config: Config, placement: Placement) -> Reference:
+        return Reference(directory, field, config, self.vocab_size, placement, self.group)
 
     @property
     def vocab_size(self) -> int:
@@ -147,6 +157,10 @@ class TorchBackend:
         """The same under the reference model; None when the algorithm has none."""
         return None if self._reference is None else self._reference.logprobs(micro_batches)
 
+    def teacher_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]] | None:
+        """The same under the teacher; None without one."""
+        return None if self._teacher is None else self._teacher.logprobs(micro_batches)
+
     def train(self, micro_batches: Sequence[PackedBatch]) -> StepResult:
         """Forward and backward over all micro-batches of all ranks, then one optimizer step. The same on every rank.
 
@@ -180,13 +194,13 @@ class TorchBackend:
 
     def _accumulate(self, micro_batch: PackedBatch, result: StepResult) -> None:
         batch = to_device(micro_batch, self._device, self.group)
-        tokens = all_logprobs(self._root, batch, entropy_gradient=bool(self._algorithm.entropy_coef))
+        tokens = all_logprobs(self._root, batch, entropy_gradient=self._entropy_in_loss)
         if not len(micro_batch.targets):
             # Nothing to train for this rank; the others wait for it to take part.
             tokens.logprobs.sum().backward()
             self._optimizer.accumulate()
             return
-        losses = objective(self._inputs(batch, tokens), self._algorithm)
+        losses = self._loss(self._inputs(batch, tokens))
         loss = (losses.loss * batch.weights).sum()
         loss.backward()
         self._optimizer.accumulate()
@@ -209,7 +223,10 @@ class TorchBackend:
             old_logprobs=old,
             rollout_logprobs=batch.rollout_logprobs,
             ref_logprobs=batch.ref_logprobs,
+            teacher_logprobs=batch.teacher_logprobs,
             advantages=batch.advantages,
+            weights=batch.weights,
+            policy_factors=batch.policy_factors,
             sequences=batch.sequences,
             sequence_count=batch.sequence_count,
         )
@@ -261,7 +278,7 @@ class TorchBackend:
 def _placement(config: Config, group: RankGroup, device: torch.device) -> Placement:
     trainer = config.trainer
     mesh = init_device_mesh(device.type, (group.size,)) if group.size > 1 or trainer.offload else None
-    return Placement(device, mesh, offload=trainer.offload, recompute=trainer.recompute)
+    return Placement(device, mesh, trainer.offload, trainer.recompute, trainer.recompute_layers, trainer.compile)
 
 
 def _unique(model: Any) -> dict[str, torch.Tensor]:

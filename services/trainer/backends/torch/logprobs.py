@@ -8,17 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.checkpoint import checkpoint
 
-from services.trainer.backends.torch.attention import PackedLayout
+from services.trainer.backends.torch.attention import PackedLayout, Varlen
 from services.trainer.backends.torch.context import Context, tokens_of_all
+from services.trainer.backends.torch.linear_logprobs import linear_logprobs
 from services.trainer.backends.torch.sharding import Root
 from services.trainer.batch.context import ContextShare, context_share
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.ranks.group import RankGroup
 
-# Logits held at a time: 64 MiB in float32 (341 tokens of a vocabulary of 49,152).
-MAX_LOGITS = 1 << 24
+# Logits held at a time, in float32: 64 MiB on a CPU (341 tokens of a vocabulary of 49,152), and 512 MiB on a GPU (883
+# tokens of one of 151,936), where a product of fewer rows would wait for memory.
+MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
 class DeviceBatch(NamedTuple):
@@ -38,6 +39,8 @@ class DeviceBatch(NamedTuple):
     advantages: torch.Tensor
     old_logprobs: torch.Tensor | None
     ref_logprobs: torch.Tensor | None
+    teacher_logprobs: torch.Tensor | None
+    policy_factors: torch.Tensor | None
 
 
 class TokenLogprobs(NamedTuple):
@@ -55,18 +58,29 @@ def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None 
     def move(array: object) -> torch.Tensor:
         return torch.as_tensor(array).to(device, non_blocking=True)
 
+    def move_any(array: object | None) -> torch.Tensor | None:
+        return None if array is None else move(array)
+
     def move_all(arrays: Sequence[NDArray[np.int64]]) -> tuple[torch.Tensor, ...]:
         return tuple(map(move, arrays))
 
     row: PackedBatch | ContextShare = batch
-    context = None
+    context, varlen = None, None
     if group is not None and group.context is not None:
         row = share = context_share(batch, group.context_size, group.context_rank)
         context = Context(group.context, move_all(share.places), move_all(share.keys), move(share.order))
+    else:
+        shared = len(batch.order) > len(batch.token_ids)
+        varlen = Varlen(
+            order=move(batch.order) if shared else None,
+            places=move(batch.places) if shared else None,
+            starts=move(np.cumsum([0, *batch.lengths], dtype=np.int32)),
+            longest=int(batch.lengths.max()),
+        )
     return DeviceBatch(
         token_ids=move(row.token_ids),
         position_ids=move(row.position_ids),
-        layout=PackedLayout(move_all(row.blocks), move(row.slots), context),
+        layout=PackedLayout(move_all(row.blocks), move(row.slots), varlen, context),
         predict=move(row.predict),
         targets=move(row.targets),
         weights=move(batch.weights),
@@ -76,18 +90,20 @@ def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None 
         sequences=move(batch.sequences),
         sequence_count=batch.sequence_count,
         advantages=move(batch.advantages),
-        old_logprobs=None if batch.old_logprobs is None else move(batch.old_logprobs),
-        ref_logprobs=None if batch.ref_logprobs is None else move(batch.ref_logprobs),
+        old_logprobs=move_any(batch.old_logprobs),
+        ref_logprobs=move_any(batch.ref_logprobs),
+        teacher_logprobs=move_any(batch.teacher_logprobs),
+        policy_factors=move_any(batch.policy_factors),
     )
 
 
 def token_logprobs(
-    model: torch.nn.Module, batch: DeviceBatch, max_logits: int = MAX_LOGITS, *, entropy_gradient: bool = False
+    model: torch.nn.Module, batch: DeviceBatch, max_logits: int | None = None, *, entropy_gradient: bool = False
 ) -> TokenLogprobs:
     """Runs the model on the packed row and scores the trained tokens.
 
     The softmax is in float32. Logits exist only where a trained token is predicted, and at most `max_logits` of them
-    at a time: beyond that they are computed in chunks, and once more for the gradient.
+    (default: `MAX_LOGITS`) at a time: beyond that they are computed in chunks, and once more for the gradient.
     """
     hidden = model.base_model(
         input_ids=batch.token_ids.unsqueeze(0),
@@ -97,15 +113,11 @@ def token_logprobs(
     ).last_hidden_state[0]
     wanted = hidden.index_select(0, batch.predict)
     head = model.get_output_embeddings()
-    chunk = max(1, max_logits // head.weight.shape[0])
+    chunk = max(1, (max_logits or MAX_LOGITS[wanted.device.type]) // head.weight.shape[0])
     if len(wanted) <= chunk:
         return TokenLogprobs(*_score(head, wanted, batch.targets, batch.temperatures, entropy_gradient))
-    parts = [
-        checkpoint(_score, head, *piece, entropy_gradient, use_reentrant=False, preserve_rng_state=False)
-        for piece in zip(wanted.split(chunk), batch.targets.split(chunk), batch.temperatures.split(chunk), strict=True)
-    ]
-    logprobs, entropy = zip(*parts, strict=True)
-    return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
+    logprobs, entropy = linear_logprobs(wanted, head.weight, head.bias, batch.targets, batch.temperatures, chunk)
+    return TokenLogprobs(logprobs, entropy if entropy_gradient else entropy.detach())
 
 
 def all_logprobs(root: Root, batch: DeviceBatch, *, entropy_gradient: bool = False) -> TokenLogprobs:

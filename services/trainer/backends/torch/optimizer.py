@@ -1,13 +1,13 @@
-"""AdamW with a warm-up, a gradient clip, and float32 master weights for models in lower precision."""
+"""AdamW with a learning rate by step, a gradient clip, and float32 master weights for models in lower precision."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from services.common.config.models import OptimizerConfig
+from services.common.config.optimizer import OptimizerConfig
 from services.trainer.backends.torch.sharding import local
 from services.trainer.ranks.group import RankGroup
 
@@ -30,14 +30,19 @@ class Optimizer:
         self,
         parameters: Iterable[tuple[str, torch.nn.Parameter]],
         config: OptimizerConfig,
+        schedule: Callable[[int], float],
         group: RankGroup,
         *,
         are_masters: bool = False,
     ) -> None:
-        """`are_masters`: the parameters are the float32 master weights of a model that computes in lower precision."""
+        """`schedule` gives the learning rate of a step from the number of those before it.
+
+        `are_masters`: the parameters are the float32 master weights of a model that computes in lower precision.
+        """
         self._parameters = dict(parameters)
         self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
         self._config = config
+        self._schedule = schedule
         self._group = group
         self._are_masters = are_masters
         self.steps = 0
@@ -54,8 +59,8 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """Of the next step: rises linearly over `warmup_steps`, then constant."""
-        return self._config.lr * min(1.0, (self.steps + 1) / max(self._config.warmup_steps, 1))
+        """Of the next step."""
+        return self._schedule(self.steps)
 
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
@@ -71,13 +76,14 @@ class Optimizer:
             parameter.grad = None
 
     def clip(self) -> float:
-        """Scales the gradient to a norm of at most `clip_grad`. Returns its norm before, over all ranks: perhaps not
-        finite.
+        """Scales the gradient to a norm of at most `clip_grad`, unless that is 0.
+
+        Returns its norm before, over all ranks: perhaps not finite.
         """
         gradients = [local(master.grad) for master in self._masters.values() if master.grad is not None]
         norms = self._group.all_gather(torch.nn.utils.get_total_norm(gradients).item())
         norm = math.sqrt(sum(each * each for each in norms)) if len(norms) > 1 else norms[0]
-        if norm > self._config.clip_grad:
+        if self._config.clip_grad and norm > self._config.clip_grad:
             torch._foreach_mul_(gradients, self._config.clip_grad / (norm + _NORM_EPS))
         return norm
 

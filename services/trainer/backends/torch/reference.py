@@ -1,8 +1,9 @@
-"""The frozen model that KL terms are measured against."""
+"""A frozen model, whose log-probs the loss or the advantages need: the reference, or the teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,27 +17,32 @@ from services.trainer.backends.torch.sharding import Placement
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.ranks.group import RankGroup
 
-FIELD = "model.ref_checkpoint"
-
 
 class Reference:
     """Loaded once. With `trainer.offload_reference` it is on a GPU only while it scores; one that is sharded, only the
     layer that computes.
     """
 
-    def __init__(self, config: Config, vocab_size: int, placement: Placement, group: RankGroup) -> None:
-        """Raises ConfigError when `model.ref_checkpoint` does not load, or has another vocabulary than the policy."""
-        directory = config.model.ref_checkpoint or config.model.hf_checkpoint
+    def __init__(
+        self,
+        directory: Path,
+        field: str,
+        config: Config,
+        vocab_size: int,
+        placement: Placement,
+        group: RankGroup,
+    ) -> None:
+        """Raises ConfigError, naming `field`, when it does not load, or has another vocabulary than the policy."""
         offload = config.trainer.offload_reference
         self._group = group
         self._device = placement.device
         self._sharded = placement.mesh is not None
-        placement = placement._replace(offload=offload and self._device.type == "cuda", recompute=False)
-        self._root = load_model(directory, config.model.dtype, placement, FIELD, trained=False)
+        placement = placement._replace(offload=offload and self._device.type == "cuda", recompute=False, compile=False)
+        self._root = load_model(directory, config.model.dtype, placement, field, trained=False)
         self._idle = torch.device("cpu") if offload else self._device
         own = int(self._root.model.get_input_embeddings().weight.shape[0])
         if own != vocab_size:
-            raise ConfigError(f"{directory} has {own} tokens, and the trained model {vocab_size}", field=FIELD)
+            raise ConfigError(f"{directory} has {own} tokens, and the trained model {vocab_size}", field=field)
         self._move(self._idle)
 
     def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:

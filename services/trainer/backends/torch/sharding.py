@@ -32,6 +32,10 @@ class Placement(NamedTuple):
     """Of a sharded one: its shards, and the optimizer's state with them, are in the host's memory."""
     recompute: bool = False
     """Activations within a decoder layer are computed again for the gradient."""
+    recompute_layers: int | None = None
+    """Those of the first so many layers; None: of all."""
+    compile: bool = False
+    """Decoder layers by torch.compile, for any length of a packed row."""
 
 
 class Root(torch.nn.Module):
@@ -69,10 +73,13 @@ def place(model: torch.nn.Module, dtype: torch.dtype, placement: Placement, fiel
 
     Raises ConfigError, naming `field`, for an architecture that does not say what its layers are.
     """
-    layers = _layers(model, field) if placement.mesh is not None or placement.recompute else []
+    layers = _layers(model, field) if placement.mesh is not None or placement.recompute or placement.compile else []
     if placement.recompute:
-        for layer in layers:
+        for layer in layers[: placement.recompute_layers]:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    if placement.compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
     root = Root(model)
     if placement.mesh is None:
         return root.to(placement.device)

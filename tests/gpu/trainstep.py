@@ -1,0 +1,128 @@
+"""The trainer's step on one GPU: figures for docs/benchmarks/trainstep.json.
+
+`python -m tests.gpu.trainstep --out trainstep.json --work DIR`, see README.md here. Each variant of a row runs in a
+process of its own, so that one that does not fit in memory leaves nothing behind; what it says then is the figure.
+`--cpu` runs every step of it with tiny shapes, without a claim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+OUT_OF_MEMORY = "out of memory"
+# From what keeps all activations to what keeps none: the first that fits is the row's figure.
+LAYERS_4B = (0, 12, 24, 30, None)
+
+
+def attention(options: argparse.Namespace) -> dict[str, Any]:
+    """The varlen kernel and the blocks, against float32."""
+    return one("attention", options)
+
+
+def mfu_small(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        name: one("mfu", options, model="0.6b", compile=compiled, recompute=0)
+        for name, compiled in (("eager", False), ("compiled", True))
+    }
+
+
+def mfu_large(options: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, compiled in (("eager", False), ("compiled", True)):
+        for layers in LAYERS_4B:
+            found[name] = one("mfu", options, model="4b", compile=compiled, recompute=layers)
+            if OUT_OF_MEMORY not in found[name].get("error", ""):
+                break
+    return found
+
+
+def logprobs(options: argparse.Namespace) -> dict[str, Any]:
+    variants = ("chunked", "checkpointed", "naive", "liger", "trl")
+    return {variant: one("logprobs", options, variant=variant) for variant in variants}
+
+
+def trl(options: argparse.Namespace) -> dict[str, Any]:
+    """`polyhead bench trainstep` on the GPU, with the interpreter that has TRL."""
+    if options.trl_python is None:
+        return {"error": "no --trl-python"}
+    with tempfile.TemporaryDirectory(dir=options.work) as directory:
+        file = Path(directory) / "figures.json"
+        command = [sys.executable, "-m", "tests.bench.bench_trainstep", "--device", options.device]
+        command += ["--trl-python", str(options.trl_python), "--json", str(file), "--steps", "5"]
+        environment = {**os.environ, "TMPDIR": directory}
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        figures: dict[str, Any] = json.loads(file.read_bytes())
+    return figures
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "attention": attention,
+    "mfu-0.6b": mfu_small,
+    "mfu-4b": mfu_large,
+    "logprobs-32k": logprobs,
+    "trl": trl,
+}
+
+
+def one(what: str, options: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+    """The figures of one variant; {"error": ...} when it fails."""
+    spec = {"what": what, "device": options.device, "work": str(options.work), **settings}
+    command = [sys.executable, "-m", "tests.gpu.trainstep_parts", json.dumps(spec)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        error = OUT_OF_MEMORY if "OutOfMemoryError" in done.stderr else lines[-1][:300]
+        print(f"  {settings}: {error}", flush=True)
+        return {"error": error, **settings}
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {settings}: {figures}", flush=True)
+    return {**figures, **settings}
+
+
+def host(device: str) -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu_cores": str(os.cpu_count()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON; rows that are there already are kept")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--work", type=Path, required=True, help="for models: 9 GB, best in memory")
+    parser.add_argument("--trl-python", type=Path, help="an interpreter that has TRL")
+    parser.add_argument("--cpu", action="store_true")
+    options = parser.parse_args()
+    options.device = "cpu" if options.cpu else "cuda"
+    options.work.mkdir(parents=True, exist_ok=True)
+    merged = json.loads(options.out.read_bytes()) if options.out.exists() else {}
+    for row in options.rows:
+        print(row, flush=True)
+        began = time.monotonic()
+        try:
+            figures = ROWS[row](options)
+        except subprocess.CalledProcessError as error:  # the other rows are still worth their time
+            figures = {"error": str(error)}
+        merged[row] = {**figures, "wall_s": round(time.monotonic() - began, 1), "host": host(options.device)}
+        options.out.write_text(json.dumps(merged, indent=1) + "\n")
+        print(f"{row}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""One variant of a row of `trainstep.py`, its figures as the last line: `python -m tests.gpu.trainstep_parts SPEC`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from services.common.config import Config
+from services.trainer.algorithms.policy_loss import clipped_surrogate
+from services.trainer.backends.torch import attention as packed
+from services.trainer.backends.torch.backend import TorchBackend
+from services.trainer.backends.torch.linear_logprobs import linear_logprobs
+from services.trainer.backends.torch.logprobs import MAX_LOGITS, to_device
+from services.trainer.batch.flops import sequence_flops
+from services.trainer.batch.packing import PackedBatch, PackItem, pack
+from tests.gpu.models import QWEN3_0_6B, write_model
+
+QWEN3_4B = {
+    "vocab_size": 151_936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True,
+}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True,
+}
+SHAPES = {"0.6b": QWEN3_0_6B, "4b": QWEN3_4B}
+# Dense bfloat16 of an H100 or H200 SXM.
+PEAK_FLOPS = 989e12
+# Sequences of each packed row of 8,192 tokens: a long tail, with prompts of 128.
+LENGTHS = (4096, 1536, 1024, 640, 384, 256, 160, 96)
+PROMPT = 32
+ROWS, REPEATS = 8, 3
+
+
+def packed_row(rng: np.random.Generator, lengths: tuple[int, ...], vocabulary: int) -> PackedBatch:
+    """Of sequences of their own prompts, of which all but the prompt is trained."""
+    items = []
+    for number, length in enumerate(lengths):
+        tokens = rng.integers(0, vocabulary, length + 1).astype(np.int32)
+        predict = np.arange(PROMPT - 1, length)
+        items.append(
+            PackItem(
+                token_ids=tokens[:-1],
+                prompt_length=PROMPT,
+                predict=predict,
+                targets=tokens[predict + 1],
+                rollout_logprobs=np.full(len(predict), -11.9, dtype=np.float32),
+                fresh=np.ones(len(predict), dtype=np.bool_),
+                weight=1.0 / len(predict),
+                temperature=1.0,
+                sample_row=number,
+            )
+        )
+    return pack(items)
+
+
+def mfu(spec: dict[str, Any]) -> dict[str, Any]:
+    """Whole optimizer steps of `ROWS` packed rows of 8,192 tokens.
+
+    ``mfu = FLOPs of the model / seconds / 989e12``. FLOPs of a sequence of n tokens, m of them trained, are three times
+    (forward and backward) ``2 p n + 2 H V m + 2 L h d n^2``: p parameters of the linear layers without the head, which
+    runs for trained tokens only, and causal attention as half of the square. Recomputation counts nothing.
+    """
+    gpu = spec["device"] == "cuda"
+    shape = SHAPES[spec["model"]] if gpu else TINY
+    lengths = LENGTHS if gpu else tuple(length // 32 + PROMPT for length in LENGTHS)
+    directory = Path(spec["work"]) / f"model-{spec['model']}-{spec['device']}"
+    if not (directory / "config.json").exists():
+        write_model(directory, shape, 0, torch.bfloat16, spec["device"])
+    layers = spec["recompute"]
+    recompute = {"recompute": layers != 0, "recompute_layers": layers or None}
+    config = Config(
+        model={"hf_checkpoint": directory, "dtype": "bfloat16"},
+        trainer={"device": spec["device"], "compile": spec["compile"], "algorithm": {"entropy_coef": 0.0}, **recompute},
+    )
+    if gpu:
+        torch.cuda.empty_cache()
+    backend = TorchBackend(config)
+    rng = np.random.default_rng(0)
+    rows = [packed_row(rng, lengths, shape["vocab_size"]) for _ in range(ROWS)]
+    for row in rows:
+        row.advantages[:] = rng.normal(size=len(row.advantages))
+    flops = sequence_flops(shape)
+    total = 3 * sum(flops(length, length - PROMPT + 1) for length in lengths) * ROWS
+    began = time.perf_counter()
+    backend.train(rows)
+    first_s = time.perf_counter() - began
+    seconds, peak = timed(lambda: backend.train(rows), gpu)
+    tokens = sum(lengths) * ROWS
+    return {
+        "mfu": round(total / seconds / PEAK_FLOPS, 4),
+        "peak_bytes": peak,
+        "tokens_per_s": round(tokens / seconds, 1),
+        "step_s": round(seconds, 4),
+        "first_step_s": round(first_s, 1),
+        "model_flops": total,
+        "parameters": sum(weight.numel() for weight in backend.weights().values()),
+        "tokens": f"{ROWS} x {sum(lengths)}",
+        "lengths": lengths,
+    }
+
+
+def logprobs(spec: dict[str, Any]) -> dict[str, Any]:
+    """From hidden states of 32,768 tokens to a clipped surrogate's gradient, over a vocabulary of 151,936."""
+    gpu = spec["device"] == "cuda"
+    tokens, width, vocabulary = (32_768, 2560, 151_936) if gpu else (512, 64, 4096)
+    device, generator = spec["device"], torch.Generator(spec["device"]).manual_seed(0)
+    dtype = torch.bfloat16
+    hidden = torch.randn(tokens, width, generator=generator, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, width, generator=generator, device=device) * 0.02).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator, device=device)
+    advantages = torch.randn(tokens, generator=generator, device=device)
+    temperatures = torch.ones(tokens, device=device)
+    chunk = max(1, MAX_LOGITS[device] // vocabulary)
+    score = _scorers(chunk)[spec["variant"]]
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        values = score(hidden, weight, targets, temperatures)
+        if spec["variant"] == "liger":
+            values.backward()
+            return
+        old = values.detach() + 0.1 * advantages
+        clipped_surrogate(values, old, advantages, eps_clip=0.2, eps_clip_high=0.2).loss.sum().backward()
+
+    held = torch.cuda.memory_allocated() if gpu else 0
+    step()
+    hidden.grad = weight.grad = None
+    seconds, peak = timed(step, gpu)
+    return {
+        "seconds": round(seconds, 4),
+        "peak_bytes_above_inputs": peak - held,
+        "one_chunk_bytes": chunk * vocabulary * 4,
+        "gradient_bytes": (tokens + vocabulary) * width * 2,
+        "tokens": tokens,
+        "vocabulary": vocabulary,
+        "width": width,
+        "chunk": chunk if spec["variant"] in ("chunked", "checkpointed") else None,
+    }
+
+
+def _scorers(chunk: int) -> dict[str, Callable[..., torch.Tensor]]:
+    """From hidden, weight, targets and temperatures to log-probs; `liger` to a cross-entropy, which is all it has."""
+
+    def plain(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        distribution = torch.log_softmax((h @ w.t()).float() / temperature.unsqueeze(1), dim=-1)
+        return distribution.gather(1, t.unsqueeze(1)).squeeze(1)
+
+    def checkpointed(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        parts = zip(h.split(chunk), t.split(chunk), temperature.split(chunk), strict=True)
+        return torch.cat([checkpoint(plain, h_, w, *more, use_reentrant=False) for h_, *more in parts])
+
+    def liger(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(w, h, t)
+
+    def trls(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        return ChunkedLogProbFunction.apply(h, w, None, t, 1.0, 32_768, None, 1.0, ("log_probs", "entropy"))[0]
+
+    return {
+        "chunked": lambda h, w, t, temperature: linear_logprobs(h, w, None, t, temperature, chunk)[0],
+        "checkpointed": checkpointed,
+        "naive": plain,
+        "liger": liger,
+        "trl": trls,
+    }
+
+
+def attention(spec: dict[str, Any]) -> dict[str, Any]:
+    """Both ways of packed attention in bfloat16, outputs and gradients against the blocks in float32."""
+    device = spec["device"]
+    rng = np.random.default_rng(0)
+    lengths = LENGTHS if device == "cuda" else tuple(length // 32 + PROMPT for length in LENGTHS)
+    figures: dict[str, Any] = {}
+    for heads, kv_heads, width, window in ((32, 8, 128, None), (16, 8, 128, None), (8, 8, 64, None), (16, 4, 128, 100)):
+        layout = to_device(packed_row(rng, lengths, 1000), torch.device(device)).layout
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = [(sum(lengths), count, width) for count in (heads, kv_heads, kv_heads)]
+        exact = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+        grad = torch.randn(shapes[0], generator=generator, device=device)
+        ways = {"blocks": packed._blockwise}
+        if packed._has_kernel(exact[0].bfloat16(), exact[2].bfloat16()):
+            ways["varlen"] = lambda *args: packed._varlen(*args[:3], args[3].varlen, *args[4:])
+        wanted = _attended(packed._blockwise, exact, grad, layout, window)
+        row: dict[str, Any] = {}
+        for name, way in ways.items():
+            work = partial(_attended, way, [each.bfloat16() for each in exact], grad.bfloat16(), layout, window)
+            row[f"{name}_error"] = [round(_distance(*pair), 5) for pair in zip(work(), wanted, strict=True)]
+            seconds, _ = timed(work, device == "cuda")
+            row[f"{name}_ms"] = round(seconds * 1e3, 3)
+        figures[f"{heads} heads, {kv_heads} of keys, width {width}, window {window}"] = row
+    return figures
+
+
+def _attended(
+    way: Any, inputs: list[torch.Tensor], grad: torch.Tensor, layout: Any, window: int | None
+) -> list[torch.Tensor]:
+    """The outcome, and the gradients of queries, keys and values."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = way(*leaves, layout, inputs[0].shape[-1] ** -0.5, window)
+    output.backward(grad)
+    return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def timed(work: Callable[[], Any], gpu: bool) -> tuple[float, int]:
+    """Median seconds, and on a GPU the most bytes allocated."""
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(REPEATS):
+        if gpu:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds), torch.cuda.max_memory_allocated() if gpu else 0
+
+
+if __name__ == "__main__":
+    SPEC = json.loads(sys.argv[1])
+    print(json.dumps({"attention": attention, "mfu": mfu, "logprobs": logprobs}[SPEC["what"]](SPEC)))
