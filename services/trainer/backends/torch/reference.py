@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from services.common.config import Config
 from services.common.errors import ConfigError
 from services.trainer.backends.torch.logprobs import score
-from services.trainer.backends.torch.model import load_model
+from services.trainer.backends.torch.model import REFERENCE_FIELD, load_model
 from services.trainer.backends.torch.sharding import Placement
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.ranks.group import RankGroup
-
-FIELD = "model.ref_checkpoint"
 
 
 class Reference:
@@ -32,11 +30,13 @@ class Reference:
         self._device = placement.device
         self._sharded = placement.mesh is not None
         placement = placement._replace(offload=offload and self._device.type == "cuda", recompute=False)
-        self._root = load_model(directory, config.model.dtype, placement, FIELD, trained=False)
+        self._root = load_model(directory, config.model.dtype, placement, REFERENCE_FIELD, trained=False)
         self._idle = torch.device("cpu") if offload else self._device
         own = int(self._root.model.get_input_embeddings().weight.shape[0])
         if own != vocab_size:
-            raise ConfigError(f"{directory} has {own} tokens, and the trained model {vocab_size}", field=FIELD)
+            raise ConfigError(
+                f"{directory} has {own} tokens, and the trained model {vocab_size}", field=REFERENCE_FIELD
+            )
         self._move(self._idle)
 
     def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
