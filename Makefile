@@ -145,7 +145,7 @@ test-sglang: $(VENV)/dev.installed ## the engine suite and the demo over real SG
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
 	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) -k sglang tests/e2e/test_e2e_sglang.py \
 		tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py \
-		tests/contract/test_reward_sglang.py)
+		tests/contract/test_reward_sglang.py tests/contract/test_push_fp8.py)
 
 conformance: $(VENV)/dev.installed ## one suite over every kind of engine, real SGLang included
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu

@@ -61,7 +61,8 @@ def _check_addresses(config: Config) -> None:
             )
         for address in addresses:
             _check_port(field, address)
-    _check_collective(config)
+    if config.trainer.weights.backend != "disk":
+        _check_collective(config)
 
 
 def _check_collective(config: Config) -> None:

@@ -72,7 +72,7 @@ class DataLossError(PolyheadError):
 
 
 class TrainingDivergedError(PolyheadError):
-    """Three steps in a row were not finite."""
+    """Three steps in a row were not finite, or the weights are not."""
 
     exit_code = 4
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 from polyhead.v1 import weights_pb2
 from services.common.errors import ConfigError, InvalidArgumentError
+from services.common.model_files import SCALE_SUFFIX, fp8_weights, stored_tensors
 
-_HEADER_MAX = 100 << 20
 _BYTES = {
     "float64": 8,
     "float32": 4,
@@ -35,16 +33,23 @@ Shape = tuple[int, ...]
 class ModelLayout:
     """Parameter names and shapes. Empty when the directory holds no safetensors: then only the engine can tell."""
 
-    def __init__(self, shapes: Mapping[str, Shape], dtype: str | None = None) -> None:
-        """`dtype`: the one that trainer and engine hold every parameter in; None: any will do."""
+    def __init__(
+        self, shapes: Mapping[str, Shape], dtype: str | None = None, fp8: frozenset[str] = frozenset()
+    ) -> None:
+        """`dtype`: the one that trainer and engine hold every parameter in; None: any will do. `fp8`: those that the
+        engine has in fp8 instead, each with its scales.
+        """
         self._shapes = dict(shapes)
         self._dtype = dtype
+        self._fp8 = fp8
         self._accepted: set[str] = set()
 
     @classmethod
     def of_directory(cls, directory: Path, dtype: str | None = None) -> ModelLayout:
-        """What is stored there may have another `dtype`. Raises ConfigError for a broken file."""
-        return cls(_shapes_in(directory), dtype)
+        """What is stored there may have another `dtype`, but for fp8. Raises ConfigError for a broken file, or a
+        quantisation other than block-wise fp8.
+        """
+        return cls(_shapes_in(directory), dtype, fp8_weights(directory))
 
     def check(self, manifest: weights_pb2.WeightManifest) -> None:
         """Raises InvalidArgumentError, naming the tensor, unless the manifest brings every parameter exactly once."""
@@ -62,8 +67,14 @@ class ModelLayout:
 
     def _check_dtypes(self, manifest: weights_pb2.WeightManifest) -> None:
         for tensor in (tensor for bucket in manifest.buckets for tensor in bucket.tensors):
-            if self._dtype not in (None, tensor.dtype):
-                raise InvalidArgumentError(f"dtype {tensor.dtype}, the engine's is {self._dtype}", field=tensor.name)
+            wanted = self._dtype_of(tensor.name)
+            if wanted not in (None, tensor.dtype):
+                raise InvalidArgumentError(f"dtype {tensor.dtype}, the engine's is {wanted}", field=tensor.name)
+
+    def _dtype_of(self, name: str) -> str | None:
+        if name in self._fp8:
+            return "float8_e4m3fn"
+        return "float32" if name.removesuffix(SCALE_SUFFIX) in self._fp8 else self._dtype
 
     def check_directory(self, directory: Path) -> None:
         """Raises InvalidArgumentError unless the directory holds every parameter in safetensors."""
@@ -108,20 +119,4 @@ def _check_bucket(bucket: weights_pb2.WeightBucket, where: str, sent: dict[str, 
 
 
 def _shapes_in(directory: Path) -> dict[str, Shape]:
-    shapes: dict[str, Shape] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        shapes.update(_header(path))
-    return shapes
-
-
-def _header(path: Path) -> dict[str, Shape]:
-    """Format: 8 bytes little-endian header length, then a JSON object of name to dtype, shape and offsets."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _HEADER_MAX:
-                raise ValueError(f"a header of {length} bytes")
-            entries = json.loads(file.read(length))
-        return {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
-    except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a safetensors file: {error}", field="model.hf_checkpoint") from error
+    return {name: tensor.shape for name, tensor in stored_tensors(directory).items()}

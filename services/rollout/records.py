@@ -101,6 +101,12 @@ class SampleRecord:
         return len(self.token_ids) - self.saved
 
     @property
+    def in_flight(self) -> int:
+        """Tokens of prompt and completion that an engine has KV for, or is about to."""
+        running = self._requests > 0 and not self.closed
+        return len(self.group.prompt_ids) + len(self.token_ids) if running else 0
+
+    @property
     def fruitless(self) -> bool:
         """Whether an engine was asked to generate it under this lease, and no token has come of it."""
         return self._requests > 0 and len(self.token_ids) == self._restored

@@ -63,6 +63,7 @@ class Saver:
     async def run(self, held: Callable[[], Collection[SampleRecord]]) -> None:
         """Saves everything held, every interval, for ever."""
         self._stats.unsaved = lambda: sum(record.unsaved for record in held())
+        self._stats.in_flight = lambda: sum(record.in_flight for record in held())
         while True:
             await asyncio.sleep(self._interval_s)
             records = list(held())

@@ -87,6 +87,7 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             requests_continued=done.continued,
             requests_aborted=done.aborted,
             trace=done.trace,
+            effect=done.effect,
         )
 
     async def AbortUpdate(self, request: pb.AbortUpdateRequest, context: Context) -> pb.AbortUpdateResponse:
@@ -94,7 +95,13 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def LoadVersion(self, request: pb.LoadVersionRequest, context: Context) -> pb.LoadVersionResponse:
         done = await self._to_the_end(self._receiver(request.engine).load_version(request))
-        return pb.LoadVersionResponse(pause=_duration(done.pause_s))
+        return pb.LoadVersionResponse(
+            pause=_duration(done.pause_s),
+            requests_continued=done.continued,
+            requests_aborted=done.aborted,
+            trace=done.trace,
+            effect=done.effect,
+        )
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         self._replica.fence.check(request.epoch)

@@ -54,6 +54,8 @@ class Stats:
     """Tokens that streamed in and were then neither saved nor completed, by the reason."""
     unsaved: Callable[[], int] = lambda: 0
     """Tokens of the samples held at this moment that the store does not have."""
+    in_flight: Callable[[], int] = lambda: 0
+    """Tokens of the requests that run at this moment, prompts included."""
     tokens_recomputed: int = 0
     """Completion tokens that were sent again with their prompt, so that an engine could resume them."""
     requests_aborted: int = 0

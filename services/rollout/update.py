@@ -41,6 +41,7 @@ class Committed:
     continued: int
     aborted: int
     trace: rollout_pb2.UpdateTrace
+    effect: rollout_pb2.UpdateEffect
 
 
 class Update:
@@ -80,6 +81,7 @@ class Update:
         self._paused_at = 0.0
         """0 until the engine is told to pause."""
         self._trace = rollout_pb2.UpdateTrace()
+        self._effect = rollout_pb2.UpdateEffect()
         self._aborted_before = 0
         self._running_before = 0
 
@@ -101,6 +103,7 @@ class Update:
         self._running_before = await self._requests() if self._pause_mode == "abort" else 0
         self._paused_at = time.monotonic()
         self._trace.settle_s = self._paused_at - shut_at
+        self._note_effect()
         if self._pause_mode == "abort":
             await self._end_requests()
         mode: PauseModeName = "retract" if self._pause_mode == "retract" else "in_place"
@@ -109,6 +112,15 @@ class Update:
             await engine.client.begin_update()
         self._trace.quiet_s = time.monotonic() - self._paused_at
         self.running = await self._requests()
+
+    def _note_effect(self) -> None:
+        """On what is running at the moment of the pause."""
+        stats = self._replica.stats
+        self._effect.salt_race = self._replica.unstarted
+        if len(self._replica.engines) == 1:  # the record does not know which of several engines has a request
+            tokens = stats.in_flight()
+            self._effect.tokens_kept = tokens if self._pause_mode == "in_place" else 0
+            self._effect.tokens_recomputed = 0 if self._pause_mode == "in_place" else tokens
 
     async def _requests(self) -> int:
         """That this engine has at this moment; those of the whole replica when it does not say."""
@@ -203,9 +215,9 @@ class Update:
         replica.turned()
         if self._pause_mode == "abort":
             aborted = max(0, self._running_before - self.running)
-            return Committed(self.version, pause_s, self.running, aborted, self._trace)
+            return Committed(self.version, pause_s, self.running, aborted, self._trace, self._effect)
         aborted = min(replica.stats.requests_aborted - self._aborted_before, self.running)
-        return Committed(self.version, pause_s, self.running - aborted, aborted, self._trace)
+        return Committed(self.version, pause_s, self.running - aborted, aborted, self._trace, self._effect)
 
     def _arrival(self) -> Arrival:
         if self._pause_mode == "retract":

@@ -53,12 +53,17 @@ def export(target: Path, source: Path, version: Version, save_model: Callable[[P
 
     def fill(directory: Path) -> None:
         save_model(directory)
-        written = {path.name for path in directory.iterdir()}
-        for path in source.iterdir():
-            weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-            if path.is_file() and path.name not in written and not weight:
-                shutil.copyfile(path, directory / path.name)
+        copy_beside_weights(source, directory)
         record = {"step": version.step, "version": str(version)}
         (directory / EXPORT_RECORD).write_bytes(orjson.dumps(record))
 
     write_directory(target, fill)
+
+
+def copy_beside_weights(source: Path, directory: Path) -> None:
+    """Copies every file of a model's directory that is neither a weight nor in `directory` already."""
+    written = {path.name for path in directory.iterdir()}
+    for path in source.iterdir():
+        weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if path.is_file() and path.name not in written and not weight:
+            shutil.copyfile(path, directory / path.name)

@@ -105,7 +105,7 @@ async def test_an_engine_that_stages_gets_its_first_buckets_ahead_of_the_pause(t
     refused, done = push.lines
     assert "two buckets have no room" in refused["error"]
     assert done["ok"]
-    assert {"prepare_s", "ahead_s", "begin_s", "send_s", "commit_s"} <= done["phases"].keys()
+    assert {"stage_s", "ahead_s", "begin_s", "send_s", "commit_s"} <= done["phases"].keys()
     staged = ["JoinWeightGroup", "StageUpdate"]
     failed = [*staged, "AbortUpdate", "LeaveWeightGroup"]
     assert engine.calls == [*failed, *staged, "BeginUpdate", "LoadStaged", "CommitUpdate", "LeaveWeightGroup"]

@@ -14,6 +14,10 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from services.common.model_files import BLOCK
+from services.trainer.weights.form import EngineForm
+from services.trainer.weights.snapshot import Snapshot, build_manifest
+
 # Code points of letters and private use: assigned or not, all survive a round trip.
 _FIRST, _SURROGATES = 0x21, range(0xD800, 0xE000)
 
@@ -42,6 +46,13 @@ QWEN3_8B = {
     "tie_word_embeddings": False,
 }
 _SHARD_BYTES = 4 << 30
+QUANTIZATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+    "modules_to_not_convert": ["lm_head"],
+}
 
 
 def random_weights(shape: Mapping[str, Any], seed: int, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
@@ -63,12 +74,20 @@ def random_weights(shape: Mapping[str, Any], seed: int, dtype: torch.dtype, devi
     return weights
 
 
-def write_model(directory: Path, shape: Mapping[str, Any], seed: int, dtype: torch.dtype, device: str) -> Path:
-    """Exports `random_weights` as a Hugging Face directory; it never ends a completion by itself. Returns it."""
+def write_model(
+    directory: Path, shape: Mapping[str, Any], seed: int, dtype: torch.dtype, device: str, *, fp8: bool = False
+) -> Path:
+    """Exports `random_weights` as a Hugging Face directory, its projections in block-wise fp8 if that is wanted; it
+    never ends a completion by itself. Returns it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config = Qwen3Config(**shape, eos_token_id=None, bos_token_id=None, dtype=dtype, architectures=["Qwen3ForCausalLM"])
     config.save_pretrained(directory)
     weights = random_weights(shape, seed, dtype, device)
+    if fp8:
+        weights = _quantised(weights)
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": QUANTIZATION}))
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, weight in weights.items():
@@ -85,6 +104,18 @@ def write_model(directory: Path, shape: Mapping[str, Any], seed: int, dtype: tor
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     _tokenizer(shape["vocab_size"]).save_pretrained(directory)
     return directory
+
+
+def projections(weights: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """Those that an fp8 model has in fp8."""
+    return frozenset(name for name in weights if "_proj" in name)
+
+
+def _quantised(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    form = EngineForm(fp8=projections(weights))
+    snapshot = Snapshot(build_manifest(weights, 1 << 40, form), next(iter(weights.values())).device, form)
+    snapshot.fill(weights.items())
+    return snapshot.views
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,18 @@ from tests.gpu.models import QWEN3_0_6B, QWEN3_8B, write_model
 from tests.gpu.push_bench import Bench, Scene
 from tests.gpu.push_link import Link
 from tests.gpu.push_process import JsonProcess
+from tests.gpu.push_quantise import measure_quantiser
 from tests.gpu.push_raw import raw_gb_per_s
 from tests.gpu.push_versions import named_by_teacher_forcing
+from tests.kit.sglang_fp8_python import fp8_python
 
 ROOT = Path(__file__).parents[2]
 BEGAN = time.monotonic()
 LOADERS = 4
 STEP_LIMIT_S = 60.0
+# Teacher forcing tries several places for each turn of a request.
+VERSIONS_LIMIT_S = 360.0
+QUANTISE = "quantise"
 
 SGLANG_ARGS = {
     "attention-backend": "triton",
@@ -58,10 +64,35 @@ TINY = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
+# Parts of fused projections are whole blocks.
+TINY_FP8 = TINY | {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4}
+FP8_ARGS = SGLANG_ARGS | {"fp8-gemm-backend": "triton"}
 SCENES = {
     "small": Scene("small", QWEN3_0_6B, 2000, {"args": SGLANG_ARGS | {"mem-fraction-static": 0.5}}, versions=True),
     "large": Scene("large", QWEN3_8B, 1150, {"args": SGLANG_ARGS | {"mem-fraction-static": 0.6}}),
+    "small-fp8": Scene("small-fp8", QWEN3_0_6B, 2000, {"args": FP8_ARGS | {"mem-fraction-static": 0.5}}, fp8=True),
+    "large-fp8": Scene("large-fp8", QWEN3_8B, 1150, {"args": FP8_ARGS | {"mem-fraction-static": 0.5}}, fp8=True),
+    "versions": Scene(
+        "versions",
+        QWEN3_0_6B,
+        2000,
+        {"args": SGLANG_ARGS | {"mem-fraction-static": 0.5}},
+        versions=True,
+        steps=(variants.VERSIONS,),
+    ),
+    "versions-fp8": Scene(
+        "versions-fp8",
+        QWEN3_0_6B,
+        2000,
+        {"args": FP8_ARGS | {"mem-fraction-static": 0.5}},
+        versions=True,
+        fp8=True,
+        steps=(variants.VERSIONS,),
+    ),
     "tiny": Scene("tiny", TINY, 1200, {"args": {"gc-warning-threshold-secs": 0.05}}, versions=True),
+    "tiny-fp8": Scene(
+        "tiny-fp8", TINY_FP8, 300, {"args": {"gc-warning-threshold-secs": 0.05}}, versions=True, fp8=True
+    ),
 }
 
 
@@ -78,8 +109,11 @@ class Start:
 
     def write_model(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_model(self.directory / "model", self.scene.shape, 0, self.options.dtype, self.options.device)
-        say(f"{self.scene.name}: the model is written")
+        began = time.monotonic()
+        scene, options = self.scene, self.options
+        dtype = torch.bfloat16 if scene.fp8 else options.dtype
+        write_model(self.directory / "model", scene.shape, 0, dtype, options.device, fp8=scene.fp8)
+        say(f"{scene.name}: the model is written, {time.monotonic() - began:.1f} s")
 
     async def begin(self, stack: AsyncExitStack) -> None:
         say(f"{self.scene.name}: starting the engine on GPU {self.gpu}")
@@ -108,18 +142,25 @@ async def _steps(bench: Bench, where: dict[str, str]) -> None:
     rows: list[dict[str, Any]] = []
     slime_s: float | None = None
     for step in variants.STEPS:
-        if step not in options.variants:
+        if step not in (scene.steps or options.variants):
             continue
         if step == variants.SLIME:
-            slime_s = await _attempt(scene, step, variants.slime_sequence(bench))
+            slime_s = await _attempt(scene, step, variants.slime_sequence(bench), options.step_limit_s)
         elif step == variants.VERSIONS:
-            named = await _attempt(scene, step, named_by_teacher_forcing(bench, where)) if scene.versions else None
+            if not scene.versions:
+                continue
+            limit_s = max(VERSIONS_LIMIT_S, options.step_limit_s)
+            named = await _attempt(scene, step, named_by_teacher_forcing(bench, where), limit_s)
             if named is not None:
                 say(f"  versions: {named}")
                 _merge_side(options.out.with_name(f"{options.out.stem}-versions.json"), scene.name, named)
         else:
             (variant,) = (each for each in variants.VARIANTS if each.name == step)
-            row = await _attempt(scene, step, bench.measure(variant.scaled(bench.num_bytes)))
+            variant = variant.scaled(bench.num_bytes)
+            if options.cpu:
+                # Pauses are longer there, and have to end before the window that they are compared with.
+                variant = replace(variant, pushes=2, apart_s=max(variant.apart_s, 2.0))
+            row = await _attempt(scene, step, bench.measure(variant), options.step_limit_s)
             if row is not None:
                 _tell(row)
                 rows.append(row)
@@ -139,7 +180,7 @@ def _tell(row: dict[str, Any]) -> None:
         say("    " + " ".join(f"{name.removesuffix('_s')}={1e3 * value:.1f}" for name, value in figures.items()))
 
 
-async def _attempt(scene: Scene, name: str, work: Any, limit_s: float = STEP_LIMIT_S) -> Any:
+async def _attempt(scene: Scene, name: str, work: Any, limit_s: float) -> Any:
     """The other steps are still worth their time."""
     try:
         async with asyncio.timeout(limit_s):
@@ -164,11 +205,15 @@ async def _replica(scene: Scene, options: argparse.Namespace, model: Path, gpu: 
         **scene.engine,
     }
     if options.engine_python is not None:
-        engine["python"] = options.engine_python
+        python = options.engine_python
+        engine["python"] = str(fp8_python(directory, python)) if scene.fp8 else python
     config = {
         # SGLang's sockets live below it, and their names must be short.
         "run": {"dir": str(directory / "run")},
-        "model": {"hf_checkpoint": str(model), "dtype": str(options.dtype).removeprefix("torch.")},
+        "model": {
+            "hf_checkpoint": str(model),
+            "dtype": "bfloat16" if scene.fp8 else str(options.dtype).removeprefix("torch."),
+        },
         "rollout": {"engine": engine},
         "trainer": {"weights": {"timeout_s": options.timeout_s}},
     }
@@ -197,7 +242,7 @@ def _merge_side(path: Path, name: str, figures: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=sorted(SCENES), required=True, help="engines, one after the other")
+    parser.add_argument("--rows", nargs="+", choices=sorted([*SCENES, QUANTISE]), required=True, help="engines")
     parser.add_argument("--variants", nargs="+", choices=variants.STEPS, default=variants.STEPS)
     parser.add_argument("--out", type=Path, required=True, help="JSON; rows that are there already are kept")
     parser.add_argument("--work", type=Path, required=True, help="for the model, logs: in memory if there is room")
@@ -211,13 +256,20 @@ def main() -> None:
     options.raw_bytes = 1 << 24 if options.cpu else 2 << 30
     options.loaders = 1 if options.cpu else LOADERS
     options.start_timeout_s = 400.0
+    # Other work on a machine without GPUs is no reason to give up.
+    options.step_limit_s = STEP_LIMIT_S * (5 if options.cpu else 1)
     options.raw_gb_per_s = None
     if not options.cpu:
         options.engine_python = options.engine_python or sys.executable
         os.environ["NCCL_CUMEM_ENABLE"] = "0"
         torch.cuda.set_device(0)
     options.host = _host(options.cpu)
-    asyncio.run(_all(options))
+    if QUANTISE in options.rows:
+        options.rows = [row for row in options.rows if row != QUANTISE]
+        side = options.out.with_name(f"{options.out.stem}-quantise.json")
+        measure_quantiser(options.device, options.host, lambda name, figures: _merge_side(side, name, figures))
+    if options.rows:
+        asyncio.run(_all(options))
 
 
 async def _all(options: argparse.Namespace) -> None:
@@ -239,7 +291,8 @@ async def _all(options: argparse.Namespace) -> None:
                 if number and not together:
                     await shared.aclose()  # its GPU is needed
                     await start.begin(own)
-                await _attempt(start.scene, "all", start.measure(), options.start_timeout_s)
+                limit_s = options.start_timeout_s + VERSIONS_LIMIT_S + options.step_limit_s
+                await _attempt(start.scene, "all", start.measure(), limit_s)
     say("done")
 
 

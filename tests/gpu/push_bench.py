@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from services.trainer.weights.form import EngineForm
 from services.trainer.weights.snapshot import MIB, Snapshot, build_manifest
-from tests.gpu.models import random_weights
+from tests.gpu.models import projections, random_weights
 from tests.gpu.push_link import Link
 from tests.gpu.push_pause import Pauses, lost, pauses, went_on
 from tests.gpu.push_process import JsonProcess
@@ -55,6 +56,10 @@ class Scene:
     engine: dict[str, Any]
     versions: bool = False
     """Whether the version of each token is found by teacher forcing too."""
+    fp8: bool = False
+    """Whether the engine has its projections in block-wise fp8."""
+    steps: tuple[str, ...] | None = None
+    """What is measured, of all that is wanted; None: all of it."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,10 @@ class Bench:
         self.options = options
         self.link = link
         self.loaders = loaders
-        self.weights = [random_weights(scene.shape, seed, options.dtype, options.device) for seed in (0, 1)]
+        self.dtype = torch.bfloat16 if scene.fp8 else options.dtype
+        self.weights = [random_weights(scene.shape, seed, self.dtype, options.device) for seed in (0, 1)]
         """The engine's own, and others."""
+        self.form = EngineForm(fp8=projections(self.weights[0]) if scene.fp8 else frozenset())
         self.checksum = ""
         """Of the engine that loaded the exported directory."""
         self.requests = options.requests
@@ -91,10 +98,22 @@ class Bench:
 
     @property
     def num_bytes(self) -> int:
+        """On the wire."""
+        return build_manifest(self.weights[0], 1 << 40, self.form).num_bytes
+
+    @property
+    def trained_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.weights[0].values())
 
     def snapshot(self, bucket_mb: float) -> Snapshot:
-        return Snapshot(build_manifest(self.weights[0], int(bucket_mb * MIB)), torch.device(self.options.device))
+        manifest = build_manifest(self.weights[0], int(bucket_mb * MIB), self.form)
+        return Snapshot(manifest, torch.device(self.options.device), self.form)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The engine's own weights as they travel."""
+        snapshot = self.snapshot(1024)
+        snapshot.fill(self.weights[0].items())
+        return snapshot.views
 
     async def start_requests(self, label: str, length: int, every: int = 1) -> None:
         each = self.requests // len(self.loaders)
@@ -132,7 +151,8 @@ class Bench:
         begin = time.monotonic()
         pushed = await self.link.push(snapshot)
         end = time.monotonic()
-        trace = dict(pushed.trace) | {"pause_s": pushed.pause_s} | await self.link.timings()
+        trace = dict(pushed.trace) | {"pause_s": pushed.pause_s, "fill_s": snapshot.fill_s()}
+        trace |= await self.link.timings()
         await asyncio.sleep(apart_s)
         control = time.monotonic()
         await asyncio.sleep(end - begin + apart_s)
@@ -153,9 +173,10 @@ class Bench:
             name: statistics.median(push.trace.get(name, 0.0) for push in pushes) for name in sorted(pushes[-1].trace)
         }
         wire_s = phases.get("ahead_s", 0.0) + phases["send_s"]
+        raw = self.options.raw_gb_per_s
         row = {
             "model_params": self.params,
-            "dtype": str(self.options.dtype).removeprefix("torch."),
+            "dtype": "float8_e4m3fn" if self.scene.fp8 else str(self.dtype).removeprefix("torch."),
             "mode": variant.mode,
             "transport": self.options.backend,
             "running_requests": min(each.requests for each in seen),
@@ -173,6 +194,9 @@ class Bench:
                 "bucket_mb": variant.bucket_mb,
                 "staging_mb": variant.staging_mb,
                 "bytes": self.num_bytes,
+                "raw_nccl_s": raw and round(self.num_bytes / raw / 1e9, 4),
+                # Of the trainer's weights, read and written: what it takes to gather, quantise and flatten them.
+                "fill_gb_per_s": round((self.trained_bytes + self.num_bytes) / phases["fill_s"] / 1e9, 1),
                 "pushes": len(seen),
                 "control_p50_s": round(statistics.median(each.p50_s for each in control), 4),
                 "control_max_s": round(max(each.max_s for each in control), 4),

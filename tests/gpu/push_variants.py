@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from services.common.process import free_port
@@ -59,7 +61,7 @@ SLIME_BUCKET = 512 << 20
 
 async def slime_sequence(bench: Bench) -> float:
     """Seconds from the pause to generation going on as slime does it: abort, flush, one broadcast per tensor."""
-    link, weights = bench.link, bench.weights[0]
+    link, weights = bench.link, bench.tensors()
     await link.stage_memory(0)
     name, port = "slime", free_port("127.0.0.1")
     joining = asyncio.create_task(
@@ -104,7 +106,7 @@ async def slime_sequence(bench: Bench) -> float:
         await link.client.flush()
         await link.client.begin_update()
         for bucket in buckets:
-            await _one_by_one(bench, group, bucket, name)
+            await _one_by_one(bench, group, {each: weights[each] for each in bucket}, name)
         await link.client.end_update()
         await link.client.resume()
         seconds.append(time.monotonic() - began)
@@ -116,19 +118,18 @@ async def slime_sequence(bench: Bench) -> float:
     return round(seconds[-1], 3)
 
 
-async def _one_by_one(bench: Bench, group: WeightGroup, names: list[str], group_name: str) -> None:
-    weights = bench.weights[0]
+async def _one_by_one(bench: Bench, group: WeightGroup, weights: Mapping[str, torch.Tensor], group_name: str) -> None:
     body = {
-        "names": names,
-        "dtypes": [str(weights[name].dtype).removeprefix("torch.") for name in names],
-        "shapes": [list(weights[name].shape) for name in names],
+        "names": list(weights),
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()],
+        "shapes": [list(tensor.shape) for tensor in weights.values()],
         "group_name": group_name,
         "flush_cache": False,
     }
     answer = asyncio.create_task(bench.link.client._post("/update_weights_from_distributed", body, 60.0))
 
     def send() -> None:
-        works = [dist.broadcast(weights[name], src=0, group=group._group, async_op=True) for name in names]
+        works = [dist.broadcast(tensor, src=0, group=group._group, async_op=True) for tensor in weights.values()]
         for work in works:
             assert work is not None
             work.wait()

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from safetensors.torch import load_file
+
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import rollout_pb2 as rpb
 from polyhead.v1 import rollout_pb2_grpc, weights_pb2
@@ -160,6 +163,13 @@ class FakeEngine:
         assert all(other == first for other in others)
         self._parts.append(first)
 
+    def load_directory(self, directory: Path) -> None:
+        """Keeps the bytes of its files in their order."""
+        files = [load_file(path) for path in sorted(directory.glob("*.safetensors"))]
+        tensors = [tensor for file in files for tensor in file.values()]
+        self._manifest = weights_pb2.WeightManifest()
+        self._parts = [tensor.flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+
     def commit(self, version: Version) -> None:
         self.version = version
         self.received[version] = b"".join(self._parts)
@@ -285,6 +295,14 @@ class FakeReplica(rollout_pb2_grpc.RolloutServiceServicer):
     async def AbortUpdate(self, request: rpb.AbortUpdateRequest, context: Any) -> rpb.AbortUpdateResponse:
         engine = await self._enter("AbortUpdate", request)
         return rpb.AbortUpdateResponse(state=engine.state)
+
+    async def LoadVersion(self, request: rpb.LoadVersionRequest, context: Any) -> rpb.LoadVersionResponse:
+        engine = await self._enter("LoadVersion", request)
+        engine.load_directory(Path(request.directory))
+        engine.commit(Version.from_proto(request.version))
+        response = rpb.LoadVersionResponse(requests_continued=3)
+        response.pause.FromMilliseconds(5)
+        return response
 
     async def GetStatus(
         self, request: rpb.RolloutServiceGetStatusRequest, context: Any

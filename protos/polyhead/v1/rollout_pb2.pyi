@@ -150,16 +150,28 @@ class CommitUpdateRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class CommitUpdateResponse(_message.Message):
-    __slots__ = ("pause", "requests_continued", "requests_aborted", "trace")
+    __slots__ = ("pause", "requests_continued", "requests_aborted", "trace", "effect")
     PAUSE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_CONTINUED_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_ABORTED_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    EFFECT_FIELD_NUMBER: _ClassVar[int]
     pause: _duration_pb2.Duration
     requests_continued: int
     requests_aborted: int
     trace: UpdateTrace
-    def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., requests_continued: _Optional[int] = ..., requests_aborted: _Optional[int] = ..., trace: _Optional[_Union[UpdateTrace, _Mapping]] = ...) -> None: ...
+    effect: UpdateEffect
+    def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., requests_continued: _Optional[int] = ..., requests_aborted: _Optional[int] = ..., trace: _Optional[_Union[UpdateTrace, _Mapping]] = ..., effect: _Optional[_Union[UpdateEffect, _Mapping]] = ...) -> None: ...
+
+class UpdateEffect(_message.Message):
+    __slots__ = ("tokens_kept", "tokens_recomputed", "salt_race")
+    TOKENS_KEPT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    SALT_RACE_FIELD_NUMBER: _ClassVar[int]
+    tokens_kept: int
+    tokens_recomputed: int
+    salt_race: int
+    def __init__(self, tokens_kept: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., salt_race: _Optional[int] = ...) -> None: ...
 
 class UpdateTrace(_message.Message):
     __slots__ = ("settle_s", "quiet_s", "load_s", "continue_s")
@@ -204,10 +216,18 @@ class LoadVersionRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., directory: _Optional[str] = ..., engine: _Optional[int] = ...) -> None: ...
 
 class LoadVersionResponse(_message.Message):
-    __slots__ = ("pause",)
+    __slots__ = ("pause", "requests_continued", "requests_aborted", "trace", "effect")
     PAUSE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_CONTINUED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_ABORTED_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    EFFECT_FIELD_NUMBER: _ClassVar[int]
     pause: _duration_pb2.Duration
-    def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    requests_continued: int
+    requests_aborted: int
+    trace: UpdateTrace
+    effect: UpdateEffect
+    def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., requests_continued: _Optional[int] = ..., requests_aborted: _Optional[int] = ..., trace: _Optional[_Union[UpdateTrace, _Mapping]] = ..., effect: _Optional[_Union[UpdateEffect, _Mapping]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("epoch",)

@@ -61,9 +61,11 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     hf_checkpoint: Path = Path()
-    """A Hugging Face model directory: config.json, safetensors, tokenizer (slime: --hf-checkpoint)."""
+    """A Hugging Face model directory: config.json, safetensors, tokenizer (slime: --hf-checkpoint). In block-wise fp8
+    it is the engines': weights are trained in `dtype`, and each push quantises them (docs/weight-push.md)."""
     ref_checkpoint: Path | None = None
-    """The frozen model of the KL terms. Default: hf_checkpoint, which is where training began (slime: --ref-load)."""
+    """The frozen model of the KL terms. Default: hf_checkpoint, which is where training begins. Where hf_checkpoint is
+    in fp8, training begins here instead, or with its weights dequantised (slime: --ref-load)."""
     teacher_checkpoint: Path | None = None
     """The frozen model of on-policy distillation, of the same vocabulary (slime: --opd-teacher-load)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -474,7 +476,14 @@ class CheckpointConfig(Section):
 
 
 class WeightsConfig(Section):
-    backend: Literal["gloo", "nccl"] = "gloo"
+    backend: Literal["gloo", "nccl", "disk"] = "gloo"
+    """How weights get to the engines: a collective, or a directory that the trainer writes and engines load from
+    (docs/weight-push.md)."""
+    directory: Path | None = None
+    """backend = "disk": where versions are written, which replicas and engines see under the same path. Default:
+    run.dir/weights."""
+    keep_last: Positive = 1
+    """backend = "disk": the newest versions that stay there when no engine loads them any more."""
     address: str = "127.0.0.1"
     """Where engines reach the trainer's collective: an IPv4 address of this machine, or its name. The default is for
     engines on this machine only."""

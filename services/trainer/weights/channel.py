@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 # A replica that is told to give up or to leave does so at once, or is left to itself.
 FAREWELL_S = 2.0
+_WIRE = ("ahead_s", "send_s", "load_version_s")
+_EFFECTS = ("tokens_kept", "tokens_recomputed")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ class Pushed:
     requests_aborted: int
     trace: Mapping[str, float]
     """Seconds of each phase."""
+    effect: Mapping[str, int]
+    """On running requests, where the replica knows: tokens_kept, tokens_recomputed, salt_race."""
+
+    def gb_per_s(self, num_bytes: int) -> float | None:
+        """Over the phases in which bytes are on their way, loading included where they are loaded as they come. None
+        when there were none.
+        """
+        seconds = sum(self.trace.get(phase, 0.0) for phase in _WIRE)
+        return num_bytes / seconds / 1e9 if seconds else None
 
 
 class Laps:
@@ -155,8 +166,7 @@ class Channel:
             await self._last_words("AbortUpdate", abort)
             await self._leave_group()
             raise
-        trace = laps.seconds | {field.name: value for field, value in done.trace.ListFields()}
-        return Pushed(done.pause.ToNanoseconds() / 1e9, done.requests_continued, done.requests_aborted, trace)
+        return pushed(done, laps)
 
     async def _stage(self, version: WeightVersion, snapshot: Snapshot, laps: Laps) -> int:
         """Sends what the engine takes ahead of its pause: how many buckets that is."""
@@ -169,7 +179,7 @@ class Channel:
             engine=self._engine,
         )
         buckets: int = (await self._call("StageUpdate", request)).buckets
-        laps.end("prepare_s")
+        laps.end("stage_s")
         await self._collect(partial(self._group.broadcast, *snapshot.buckets[:buckets], after=snapshot.filled))
         laps.end("ahead_s")
         return buckets
@@ -261,6 +271,14 @@ class Channel:
                 raise typed from None
             reason = str(typed) if typed else f"{error.code().name} {error.details()}"
             raise UnavailableError(f"{verb} failed: {reason}", field=self._name) from error
+
+
+def pushed(done: rpb.CommitUpdateResponse | rpb.LoadVersionResponse, laps: Laps) -> Pushed:
+    """What the replica answered at the end, and what was measured here."""
+    trace = laps.seconds | {field.name: value for field, value in done.trace.ListFields()}
+    effect = {name: getattr(done.effect, name) for name in _EFFECTS if done.effect.HasField(name)}
+    effect["salt_race"] = done.effect.salt_race
+    return Pushed(done.pause.ToNanoseconds() / 1e9, done.requests_continued, done.requests_aborted, trace, effect)
 
 
 def _close_late(joined: asyncio.Future[WeightGroup]) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 import structlog
 
 from polyhead.v1 import buffer_pb2 as pb
-from polyhead.v1 import rollout_pb2 as rpb
-from services.common.config.models import WeightsConfig
 from services.common.errors import UnavailableError
 from services.common.versions import Version
 from services.trainer.weights.channel import Channel, Pushed
@@ -33,20 +31,19 @@ class Peer:
         self,
         replica: pb.Replica,
         engine: pb.Engine,
-        epoch: int,
-        config: WeightsConfig,
-        pause_mode: rpb.PauseMode,
+        backend: str,
+        open_channel: Callable[[pb.Replica, int], Channel],
         record: Record,
     ) -> None:
+        """`open_channel` gives one to an engine of a replica, by its index; `backend` is the kind that it is of."""
         self.engine = engine
         """As the registry, the replica itself, or the last push said: whichever came last."""
         self.has: Version | None = None
         """The last version that it committed to us."""
         self.started = 0.0
         self._replica = replica
-        self._epoch = epoch
-        self._config = config
-        self._pause_mode = pause_mode
+        self._backend = backend
+        self._new_channel = open_channel
         self._record = record
         self._channel: Channel | None = None
         self._task: asyncio.Task[None] | None = None
@@ -129,7 +126,7 @@ class Peer:
 
     def _open_channel(self) -> Channel:
         if self._channel is None:
-            self._channel = Channel(self._replica, self.engine.index, self._epoch, self._config, self._pause_mode)
+            self._channel = self._new_channel(self._replica, self.engine.index)
         return self._channel
 
     async def _joined_channel(self) -> Channel | None:
@@ -145,7 +142,7 @@ class Peer:
         return channel
 
     async def _push(self, channel: Channel, version: Version, snapshot: Snapshot) -> None:
-        started, error, pushed = time.monotonic(), "", Pushed(0.0, 0, 0, {})
+        started, error, pushed = time.monotonic(), "", Pushed(0.0, 0, 0, {}, {})
         try:
             pushed = await channel.push(version, snapshot)
         except UnavailableError as failure:
@@ -162,10 +159,13 @@ class Peer:
                 **self._identity,
                 "seconds": time.monotonic() - started,
                 "pause_s": pushed.pause_s,
+                "transport": self._backend,
                 "bytes": snapshot.manifest.num_bytes,
+                "gb_per_s": pushed.gb_per_s(snapshot.manifest.num_bytes),
                 "requests_continued": pushed.requests_continued,
                 "requests_aborted": pushed.requests_aborted,
-                "phases": dict(pushed.trace),
+                **pushed.effect,
+                "phases": {"prepare_s": snapshot.fill_s(), **pushed.trace},
                 "time": time.time(),
                 "ok": not error,
                 "error": error,

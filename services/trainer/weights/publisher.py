@@ -19,6 +19,10 @@ from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import UnavailableError
 from services.common.versions import Version
+from services.trainer.weights.channel import Channel
+from services.trainer.weights.directory import VersionDirectories
+from services.trainer.weights.disk import DiskChannel
+from services.trainer.weights.form import EngineForm
 from services.trainer.weights.peer import Peer, Record
 from services.trainer.weights.snapshot import MIB, Snapshot, build_manifest, weights_device
 
@@ -55,7 +59,15 @@ class Publisher:
     """
 
     def __init__(self, buffer: BufferClient, config: Config, epoch: int, record: Record) -> None:
-        """`record` gets one line per push, for pushes.jsonl."""
+        """`record` gets one line per push, for pushes.jsonl. Raises ConfigError when the engines' directory has its
+        weights in a form that cannot be pushed.
+        """
+        self._form = EngineForm.of_directory(config.model.hf_checkpoint)
+        self._directories: VersionDirectories | None = None
+        if config.trainer.weights.backend == "disk":
+            root = config.trainer.weights.directory or config.run.dir / "weights"
+            keep_last = config.trainer.weights.keep_last
+            self._directories = VersionDirectories(root, config.model.hf_checkpoint, keep_last)
         self._buffer = buffer
         self._config = config.trainer.weights
         self._pause_mode = _PAUSE_MODES[config.rollout.pause_mode]
@@ -89,8 +101,8 @@ class Publisher:
             self._target = None
         free = [snapshot for snapshot in self._snapshots if not snapshot.users]
         if not free:
-            manifest = build_manifest(layout, self._config.bucket_mb * MIB)
-            free = [Snapshot(manifest, weights_device(self._config.backend))]
+            manifest = build_manifest(layout, self._config.bucket_mb * MIB, self._form)
+            free = [Snapshot(manifest, weights_device(self._config.backend), self._form)]
             self._snapshots += free
         return free[0]
 
@@ -164,10 +176,15 @@ class Publisher:
             if key in self._peers:
                 self._peers[key].engine = engine
             else:
-                self._peers[key] = Peer(replica, engine, self._epoch, self._config, self._pause_mode, self._record)
+                self._peers[key] = Peer(replica, engine, self._config.backend, self._open_channel, self._record)
         for key in self._peers.keys() - listed.keys():
             if not self._peers[key].busy:
                 await self._peers.pop(key).drop_channel()
+
+    def _open_channel(self, replica: pb.Replica, engine: int) -> Channel:
+        if self._directories is not None:
+            return DiskChannel(replica, engine, self._epoch, self._config, self._pause_mode, self._directories)
+        return Channel(replica, engine, self._epoch, self._config, self._pause_mode)
 
     def _is_complete(self, version: Version) -> bool:
         """At least one engine has it, and none that was serving may still get it soon."""

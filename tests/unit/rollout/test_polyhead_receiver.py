@@ -150,3 +150,64 @@ async def test_an_engine_that_ended_has_not_loaded(tmp_path):
     with pytest.raises(EngineUnavailableError, match="load"):
         await watch.outcome()
     watch.close()
+
+
+class Fp8Model(torch.nn.Module):
+    """As SGLang has two projections in block-wise fp8: fused, values and scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(256, 128).to(torch.float8_e4m3fn), requires_grad=False)
+        self.weight_scale_inv = torch.nn.Parameter(torch.zeros(2, 1), requires_grad=False)
+        self.calls = 0
+
+    def load_weights(self, weights):
+        self.calls += 1
+        for name, weight in weights:
+            held = self.weight_scale_inv if "scale" in name else self.weight
+            rows = len(held) // 2
+            held.data.narrow(0, rows * (name[0] == "k"), rows).copy_(weight)
+
+
+FP8_BUCKET = {
+    "num_bytes": 2 * (4 + 128 * 128),
+    "tensors": [[f"{name}.weight_scale_inv", "float32", [1, 1]] for name in "qk"]
+    + [[f"{name}.weight", "float8_e4m3fn", [128, 128]] for name in "qk"],
+}
+
+
+def test_fp8_is_recorded_too_and_copied_as_bytes():
+    model = Fp8Model()
+    plan = receiver.Plan([FP8_BUCKET], [torch.empty(FP8_BUCKET["num_bytes"], dtype=torch.uint8)])
+    for seed in range(3):
+        sent = torch.randint(0, 256, (FP8_BUCKET["num_bytes"],), generator=torch.Generator().manual_seed(seed))
+        plan.check(model)
+        plan.target(0).copy_(sent.to(torch.uint8))
+        plan.load(model, 0)
+        held = torch.cat([part.data.view(torch.uint8).flatten() for part in (model.weight_scale_inv, model.weight)])
+        assert torch.equal(held, sent.to(torch.uint8))
+    assert (model.calls, plan.recorded) == (1, 1.0)
+
+
+def as_ue8m0(model):
+    model.weight_scale_inv.format_ue8m0 = True
+
+
+def repacked(model):
+    model.weight = torch.nn.Parameter(torch.zeros(64, 128, dtype=torch.int32), requires_grad=False)
+
+
+def plain(model):
+    del model.weight_scale_inv
+
+
+@pytest.mark.parametrize("change", [as_ue8m0, repacked, plain])
+def test_fp8_for_a_model_that_has_it_in_another_layout_is_refused_before_anything_is_touched(change):
+    model = Fp8Model()
+    receiver._check_fp8(model, [FP8_BUCKET])
+    change(model)
+    inside = receiver.Receiver(model)
+    answer = inside.handle(
+        {"verb": "prepare", "arguments": {"digest": "d", "buckets": [FP8_BUCKET], "memory": 1 << 20}}
+    )
+    assert "ValueError" in answer["error"]

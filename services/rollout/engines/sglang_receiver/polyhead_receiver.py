@@ -31,8 +31,8 @@ DIRECTORY_VARIABLE = "POLYHEAD_RECEIVER_DIR"
 RESERVE_BYTES = 1 << 30
 _LINE_MAX = 64 << 20
 
-# Targets in the model, and where each one's bytes are.
-Copies = tuple[list[torch.Tensor], list[torch.Tensor]]
+# Targets in the model, and where each one's bytes are; for each dtype, since copies of several are not made at once.
+Copies = list[tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
 def _weight_group() -> Any:
@@ -80,7 +80,8 @@ class Plan:
         """
         copies = self._copies[bucket]
         if copies is not None:
-            torch._foreach_copy_(*copies)
+            for targets, sources in copies:
+                torch._foreach_copy_(targets, sources)
             return
         with _Recorder() as recorder:
             model.load_weights(self._views[bucket])
@@ -115,7 +116,15 @@ class _Recorder(TorchDispatchMode):
         out_of = all(each.untyped_storage().data_ptr() == source for each in self._sources)
         if not (self._pure and into and out_of and self._targets):
             return None
-        return [each.detach() for each in self._targets], [each.detach() for each in self._sources]
+        by_dtypes: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for target, copied in zip(self._targets, self._sources, strict=True):
+            pair = [target.detach(), copied.detach()]
+            if target.dtype == copied.dtype and target.element_size() == 1:
+                pair = [each.view(torch.uint8) for each in pair]  # fp8 is copied as bytes
+            targets, sources = by_dtypes.setdefault(tuple(each.dtype for each in pair), ([], []))
+            targets.append(pair[0])
+            sources.append(pair[1])
+        return list(by_dtypes.values())
 
 
 class Receiver:
@@ -189,6 +198,7 @@ class Receiver:
         if self._plan is None or self._known != (digest, memory):
             if buckets is None:
                 return {"unknown": True}
+            _check_fp8(self._model, buckets)
             self._plan = None  # its slots are given up first
             self._slots = self._allocate([bucket["num_bytes"] for bucket in buckets], memory)
             self._plan, self._known = Plan(buckets, self._slots), (digest, memory)
@@ -344,6 +354,23 @@ def _rank() -> int:
 def _weights(model: Any) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
+
+
+def _check_fp8(model: Any, buckets: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError when fp8 weights are to come, and the model has them in another layout than they are stored in:
+    repacked for a kernel, or with the scales of DeepGEMM on Blackwell. Its loaders would take them all the same.
+    """
+    if not any(dtype.startswith("float8") for bucket in buckets for _, dtype, _ in bucket["tensors"]):
+        return
+    scales = [(name, tensor) for name, tensor in model.named_parameters() if name.endswith("weight_scale_inv")]
+    weights = dict(model.named_parameters())
+    for name, scale in scales:
+        weight = weights.get(name.removesuffix("_scale_inv"))
+        laid_out = getattr(scale, "format_ue8m0", False) or scale.dtype != torch.float32
+        if laid_out or weight is None or weight.dtype != torch.float8_e4m3fn:
+            raise ValueError(f"{name}: the engine holds it in a layout of its own: try --fp8-gemm-backend triton")
+    if not scales:
+        raise ValueError("fp8 weights are to come, and the engine has none")
 
 
 def _views(tensors: Sequence[Sequence[Any]], flat: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from services.common.errors import ConfigError
+from services.common.model_files import check_quantisation
 
 SUPPORTED = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
@@ -73,7 +74,8 @@ def read_config(model_path: Path) -> DecoderConfig:
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"{activation!r} is not supported; only 'silu' is", field="hidden_act")
-    for field in ("mlp_bias", "use_sliding_window", "quantization_config"):
+    check_quantisation(raw)
+    for field in ("mlp_bias", "use_sliding_window"):
         if raw.get(field):
             raise ConfigError("is not supported by this engine", field=field)
     if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):

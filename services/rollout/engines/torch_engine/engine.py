@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from services.common.errors import InvalidArgumentError
+from services.common.model_files import fp8_weights
 from services.rollout.engines.torch_engine.checkpoint import load_checkpoint
 from services.rollout.engines.torch_engine.decoder import Decoder
 from services.rollout.engines.torch_engine.decoder_config import read_config
@@ -34,7 +35,8 @@ class Engine:
         torch.set_num_threads(options.threads)
         self.options = options
         self.model_config = read_config(options.model_path)
-        self.parameters = Parameters(self.model_config, DTYPES[options.dtype], DEVICE)
+        fp8 = fp8_weights(options.model_path)
+        self.parameters = Parameters(self.model_config, DTYPES[options.dtype], DEVICE, fp8)
         load_checkpoint(options.model_path, self.parameters)
         own_length = self.model_config.max_position_embeddings
         self.context_length = options.context_length or min(own_length, MAX_DEFAULT_CONTEXT)

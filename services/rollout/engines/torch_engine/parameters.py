@@ -10,9 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from services.common.errors import InvalidArgumentError
+from services.common.fp8 import dequantise
+from services.common.model_files import SCALE_SUFFIX, scale_shape
 from services.rollout.engines.torch_engine.decoder_config import DecoderConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""That a model computes in."""
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,14 @@ class Layer:
 class Parameters:
     """All weights of one model. `load` writes through to the fused tensors that the forward pass uses."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        fp8: frozenset[str] = frozenset(),
+    ) -> None:
+        """`fp8`: weights that are stored, and come, in fp8 with their scales. It computes with them in `dtype`."""
         self._config, self._dtype, self._device = config, dtype, device
         self._views: dict[str, torch.Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -49,11 +60,16 @@ class Parameters:
             self._ignored["lm_head.weight"] = tuple(self.embedding.shape)
         else:
             self.head = self._named("lm_head.weight", config.vocab_size, config.hidden_size)
+        self.fp8 = fp8
+        self._stored: dict[str, torch.Tensor] = {}
+        """Values and scales of what is stored in fp8."""
+        for name in fp8:
+            self._store_fp8(name)
 
     @property
     def names(self) -> frozenset[str]:
         """Every tensor that a complete load has to bring."""
-        return frozenset(self._views)
+        return frozenset(self._views) | frozenset(self._stored)
 
     def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
         """Raises InvalidArgumentError for a tensor that is unknown, listed twice, or of another shape."""
@@ -79,16 +95,25 @@ class Parameters:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name not in self._ignored:
-                    self._views[name].copy_(tensor)
+                    self._held(name).copy_(tensor)
+            for name in self.fp8:
+                if name in tensors or name + SCALE_SUFFIX in tensors:
+                    self._views[name].copy_(
+                        dequantise(self._stored[name], self._stored[name + SCALE_SUFFIX], self._dtype)
+                    )
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of each tensor's bytes in the model's dtype, by Hugging Face name."""
+        """SHA-256 of each tensor's bytes, in fp8 or in the model's dtype, by Hugging Face name."""
         sums = {}
         for name, shape in self._shapes.items():
             # The first rows are the tensor, also where a norm is repeated for every head.
-            tensor = self._views[name].reshape(-1)[: math.prod(shape)].contiguous()
+            tensor = self._held(name).reshape(-1)[: math.prod(shape)].contiguous()
             sums[name] = hashlib.sha256(tensor.cpu().view(torch.uint8).numpy()).hexdigest()
         return sums
+
+    def _held(self, name: str) -> torch.Tensor:
+        """As it is stored, and comes."""
+        return self._stored[name] if name in self._stored else self._views[name]
 
     def _layer(self, prefix: str) -> Layer:
         c = self._config
@@ -130,6 +155,16 @@ class Parameters:
     def _register(self, name: str, view: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         self._views[name], self._shapes[name] = view, shape
         return view
+
+    def _store_fp8(self, name: str) -> None:
+        """Raises InvalidArgumentError for what is no weight of the model."""
+        shape = self._shapes.get(name, ())
+        if len(shape) != 2:
+            raise InvalidArgumentError("is stored in fp8, and is not a weight of this model", field=name)
+        scales = name + SCALE_SUFFIX
+        self._stored[name] = torch.zeros(shape, dtype=FP8, device=self._device)
+        self._shapes[scales] = scale_shape(shape)
+        self._stored[scales] = torch.zeros(self._shapes[scales], device=self._device)
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self._dtype, device=self._device)

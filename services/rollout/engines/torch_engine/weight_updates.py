@@ -14,9 +14,11 @@ from services.common.errors import InvalidArgumentError, PolyheadError, Precondi
 from services.common.weight_group import WeightGroup
 from services.rollout.engines.torch_engine.checkpoint import read_tensors
 from services.rollout.engines.torch_engine.engine_thread import EngineThread
-from services.rollout.engines.torch_engine.parameters import DTYPES, Parameters
+from services.rollout.engines.torch_engine.parameters import DTYPES, FP8, Parameters
 
 FLATTENED_BUCKET = "flattened_bucket"
+# That weights may come in.
+_DTYPES = {**DTYPES, "float8_e4m3fn": FP8}
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,12 @@ class WeightUpdates:
         raise PreconditionError(f"no such group{why}; call init_weights_update_group first", field=bucket.group_name)
 
     def _check(self, bucket: Bucket) -> None:
-        unknown = sorted(set(bucket.dtypes).difference(DTYPES))
+        unknown = sorted(set(bucket.dtypes).difference(_DTYPES))
         if unknown:
-            raise InvalidArgumentError(f"{unknown} are not among {sorted(DTYPES)}", field="dtypes")
+            raise InvalidArgumentError(f"{unknown} are not among {sorted(_DTYPES)}", field="dtypes")
+        for name, dtype in zip(bucket.names, bucket.dtypes, strict=True):
+            if (name in self._parameters.fp8) != (_DTYPES[dtype] == FP8):
+                raise InvalidArgumentError(f"comes in {dtype}, and is not held in that", field=name)
         self._parameters.check(bucket.names, bucket.shapes)
 
     def _drop(self, name: str) -> None:
@@ -173,7 +178,8 @@ class WeightUpdates:
 
     def _receive(self, bucket: Bucket, group: WeightGroup) -> dict[str, torch.Tensor]:
         sizes = [
-            math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in zip(bucket.dtypes, bucket.shapes, strict=True)
+            math.prod(shape) * _DTYPES[dtype].itemsize
+            for dtype, shape in zip(bucket.dtypes, bucket.shapes, strict=True)
         ]
         if bucket.flattened:
             flat = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
@@ -184,7 +190,7 @@ class WeightUpdates:
             for part in parts:
                 group.broadcast(part)
         return {
-            name: _typed(part, DTYPES[dtype]).view(*shape)
+            name: _typed(part, _DTYPES[dtype]).view(*shape)
             for name, dtype, shape, part in zip(bucket.names, bucket.dtypes, bucket.shapes, parts, strict=True)
         }
 

@@ -20,7 +20,7 @@ from services.trainer.algorithms.kl import k3
 from services.trainer.algorithms.objective import Objective, Tokens
 from services.trainer.algorithms.user_loss import load_loss
 from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, all_logprobs, score, to_device
-from services.trainer.backends.torch.model import context_length, load_model
+from services.trainer.backends.torch.model import context_length, load_model, start_directory
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
 from services.trainer.backends.torch.sharding import Placement, gathered, scattered
@@ -69,7 +69,7 @@ class TorchBackend:
     """
 
     def __init__(self, config: Config, group: RankGroup | None = None) -> None:
-        """Loads `model.hf_checkpoint`. Raises ConfigError when it cannot be trained, or there is no such device."""
+        """Loads the model. Raises ConfigError when it cannot be trained, or there is no such device."""
         if config.trainer.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("this machine has no CUDA device", field="trainer.device")
         torch.set_num_threads(config.trainer.threads)
@@ -82,7 +82,8 @@ class TorchBackend:
         self._reduce_each = config.trainer.reduce_each_micro_batch
         placement = _placement(config, self.group, self._device)
         self._sharded = placement.mesh is not None
-        self._root = load_model(config.model.hf_checkpoint, config.model.dtype, placement)
+        directory, field = start_directory(config)
+        self._root = load_model(directory, config.model.dtype, placement, field)
         self.model: Any = self._root.model
         self.flops: SequenceFlops | None = None
         """What balances micro-batches, where that is wanted."""

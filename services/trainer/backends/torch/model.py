@@ -9,20 +9,34 @@ import numpy as np
 import torch
 import transformers
 
+from services.common.config import Config
 from services.common.errors import ConfigError
+from services.common.model_files import fp8_weights
 from services.trainer.backends.torch import attention
+from services.trainer.backends.torch.fp8_directory import load_dequantised
 from services.trainer.backends.torch.logprobs import to_device, token_logprobs
 from services.trainer.backends.torch.sharding import Placement, Root, place
 from services.trainer.batch.packing import PackItem, pack
 
-FIELD = "model.hf_checkpoint"
+FIELD, REFERENCE_FIELD = "model.hf_checkpoint", "model.ref_checkpoint"
 # Largest difference of a log-probability between the packed and the plain forward pass that rounding explains.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 _PROBE_PROMPT = 3
 
 
+def start_directory(config: Config) -> tuple[Path, str]:
+    """Where training begins, and the key that names it: `model.hf_checkpoint`. That is the engines' where it holds fp8,
+    and training begins with `model.ref_checkpoint`, if it is given.
+    """
+    directory, reference = config.model.hf_checkpoint, config.model.ref_checkpoint
+    if reference is not None and fp8_weights(directory):
+        return reference, REFERENCE_FIELD
+    return directory, FIELD
+
+
 def load_model(directory: Path, dtype: str, placement: Placement, field: str = FIELD, *, trained: bool = True) -> Root:
-    """The model in evaluation mode (no dropout), with packed attention, computing in `dtype`.
+    """The model in evaluation mode (no dropout), with packed attention, computing in `dtype`. Weights that the
+    directory holds in fp8 are dequantised.
 
     Raises ConfigError, naming `field`, when the directory does not hold a complete model that transformers knows, or
     when its architecture computes something else packed than it does unpacked.
@@ -47,15 +61,16 @@ def context_length(config: transformers.PretrainedConfig) -> int | None:
 
 def _from_directory(directory: Path, dtype: str, field: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
+    options = {"attn_implementation": "sdpa", "output_loading_info": True}
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        if fp8_weights(directory):
+            model, info = load_dequantised(directory, getattr(torch, dtype), **options)
+        else:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, **options
+            )
+    except ConfigError as error:
+        raise ConfigError(error.reason, field=field) from error
     except Exception as error:  # transformers raises many kinds, all of them about this directory
         reason = str(error).strip().splitlines() or [""]
         raise ConfigError(f"{directory} does not load: {type(error).__name__}: {reason[0]}", field=field) from error
