@@ -28,6 +28,7 @@ from services.common.config import Config, dump
 from services.common.errors import PolyheadError
 from services.common.lifecycle import STOPPED_EARLY
 from services.common.process import free_port
+from services.common.shared_directory import clear_shared_directory
 from services.common.telemetry import configure_logging
 
 log = structlog.get_logger()
@@ -49,7 +50,10 @@ def run(config: Config, *, dry_run: bool = False) -> int:
         return 0
     with sole_launcher(config.run.dir), tempfile.TemporaryDirectory(prefix="polyhead-") as socket_dir:
         resolved = _resolve(config, Path(socket_dir))
-        return asyncio.run(Launcher(resolved, embedded=config.store.url == "embedded").run())
+        try:
+            return asyncio.run(Launcher(resolved, embedded=config.store.url == "embedded").run())
+        finally:
+            clear_shared_directory(resolved.run.dir)  # a trainer that was killed leaves its buckets
 
 
 class Launcher:

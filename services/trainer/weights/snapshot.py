@@ -8,13 +8,15 @@ import torch
 import xxhash
 
 from polyhead.v1 import weights_pb2
+from services.trainer.weights.shared import IPC, SharedMemory
 
 MIB = 1 << 20
 
 
-def weights_device(backend: str) -> torch.device:
-    """Where the weights of a push have to be for a collective of this kind."""
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+def weights_device(backend: str, training_device: str = "cpu") -> torch.device:
+    """Where the weights of a push have to be for a transport of this kind."""
+    on_gpu = backend == "nccl" or (backend == IPC and training_device == "cuda")
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def build_manifest(weights: Mapping[str, torch.Tensor], bucket_bytes: int) -> weights_pb2.WeightManifest:
@@ -44,10 +46,17 @@ def build_manifest(weights: Mapping[str, torch.Tensor], bucket_bytes: int) -> we
 class Snapshot:
     """One reusable set of buckets. It holds a full copy of the weights for as long as it lives."""
 
-    def __init__(self, manifest: weights_pb2.WeightManifest, device: torch.device) -> None:
+    def __init__(
+        self, manifest: weights_pb2.WeightManifest, device: torch.device, memory: SharedMemory | None = None
+    ) -> None:
+        """`memory`: where the buckets lie if engines are to read them there."""
         self.manifest = manifest
+        self._memory = memory
         self.buckets: Sequence[torch.Tensor] = [
-            torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device) for bucket in manifest.buckets
+            torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+            if memory is None
+            else memory.allocate(bucket.num_bytes)
+            for bucket in manifest.buckets
         ]
         self.users = 0
         """Pushes that still read from it."""
@@ -58,6 +67,17 @@ class Snapshot:
             for bucket, flat in zip(manifest.buckets, self.buckets, strict=True)
             for name, view in _views(bucket, flat)
         }
+
+    @property
+    def shared(self) -> Sequence[weights_pb2.SharedBucket]:
+        """Where engines find the buckets; empty when they do not read them there."""
+        return self._memory.described if self._memory is not None else ()
+
+    def close(self) -> None:
+        """Frees its memory. Nobody may be reading from it."""
+        self.buckets, self._views = (), {}
+        if self._memory is not None:
+            self._memory.close()
 
     def fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies all weights in, one after the other, by name: only one of them has to be there at a time.

@@ -55,6 +55,10 @@ class Parameters:
         """Every tensor that a complete load has to bring."""
         return frozenset(self._views)
 
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """Views of everything it holds."""
+        return self._views.values()
+
     def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
         """Raises InvalidArgumentError for a tensor that is unknown, listed twice, or of another shape."""
         seen: set[str] = set()
@@ -86,7 +90,8 @@ class Parameters:
         sums = {}
         for name, shape in self._shapes.items():
             # The first rows are the tensor, also where a norm is repeated for every head.
-            tensor = self._views[name].reshape(-1)[: math.prod(shape)].contiguous()
+            # A copy: a storage that numpy has seen could not be given up any more.
+            tensor = self._views[name].reshape(-1)[: math.prod(shape)].clone()
             sums[name] = hashlib.sha256(tensor.cpu().view(torch.uint8).numpy()).hexdigest()
         return sums
 

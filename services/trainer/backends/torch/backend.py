@@ -20,6 +20,7 @@ from services.trainer.algorithms.kl import k3
 from services.trainer.algorithms.objective import Objective, Tokens, objective
 from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, all_logprobs, score, to_device
 from services.trainer.backends.torch.model import context_length, load_model
+from services.trainer.backends.torch.offload import Offload
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
 from services.trainer.backends.torch.sharding import Placement, gathered, scattered
@@ -91,6 +92,7 @@ class TorchBackend:
         self._optimizer = Optimizer(
             self.model.named_parameters(), config.trainer.optimizer, self.group, are_masters=masters
         )
+        self._offload = Offload(self.model, self._optimizer.tensors, self._device)
         self._reference = (
             Reference(config, self.vocab_size, placement, self.group) if self._algorithm.needs_reference else None
         )
@@ -138,6 +140,13 @@ class TorchBackend:
     def _given(self, tensor: torch.Tensor) -> torch.dtype:
         """The dtype in which a weight leaves the trainer: master weights do so in the model's."""
         return self._dtype if self._sharded and tensor.dtype == torch.float32 and tensor.requires_grad else tensor.dtype
+
+    def sleep(self) -> None:
+        """Leaves the GPU: until `wake`, everything but training works, out of host memory."""
+        self._offload.sleep()
+
+    def wake(self) -> None:
+        self._offload.wake()
 
     def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
         """Of the trained tokens under the present weights, float32[n] for each micro-batch of this rank. All ranks."""
