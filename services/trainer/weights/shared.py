@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from polyhead.v1 import weights_pb2
-from services.common.errors import ConfigError
+from services.common.errors import UnavailableError
 from services.common.weight_memory import SharedDeviceMemory, SharedFile
 
 IPC = "ipc"
@@ -25,7 +25,7 @@ class SharedMemory:
         """In the order of their allocation."""
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """One bucket, uint8[num_bytes]. Raises ConfigError when there is no room for it."""
+        """One bucket, uint8[num_bytes]. Raises UnavailableError when there is no room for it."""
         try:
             if self._device.type == "cuda":
                 memory = SharedDeviceMemory(self._device, num_bytes)
@@ -34,9 +34,7 @@ class SharedMemory:
                 return memory.tensor
             file = SharedFile(self._directory, num_bytes)
         except (MemoryError, OSError) as error:
-            raise ConfigError(
-                f'"{IPC}" cannot share {num_bytes} bytes: {error}', field="trainer.weights.backend"
-            ) from error
+            raise UnavailableError(f"cannot share {num_bytes} bytes: {error}", field="trainer.weights") from error
         self.described.append(weights_pb2.SharedBucket(file=file.name))
         self._held.append(file)
         return file.tensor

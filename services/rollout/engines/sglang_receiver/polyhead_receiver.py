@@ -70,7 +70,8 @@ class Plan:
         self._addresses: tuple[int, ...] = ()
 
     def rebase(self, slots: Sequence[torch.Tensor]) -> None:
-        """After `release`: the slots are these from here on, of the same sizes; what is recorded stays true of them."""
+        """The slots are these from here on, of the same sizes; what is recorded stays true of them."""
+        self.release()
         self._slots = slots
         self._views = [_views(tensors, self.target(index)) for index, tensors in enumerate(self._tensors)]
         for index, places in enumerate(self._places):
@@ -79,7 +80,9 @@ class Plan:
                 self._copies[index] = copies[0], [_at(place, self.target(index)) for place in places]
 
     def release(self) -> None:
-        """Lets go of the slots."""
+        """Lets go of the slots. Doing it twice changes nothing."""
+        if not self._slots:
+            return
         self._slots, self._views = [], []
         for index, copies in enumerate(self._copies):
             if copies is not None:
