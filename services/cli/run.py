@@ -29,6 +29,7 @@ from services.common.config import Config, dump
 from services.common.errors import PolyheadError
 from services.common.lifecycle import STOPPED_EARLY
 from services.common.process import free_port
+from services.common.shared_directory import clear_shared_directory
 from services.common.telemetry import configure_logging
 
 log = structlog.get_logger()
@@ -55,7 +56,10 @@ def run(config: Config, *, dry_run: bool = False) -> int:
         engine = reward_engine(config)
         if engine is not None:
             resolved.reward.remote.urls = [engine.url]
-        return asyncio.run(Launcher(resolved, engine, embedded=config.store.url == "embedded").run())
+        try:
+            return asyncio.run(Launcher(resolved, engine, embedded=config.store.url == "embedded").run())
+        finally:
+            clear_shared_directory(resolved.run.dir)  # a trainer that was killed leaves its buckets
 
 
 class Launcher:

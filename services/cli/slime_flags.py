@@ -106,6 +106,9 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--use-dynamic-batch-size": ("trainer.use_dynamic_batch_size", True),
     "--balance-data": ("trainer.balance_data", True),
     "--optimizer-cpu-offload": ("trainer.offload", True),
+    "--colocate": ("run.colocate", True),
+    "--offload-train": ("run.offload_train", True),
+    "--offload-rollout": ("run.offload_rollout", True),
     "--use-unbiased-kl": ("trainer.algorithm.kl_unbiased", True),
 }
 

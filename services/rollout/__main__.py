@@ -16,6 +16,7 @@ from services.rollout.prompting import Prompter
 from services.rollout.registration import describe, say_farewell
 from services.rollout.replica import Replica
 from services.rollout.service import RolloutService
+from services.rollout.turns import Turns
 from services.rollout.weights import WeightReceiver
 from services.rollout.worker import Worker
 
@@ -38,7 +39,15 @@ async def serve(config: Config, process: Process) -> None:
             prompter = await asyncio.to_thread(Prompter, config)
             keep_loaded()
             worker = Worker(config, replica, prompter, buffer)
-            service = RolloutService(replica, _receivers(config, replica, worker), worker, process.stop)
+            receivers = _receivers(config, replica, worker)
+            turns = Turns(
+                replica,
+                receivers,
+                worker.let_go,
+                timeout_s=config.trainer.weights.timeout_s,
+                stall_limit_s=config.run.stall_limit_s,
+            )
+            service = RolloutService(replica, receivers, worker, turns, process.stop)
             async with service.listening(config.rollout.address, message_mb=limits.message_mb) as address:
                 beat_s = min(BEAT_S, config.buffer.replica_ttl_s / 3)
                 beating = keep_registered(buffer, lambda: describe(replica, address), replica.changed, beat_s)

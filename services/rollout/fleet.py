@@ -1,8 +1,8 @@
 """The life of one engine as a pure state machine, and the fence around its replica: no I/O, no clock.
 
-``SUSPECT → JOINING → SYNCING → SERVING(v)``, with QUARANTINED for torn weights. Only a complete push or load leads to
-SERVING (I8). A serving engine that is pushed to stays SERVING: until the first byte its old version is whole. The end,
-DRAINING → DEAD, is a matter of the replica.
+``SUSPECT → JOINING → SYNCING → SERVING(v)``, with QUARANTINED for torn weights, and YIELDED for those that were given
+up so that the trainer has the GPU. Only a complete push or load leads to SERVING (I8). A serving engine that is pushed
+to stays SERVING: until the first byte its old version is whole. The end, DRAINING → DEAD, is a matter of the replica.
 """
 
 from __future__ import annotations
@@ -85,6 +85,18 @@ class EngineLife:
         """An update was taken for complete and turned out not to be."""
         if self.state != pb.REPLICA_STATE_SUSPECT:
             self._become(pb.REPLICA_STATE_QUARANTINED)
+
+    def put_to_sleep(self) -> None:
+        """Its memory has been given up: it holds no weights. Raises PreconditionError during an update."""
+        if self.updating is not None:
+            raise PreconditionError(f"an update to {self.updating} is running", field="state")
+        if self.state != pb.REPLICA_STATE_SUSPECT:
+            self._become(pb.REPLICA_STATE_YIELDED)
+
+    def wake(self) -> None:
+        """It has its memory back; what is in it is no version, unless one was pushed since."""
+        if self.state == pb.REPLICA_STATE_YIELDED:
+            self._become(pb.REPLICA_STATE_JOINING)
 
     def _become(self, state: pb.ReplicaState) -> None:
         self.state, self.version, self.updating = state, None, None

@@ -45,7 +45,8 @@ class Generator:
     """Generates for groups of records, several at a time.
 
     `complete` and `release` decide a record's fate; each record meets exactly one of them, unless it was closed by
-    somebody else meanwhile. A record that is still open when `run` ends was let go of because the replica is leaving.
+    somebody else meanwhile. A record that is still open when `run` ends was let go of because the replica is leaving or
+    yields.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Generator:
         fruitless = 0
         while pending:
             await self._replica.gate.wait()
-            if self._replica.leaving:
+            if self._replica.letting_go:
                 return
             # Decided by somebody else meanwhile: nobody would want its tokens.
             pending = [record for record in pending if not record.closed]
@@ -214,7 +215,7 @@ class Generator:
         record.finish = self._prompter.ended(record.token_ids, record.token_limit)
         if record.finish != sample_pb2.FINISH_REASON_UNSPECIFIED:
             self._complete(record)
-        elif not self._replica.leaving:
+        elif not self._replica.letting_go:
             self._replica.stats.requests_aborted += 1
 
     async def _end_at(self, record: SampleRecord, end: int, finish: Finish | None) -> None:

@@ -32,6 +32,7 @@ def describe(replica: Replica, address: str) -> pb.Replica:
         stats=replica.stats.snapshot(),
         child_pids=_child_pids(replica),
         engines=[_engine(engine) for engine in replica.engines],
+        trouble=replica.trouble,
     )
 
 

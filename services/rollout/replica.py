@@ -21,6 +21,7 @@ _REMEMBERED_ARRIVALS = 4096
 _SILENT_S = 3.0
 _FRESH = Arrival(sample_pb2.KV_ORIGIN_FRESH, late=False)
 _ADVANCED = (
+    pb.REPLICA_STATE_YIELDED,
     pb.REPLICA_STATE_SYNCING,
     pb.REPLICA_STATE_JOINING,
     pb.REPLICA_STATE_QUARANTINED,
@@ -39,6 +40,8 @@ class Replica:
         self.router: RouterKeeper | None = None
         """In front of several engines."""
         self.leaving = False
+        self.yielded_to = 0
+        """The epoch of the trainer that has its GPUs; 0 while they are the engines'."""
         self.deaths = 0
         """Engines that ended by themselves."""
         self.floor: Version | None = None
@@ -58,9 +61,22 @@ class Replica:
         self._reported: list[pb.ReplicaState] = []
 
     @property
+    def letting_go(self) -> bool:
+        """Whether it finishes nothing of what it holds: it leaves, or the trainer needs its GPUs."""
+        return self.leaving or bool(self.yielded_to)
+
+    @property
+    def trouble(self) -> str:
+        """Why it cannot serve, where its state alone does not say."""
+        epoch = self.yielded_to
+        return f"yielded to epoch {epoch}: waits for that trainer, or a later one, to resume it" if epoch else ""
+
+    @property
     def state(self) -> pb.ReplicaState:
         if self.leaving:
             return pb.REPLICA_STATE_DEAD if self._dead else pb.REPLICA_STATE_DRAINING
+        if self.yielded_to:
+            return pb.REPLICA_STATE_YIELDED
         if any(self.in_rotation(engine) for engine in self.engines):
             return pb.REPLICA_STATE_SERVING
         states = {engine.life.state for engine in self.engines}
@@ -97,7 +113,7 @@ class Replica:
         """Whether every engine that a request sent now can reach may generate, and there is one."""
         reachable = [engine for engine in self.engines if self._reachable(engine)]
         return (
-            not self.leaving
+            not self.letting_go
             and (self.router is None or (self.router.up and not self._outgoing(self.router)))
             and any(self.in_rotation(engine) for engine in reachable)
             and all(engine.life.may_generate for engine in reachable)
@@ -123,7 +139,7 @@ class Replica:
         return {
             engine.client.url: engine.client.admin_key
             for engine in self.engines
-            if engine.attached and self.serves(engine) and not engine.lagging and not self.leaving
+            if engine.attached and self.serves(engine) and not engine.lagging and not self.letting_go
         }
 
     def serving_without(self, engine: Engine) -> bool:
@@ -169,7 +185,7 @@ class Replica:
         self.turned()
 
     def turned(self) -> None:
-        if self.may_generate or self.leaving:
+        if self.may_generate or self.letting_go:
             self.gate.set()
         else:
             self.gate.clear()

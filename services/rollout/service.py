@@ -17,6 +17,7 @@ from services.common import rpc
 from services.common.errors import InvalidArgumentError
 from services.rollout.registration import describe
 from services.rollout.replica import Replica
+from services.rollout.turns import Turns
 from services.rollout.weights import WeightReceiver
 from services.rollout.worker import Worker
 
@@ -31,12 +32,13 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
     """Every call but GetStatus carries the trainer's epoch; an older one gets FencedError."""
 
     def __init__(
-        self, replica: Replica, receivers: Sequence[WeightReceiver], worker: Worker, stop: asyncio.Event
+        self, replica: Replica, receivers: Sequence[WeightReceiver], worker: Worker, turns: Turns, stop: asyncio.Event
     ) -> None:
         """One receiver for each engine, by its index."""
         self._replica = replica
         self._receivers = receivers
         self._worker = worker
+        self._turns = turns
         self._stop = stop
         self._address = ""
         self._calls: set[asyncio.Task[Any]] = set()
@@ -102,6 +104,12 @@ class RolloutService(rollout_pb2_grpc.RolloutServiceServicer):
             trace=done.trace,
             effect=done.effect,
         )
+
+    async def Yield(self, request: pb.YieldRequest, context: Context) -> pb.YieldResponse:
+        return await self._to_the_end(self._turns.yield_(request.epoch))
+
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeResponse:
+        return await self._to_the_end(self._turns.resume(request.epoch))
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         self._replica.fence.check(request.epoch)

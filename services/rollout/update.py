@@ -14,10 +14,11 @@ from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import rollout_pb2, sample_pb2, weights_pb2
 from services.common.errors import PolyheadError, UnavailableError
 from services.common.versions import Version
-from services.rollout.engines.client import PauseModeName
+from services.rollout.engines.client import WEIGHTS, PauseModeName
 from services.rollout.engines.engine import Engine
 from services.rollout.engines.messages import EngineRefusedError
-from services.rollout.engines.receiver import EngineReceiver, LoadWatch
+from services.rollout.engines.receiver import Inlet, LoadWatch
+from services.rollout.engines.sleep import wake
 from services.rollout.records import Arrival
 from services.rollout.replica import Replica
 
@@ -58,6 +59,7 @@ class Update:
         group_name: str = "",
         manifest: weights_pb2.WeightManifest | None = None,
         staged: Staged | None = None,
+        timeout_s: float,
     ) -> None:
         """Without a `group_name` the version comes from a directory instead of a collective. `staged`: what arrives
         ahead of the pause.
@@ -66,6 +68,7 @@ class Update:
         self.epoch = epoch
         self.group_name = group_name
         self.staged = staged
+        self._timeout_s = timeout_s
         self.buckets = list(manifest.buckets) if manifest is not None else []
         self.next_bucket = 0
         self.touched = False
@@ -93,6 +96,7 @@ class Update:
         replica, engine = self._replica, self._engine
         if self.staged is not None:
             await self.staged.arrived()
+        self._trace.wake_s = await wake(engine, WEIGHTS, self._timeout_s)
         engine.life.begin_update(self.version)
         replica.turned()
         shut_at = time.monotonic()
@@ -172,11 +176,11 @@ class Update:
 
     async def load_staged(self, timeout_s: float) -> None:
         """Loads what was staged, and the rest as it comes. Raises the engine's error."""
-        engine = self._engine
         assert self.staged is not None
-        assert engine.info is not None
-        ranks, version = engine.info.ranks, str(self.version)
-        await self._touch(engine.client.load_received(ranks, version=version, flush=self._flush, timeout_s=timeout_s))
+        load = self.staged.inlet.load(
+            self._engine.client, version=str(self.version), flush=self._flush, timeout_s=timeout_s
+        )
+        await self._touch(load)
         await self.staged.loaded()
         self.next_bucket = len(self.buckets)
 
@@ -310,15 +314,15 @@ class Update:
 class Staged:
     """Buckets that arrive in an engine's receiver while it generates. Nothing of them is in the model yet."""
 
-    def __init__(self, receiver: EngineReceiver, version: Version, digest: str, timeout_s: float) -> None:
+    def __init__(self, inlet: Inlet, version: Version, digest: str, timeout_s: float) -> None:
         self.version = version
         self.digest = digest
-        self._receiver = receiver
+        self.inlet = inlet
         self._receiving = asyncio.create_task(self._receive(timeout_s))
 
     async def _receive(self, timeout_s: float) -> LoadWatch:
-        await self._receiver.receive(timeout_s)
-        return await self._receiver.watch()
+        await self.inlet.receive(timeout_s)
+        return await self.inlet.watch()
 
     async def arrived(self) -> None:
         """Waits for them. Raises UnavailableError when they do not come."""
@@ -332,7 +336,7 @@ class Staged:
         """Breaks off what is still on its way; the group is of no use afterwards."""
         if not self._receiving.done():
             with suppress(PolyheadError):
-                await self._receiver.abort()
+                await self.inlet.abort()
             await asyncio.wait({self._receiving})
         self.close()
 

@@ -20,12 +20,16 @@ from services.common.versions import Version
 from services.rollout.engines.client import PauseModeName
 from services.rollout.engines.engine import Engine
 from services.rollout.engines.messages import EngineRefusedError
+from services.rollout.engines.receiver import Inlet
+from services.rollout.engines.shared_inlet import SharedInlet
 from services.rollout.layout import ModelLayout
 from services.rollout.replica import Replica
 from services.rollout.update import Committed, Staged, Update
 
 log = structlog.get_logger()
 
+# A transport without a collective: the engine reads the trainer's memory.
+IPC = "ipc"
 _PAUSE_NAMES: dict[rollout_pb2.PauseMode, PauseModeName] = {
     rollout_pb2.PAUSE_MODE_IN_PLACE: "in_place",
     rollout_pb2.PAUSE_MODE_RETRACT: "retract",
@@ -58,6 +62,8 @@ class WeightReceiver:
         self._timeout_s = timeout_s
         self._load_pause_mode = load_pause_mode
         self._groups: set[str] = set()
+        self._inlet: Inlet | None = None
+        """Of the group: None where the engine receives within its pause."""
         self._staged: Staged | None = None
         self._update: Update | None = None
         self._loading: asyncio.Task[None] | None = None
@@ -72,6 +78,7 @@ class WeightReceiver:
         if engine is not self._engine:
             return
         self._groups.clear()
+        self._inlet = None
         self._committed = None
         self._stop_timer()
         for staged in (self._staged, self._update.staged if self._update is not None else None):
@@ -96,13 +103,17 @@ class WeightReceiver:
             await self._supersede()
             for group_name in list(self._groups):
                 await self._destroy(group_name)
-            stages = await self._join_engine(request)
+            self._inlet = await self._join_engine(request)
             self._groups.add(request.group_name)
-        log.info("joined_weight_group", group=request.group_name, epoch=request.epoch)
-        return stages
+        log.info("joined_weight_group", group=request.group_name, epoch=request.epoch, backend=request.backend)
+        return self._inlet is not None
 
-    async def _join_engine(self, request: rollout_pb2.JoinWeightGroupRequest) -> bool:
+    async def _join_engine(self, request: rollout_pb2.JoinWeightGroupRequest) -> Inlet | None:
         receiver = self._engine.receiver
+        if request.backend == IPC:
+            if receiver is None and not (self._engine.info is not None and self._engine.info.shares_memory):
+                raise InvalidArgumentError("the engine cannot read the trainer's memory", field="backend")
+            return receiver or SharedInlet()
         if receiver is not None:
             if request.backend == "nccl":
                 await receiver.check_nccl(request.nccl_version, request.nccl_cumem)
@@ -115,7 +126,7 @@ class WeightReceiver:
                 rank_offset=request.rank_offset,
                 timeout_s=self._timeout_s,
             )
-            return True
+            return receiver
         try:
             await self._engine.client.init_group(
                 name=request.group_name,
@@ -128,7 +139,7 @@ class WeightReceiver:
             )
         except EngineRefusedError as error:
             raise UnavailableError(error.reason, field="group_name") from error
-        return False
+        return None
 
     async def leave(self, request: rollout_pb2.LeaveWeightGroupRequest) -> None:
         """Leaving a group that was never joined changes nothing."""
@@ -144,11 +155,10 @@ class WeightReceiver:
         async with self._lock:
             await self._supersede()
             version = self._check(request.version, request.epoch, request.group_name, request.manifest)
-            receiver = self._engine.receiver
-            if receiver is None:
+            if self._inlet is None:
                 raise PreconditionError("the engine takes no weights ahead of a pause", field="engine")
-            buckets = await receiver.prepare(request.manifest)
-            self._staged = Staged(receiver, version, request.manifest.layout_digest, self._timeout_s)
+            buckets = await self._inlet.prepare(request.manifest, request.shared)
+            self._staged = Staged(self._inlet, version, request.manifest.layout_digest, self._timeout_s)
             self._start_timer()
             return buckets
 
@@ -176,6 +186,7 @@ class WeightReceiver:
                     group_name=request.group_name,
                     manifest=request.manifest,
                     staged=staged,
+                    timeout_s=self._timeout_s,
                 )
             )
             self._start_timer()
@@ -257,6 +268,14 @@ class WeightReceiver:
                 await self._abandon(update, request.reason)
             return self._engine.life.state
 
+    async def stand_down(self) -> None:
+        """Ends whatever an earlier trainer has left behind."""
+        if self._loading is not None:
+            self._loading.cancel()
+        await self._break_off()
+        async with self._lock:
+            await self._supersede()
+
     async def load_version(self, request: rollout_pb2.LoadVersionRequest) -> Committed:
         """Loads a whole version from a directory of safetensors."""
         self._replica.fence.check(request.epoch)
@@ -265,7 +284,14 @@ class WeightReceiver:
             version = _version(request.version, request.epoch)
             await asyncio.to_thread(self._layout.check_directory, Path(request.directory))
             update = await self._start(
-                Update(self._replica, self._engine, version, self._load_pause_mode, epoch=request.epoch)
+                Update(
+                    self._replica,
+                    self._engine,
+                    version,
+                    self._load_pause_mode,
+                    epoch=request.epoch,
+                    timeout_s=self._timeout_s,
+                )
             )
             try:
                 await update.load_directory(request.directory, self._timeout_s)
@@ -333,10 +359,10 @@ class WeightReceiver:
     async def _destroy(self, group_name: str) -> None:
         """Leaves a group, however broken it is; an engine stuck in it is found out by its keeper."""
         self._groups.discard(group_name)
-        receiver = self._engine.receiver
+        inlet, self._inlet = self._inlet, None
         try:
-            if receiver is not None:
-                await receiver.leave()
+            if inlet is not None:
+                await inlet.leave()
             else:
                 await self._engine.client.destroy_group(group_name)
         except PolyheadError as error:

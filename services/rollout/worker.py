@@ -110,6 +110,10 @@ class Worker:
     async def drain(self) -> int:
         """Stops leasing for good and gives everything back; returns the number of samples given back."""
         self._replica.drain()
+        return await self.let_go()
+
+    async def let_go(self) -> int:
+        """Gives everything back, with the tokens it has; the replica accepts nothing any more, or for a while."""
         await asyncio.gather(self._end_requests(), self._end_lease())
         returned = self.give_back(pb.RELEASE_REASON_DRAIN)
         if not await self._outbox.drained(_DRAIN_BUFFER_S):
@@ -191,7 +195,7 @@ class Worker:
             if (earlier := self._held.get(record.sample_id)) is not None:
                 self._saver.give_up(earlier)
             self._held[record.sample_id] = record
-        if self._replica.leaving:
+        if self._replica.letting_go:
             self._release_open(records, pb.RELEASE_REASON_DRAIN, "")
         elif not any(map(self._replica.serves, self._replica.engines)):
             self._release_open(records, pb.RELEASE_REASON_UNAVAILABLE, "")

@@ -83,7 +83,7 @@ class Loop:
         self._publish(version)
         with status.waiting("publishing"):
             status.waiting_for = pb.WaitingFor(reason="a rollout replica to take the weights")
-            self._s.io.call_or_stop(self._s.publisher.wait_published(version))
+            self._await_published(version)
         while step < total and not self._s.io.should_stop():
             times, started = Times(), time.monotonic()
             lease = self._lease(step + 1, times)
@@ -118,6 +118,7 @@ class Loop:
                 waiting_for = self._s.status.waiting_for = response.waiting_for
                 if waiting_for.reason == STORE_MEMORY:
                     self._relieve(step - 1)
+                self._attend(Version(self._epoch, step - 1))
                 if time.monotonic() - quiet_since > self._config.run.stall_limit_s:
                     quiet_since = time.monotonic()
                     log.warning("stalled", step=step, waiting_for=waiting_for.reason)
@@ -191,6 +192,12 @@ class Loop:
         if snapshot is not None:
             snapshot.fill(backend.tensors())
             self._s.io.call(self._s.publisher.offer(version, snapshot))
+
+    def _await_published(self, version: Version) -> None:
+        self._s.io.call_or_stop(self._s.publisher.wait_published(version))
+
+    def _attend(self, version: Version) -> None:
+        """Between two polls for a batch, while `version` is published: the publisher sees to all by itself."""
 
     def _record(
         self,

@@ -23,6 +23,8 @@ class Times:
 
     wait_s: float = 0.0
     """For a batch to be leased."""
+    yield_s: float = 0.0
+    """Colocated: for the engines to give up the GPUs, and for the trainer to be back on them."""
     train_s: float = 0.0
     """Decoding, packing, forward, backward, optimizer."""
     commit_s: float = 0.0

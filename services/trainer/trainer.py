@@ -17,6 +17,7 @@ from services.trainer.algorithms.user_function import load_advantage_function
 from services.trainer.algorithms.user_loss import load_reducer
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.checkpoint import Checkpoint, CheckpointStore
+from services.trainer.colocated_loop import ColocatedLoop
 from services.trainer.history import load_forks, record_fork
 from services.trainer.io_thread import Io
 from services.trainer.loop import Loop, Services
@@ -24,6 +25,7 @@ from services.trainer.ranks.group import RankGroup
 from services.trainer.records import JsonLines
 from services.trainer.saver import Saver
 from services.trainer.status import TrainerStatus
+from services.trainer.turns import Turns
 from services.trainer.weights.publisher import Publisher
 
 log = structlog.get_logger()
@@ -111,6 +113,18 @@ def _run_epoch(
         saver = Saver(checkpoints, buffer, io, epoch, _digest(config), step)
         stack.callback(saver.close)
         services = Services(io, buffer, backend, publisher, saver, status, metrics, samples)
+        if config.run.colocate:
+            turns = Turns(buffer, epoch, config.trainer.weights.timeout_s)
+            stack.callback(lambda: io.call_always(turns.close()))
+            return ColocatedLoop(
+                config,
+                services,
+                holder=holder,
+                epoch=epoch,
+                forks=forks,
+                turns=turns,
+                offload=config.run.offload_train,
+            ).run(step)
         return Loop(config, services, holder=holder, epoch=epoch, forks=forks).run(step)
 
 

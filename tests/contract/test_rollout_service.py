@@ -42,9 +42,10 @@ WAIT_S = 60.0
 class Replica:
     """The rollout process and what a trainer needs to talk to it."""
 
-    def __init__(self, buffer: BufferClient, process: subprocess.Popen[bytes], model: Path) -> None:
+    def __init__(self, buffer: BufferClient, process: subprocess.Popen[bytes], config: Config, model: Path) -> None:
         self.buffer = buffer
         self.process = process
+        self.config = config
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.groups: dict[int, WeightGroup] = {}
         self.stub: rollout_pb2_grpc.RolloutServiceStub | None = None
@@ -180,12 +181,12 @@ def start(config: Path, log_path: Path) -> subprocess.Popen[bytes]:
 
 
 @asynccontextmanager
-async def running(directory: Path, *, engines: int) -> AsyncIterator[Replica]:
+async def running(directory: Path, *, engines: int, colocate: bool = False) -> AsyncIterator[Replica]:
     model = build_tiny_qwen3(directory / "model")
     address = f"127.0.0.1:{free_port()}"
     config = Config.model_validate(
         {
-            "run": {"dir": directory / "run"},
+            "run": {"dir": directory / "run", "colocate": colocate},
             "model": {"hf_checkpoint": model},
             "batch": {"rollout_batch_size": GROUPS, "n_samples_per_prompt": SAMPLES},
             "buffer": {"address": address, "lease_ttl_s": 5.0},
@@ -210,7 +211,7 @@ async def running(directory: Path, *, engines: int) -> AsyncIterator[Replica]:
     process = start(file, directory / "rollout.log")
     async with BufferClient(address) as buffer:
         try:
-            yield Replica(buffer, process, model)
+            yield Replica(buffer, process, config, model)
         finally:
             if process.poll() is None:
                 process.kill()

@@ -21,6 +21,7 @@ from services.rollout.building import build_replica
 from services.rollout.engines.engine import Engine
 from services.rollout.layout import ModelLayout
 from services.rollout.service import RolloutService
+from services.rollout.turns import Turns
 from services.rollout.weights import WeightReceiver
 
 
@@ -42,7 +43,8 @@ async def main(path: Path) -> None:
         timeout_s=config.trainer.weights.timeout_s,
         load_pause_mode="in_place",
     )
-    service = RolloutService(replica, [receiver], cast("Any", None), process.stop)
+    turns = Turns(replica, [receiver], nothing_held, timeout_s=config.trainer.weights.timeout_s, stall_limit_s=300.0)
+    service = RolloutService(replica, [receiver], cast("Any", None), turns, process.stop)
     async with service.listening("127.0.0.1:0", message_mb=64) as address:
         keep_loaded()
         client = engine.client
@@ -56,6 +58,10 @@ async def main(path: Path) -> None:
     for task in keeping:
         task.cancel()
     await asyncio.gather(*keeping, return_exceptions=True)
+
+
+async def nothing_held() -> int:
+    return 0
 
 
 class Commands:

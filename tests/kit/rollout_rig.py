@@ -23,6 +23,7 @@ from services.rollout.fleet import EngineLife
 from services.rollout.layout import ModelLayout
 from services.rollout.prompting import Prompter
 from services.rollout.replica import Replica
+from services.rollout.turns import Turns
 from services.rollout.update import Committed
 from services.rollout.weights import WeightReceiver
 from services.rollout.worker import Worker
@@ -63,6 +64,9 @@ class Rig:
     @property
     def life(self) -> EngineLife:
         return self.first.life
+
+    def turns(self) -> Turns:
+        return Turns(self.replica, self.receivers, self.worker.let_go, timeout_s=10.0, stall_limit_s=300.0)
 
     async def attach(self, engine: int = 0, *, external: bool = False) -> None:
         """A fresh engine answers in this place."""

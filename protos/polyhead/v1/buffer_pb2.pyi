@@ -60,6 +60,7 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_QUARANTINED: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
     REPLICA_STATE_DEAD: _ClassVar[ReplicaState]
+    REPLICA_STATE_YIELDED: _ClassVar[ReplicaState]
 
 class RequeueOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -101,6 +102,7 @@ REPLICA_STATE_SUSPECT: ReplicaState
 REPLICA_STATE_QUARANTINED: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
 REPLICA_STATE_DEAD: ReplicaState
+REPLICA_STATE_YIELDED: ReplicaState
 REQUEUE_OUTCOME_UNSPECIFIED: RequeueOutcome
 REQUEUE_OUTCOME_REQUEUED: RequeueOutcome
 REQUEUE_OUTCOME_REISSUED: RequeueOutcome

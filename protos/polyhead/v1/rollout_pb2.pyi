@@ -4,10 +4,11 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from polyhead.v1 import buffer_pb2 as _buffer_pb2
 from polyhead.v1 import sample_pb2 as _sample_pb2
 from polyhead.v1 import weights_pb2 as _weights_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -68,18 +69,20 @@ class LeaveWeightGroupResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class StageUpdateRequest(_message.Message):
-    __slots__ = ("epoch", "version", "manifest", "group_name", "engine")
+    __slots__ = ("epoch", "version", "manifest", "group_name", "engine", "shared")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     version: _sample_pb2.WeightVersion
     manifest: _weights_pb2.WeightManifest
     group_name: str
     engine: int
-    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., manifest: _Optional[_Union[_weights_pb2.WeightManifest, _Mapping]] = ..., group_name: _Optional[str] = ..., engine: _Optional[int] = ...) -> None: ...
+    shared: _containers.RepeatedCompositeFieldContainer[_weights_pb2.SharedBucket]
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[_Union[_sample_pb2.WeightVersion, _Mapping]] = ..., manifest: _Optional[_Union[_weights_pb2.WeightManifest, _Mapping]] = ..., group_name: _Optional[str] = ..., engine: _Optional[int] = ..., shared: _Optional[_Iterable[_Union[_weights_pb2.SharedBucket, _Mapping]]] = ...) -> None: ...
 
 class StageUpdateResponse(_message.Message):
     __slots__ = ("buckets",)
@@ -174,16 +177,18 @@ class UpdateEffect(_message.Message):
     def __init__(self, tokens_kept: _Optional[int] = ..., tokens_recomputed: _Optional[int] = ..., salt_race: _Optional[int] = ...) -> None: ...
 
 class UpdateTrace(_message.Message):
-    __slots__ = ("settle_s", "quiet_s", "load_s", "continue_s")
+    __slots__ = ("settle_s", "quiet_s", "load_s", "continue_s", "wake_s")
     SETTLE_S_FIELD_NUMBER: _ClassVar[int]
     QUIET_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     CONTINUE_S_FIELD_NUMBER: _ClassVar[int]
+    WAKE_S_FIELD_NUMBER: _ClassVar[int]
     settle_s: float
     quiet_s: float
     load_s: float
     continue_s: float
-    def __init__(self, settle_s: _Optional[float] = ..., quiet_s: _Optional[float] = ..., load_s: _Optional[float] = ..., continue_s: _Optional[float] = ...) -> None: ...
+    wake_s: float
+    def __init__(self, settle_s: _Optional[float] = ..., quiet_s: _Optional[float] = ..., load_s: _Optional[float] = ..., continue_s: _Optional[float] = ..., wake_s: _Optional[float] = ...) -> None: ...
 
 class AbortUpdateRequest(_message.Message):
     __slots__ = ("epoch", "version", "reason", "engine")
@@ -228,6 +233,34 @@ class LoadVersionResponse(_message.Message):
     trace: UpdateTrace
     effect: UpdateEffect
     def __init__(self, pause: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., requests_continued: _Optional[int] = ..., requests_aborted: _Optional[int] = ..., trace: _Optional[_Union[UpdateTrace, _Mapping]] = ..., effect: _Optional[_Union[UpdateEffect, _Mapping]] = ...) -> None: ...
+
+class YieldRequest(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class YieldResponse(_message.Message):
+    __slots__ = ("samples_returned", "drain_s", "sleep_s")
+    SAMPLES_RETURNED_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    SLEEP_S_FIELD_NUMBER: _ClassVar[int]
+    samples_returned: int
+    drain_s: float
+    sleep_s: float
+    def __init__(self, samples_returned: _Optional[int] = ..., drain_s: _Optional[float] = ..., sleep_s: _Optional[float] = ...) -> None: ...
+
+class ResumeRequest(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class ResumeResponse(_message.Message):
+    __slots__ = ("wake_s",)
+    WAKE_S_FIELD_NUMBER: _ClassVar[int]
+    wake_s: float
+    def __init__(self, wake_s: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("epoch",)

@@ -80,6 +80,16 @@ class RolloutServiceStub:
                 request_serializer=polyhead_dot_v1_dot_rollout__pb2.LoadVersionRequest.SerializeToString,
                 response_deserializer=polyhead_dot_v1_dot_rollout__pb2.LoadVersionResponse.FromString,
                 _registered_method=True)
+        self.Yield = channel.unary_unary(
+                '/polyhead.v1.RolloutService/Yield',
+                request_serializer=polyhead_dot_v1_dot_rollout__pb2.YieldRequest.SerializeToString,
+                response_deserializer=polyhead_dot_v1_dot_rollout__pb2.YieldResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/polyhead.v1.RolloutService/Resume',
+                request_serializer=polyhead_dot_v1_dot_rollout__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=polyhead_dot_v1_dot_rollout__pb2.ResumeResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/polyhead.v1.RolloutService/Drain',
                 request_serializer=polyhead_dot_v1_dot_rollout__pb2.DrainRequest.SerializeToString,
@@ -161,6 +171,21 @@ class RolloutServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Yield(self, request, context):
+        """Colocated mode: the replica drains to partials, its engines give up their GPU memory, weights included, and nothing
+        is served until Resume. Pushes wake the weights of an engine by themselves. Yielding twice changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """The engines take their memory back, and those that have a whole version serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Stops leasing, gives partial samples back, leaves.
         """
@@ -221,6 +246,16 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     servicer.LoadVersion,
                     request_deserializer=polyhead_dot_v1_dot_rollout__pb2.LoadVersionRequest.FromString,
                     response_serializer=polyhead_dot_v1_dot_rollout__pb2.LoadVersionResponse.SerializeToString,
+            ),
+            'Yield': grpc.unary_unary_rpc_method_handler(
+                    servicer.Yield,
+                    request_deserializer=polyhead_dot_v1_dot_rollout__pb2.YieldRequest.FromString,
+                    response_serializer=polyhead_dot_v1_dot_rollout__pb2.YieldResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=polyhead_dot_v1_dot_rollout__pb2.ResumeRequest.FromString,
+                    response_serializer=polyhead_dot_v1_dot_rollout__pb2.ResumeResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -477,6 +512,60 @@ class RolloutService:
             '/polyhead.v1.RolloutService/LoadVersion',
             polyhead_dot_v1_dot_rollout__pb2.LoadVersionRequest.SerializeToString,
             polyhead_dot_v1_dot_rollout__pb2.LoadVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Yield(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polyhead.v1.RolloutService/Yield',
+            polyhead_dot_v1_dot_rollout__pb2.YieldRequest.SerializeToString,
+            polyhead_dot_v1_dot_rollout__pb2.YieldResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polyhead.v1.RolloutService/Resume',
+            polyhead_dot_v1_dot_rollout__pb2.ResumeRequest.SerializeToString,
+            polyhead_dot_v1_dot_rollout__pb2.ResumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19polyhead/v1/weights.proto\x12\x0bpolyhead.v1\"8\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"K\n\x0cWeightBucket\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.polyhead.v1.TensorSpec\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"f\n\x0eWeightManifest\x12*\n\x07\x62uckets\x18\x01 \x03(\x0b\x32\x19.polyhead.v1.WeightBucket\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x15\n\rlayout_digest\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19polyhead/v1/weights.proto\x12\x0bpolyhead.v1\"8\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"K\n\x0cWeightBucket\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.polyhead.v1.TensorSpec\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"f\n\x0eWeightManifest\x12*\n\x07\x62uckets\x18\x01 \x03(\x0b\x32\x19.polyhead.v1.WeightBucket\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x15\n\rlayout_digest\x18\x03 \x01(\t\"<\n\x0cSharedBucket\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,4 +37,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WEIGHTBUCKET']._serialized_end=175
   _globals['_WEIGHTMANIFEST']._serialized_start=177
   _globals['_WEIGHTMANIFEST']._serialized_end=279
+  _globals['_SHAREDBUCKET']._serialized_start=281
+  _globals['_SHAREDBUCKET']._serialized_end=341
 # @@protoc_insertion_point(module_scope)

@@ -33,3 +33,13 @@ class WeightManifest(_message.Message):
     num_bytes: int
     layout_digest: str
     def __init__(self, buckets: _Optional[_Iterable[_Union[WeightBucket, _Mapping]]] = ..., num_bytes: _Optional[int] = ..., layout_digest: _Optional[str] = ...) -> None: ...
+
+class SharedBucket(_message.Message):
+    __slots__ = ("file", "handle", "device")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    handle: bytes
+    device: str
+    def __init__(self, file: _Optional[str] = ..., handle: _Optional[bytes] = ..., device: _Optional[str] = ...) -> None: ...

@@ -45,6 +45,15 @@ _DETERMINISTIC: tuple[tuple[str, Any], ...] = (
     ("trainer.device", "cpu"),
     ("trainer.ranks", 1),
 )
+# What colocated mode is made for: each turn of the engines begins with a push.
+_COLOCATED: tuple[tuple[str, Any], ...] = (
+    ("trainer.weights.backend", "ipc"),
+    ("staleness.publish_interval", 1),
+    ("rollout.engine.external", []),
+    ("trainer.offload_reference", True),
+    ("trainer.offload", False),
+    ("trainer.ranks", 1),
+)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -98,6 +107,36 @@ class Config(BaseSettings):
         if buffer_len > max_len:
             raise ValueError(
                 f"reward.overlong_buffer_len = {buffer_len} is more than rollout.sampling.max_response_len = {max_len}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _colocation_fits(self) -> Config:
+        if not self.run.colocate:
+            return self
+        weights = self.trainer.weights
+        if "backend" not in weights.model_fields_set:
+            weights.backend = "ipc"
+        for key, wanted in _COLOCATED:
+            value = reduce(getattr, key.split("."), self)
+            if value != wanted:
+                raise ValueError(f"run.colocate needs {key} = {_toml_value(wanted)}, not {_toml_value(value)}")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_can_be_shared(self) -> Config:
+        engine, trainer = self.rollout.engine, self.trainer
+        if trainer.weights.backend != "ipc" or engine.external:
+            return self
+        engine_device = "cpu" if engine.kind == "torch" else engine.device
+        if engine_device != trainer.device:
+            raise ValueError(
+                f'trainer.weights.backend = "ipc" needs engines on the trainer\'s device: trainer.device = '
+                f'"{trainer.device}", and the engine\'s is "{engine_device}"'
+            )
+        if engine.kind == "sglang" and not engine.staging_mb:
+            raise ValueError(
+                'trainer.weights.backend = "ipc" needs rollout.engine.staging_mb > 0: it starts the receiver'
             )
         return self
 

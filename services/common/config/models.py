@@ -45,6 +45,15 @@ class RunConfig(Section):
     """Bit for bit the plain synchronous loop, whatever comes first (I9, docs/deterministic.md): fixed shapes in the
     engine, deterministic algorithms in the trainer, an interrupted completion is generated anew. Needs max_staleness =
     0, the in-house engine and float32 on CPUs."""
+    colocate: bool = False
+    """Engines and trainer have the same GPUs in turn (docs/weight-push.md): when a batch is ready the engines give up
+    their memory, and have it back with the weights that were trained (slime: --colocate). Weights go over ipc."""
+    offload_train: bool = True
+    """With colocate: while the engines have the GPUs, what the trainer keeps is in pinned host memory
+    (slime: --offload-train)."""
+    offload_rollout: bool = True
+    """With colocate: while the trainer has the GPUs, the engines hold neither weights nor KV cache; else they only stop
+    (slime: --offload-rollout)."""
     stall_limit_s: Seconds = 300.0
     """If nothing changes state for this long, the run says what it waits for at warning level (I12)."""
     stable_after_s: Seconds = 20.0
@@ -476,9 +485,10 @@ class CheckpointConfig(Section):
 
 
 class WeightsConfig(Section):
-    backend: Literal["gloo", "nccl", "disk"] = "gloo"
-    """How weights get to the engines: a collective, or a directory that the trainer writes and engines load from
-    (docs/weight-push.md)."""
+    backend: Literal["gloo", "nccl", "ipc", "disk"] = "gloo"
+    """How weights reach the engines (docs/weight-push.md): "nccl" between GPUs, "gloo" anywhere, "ipc" within one
+    machine, out of memory that the trainer shares with them, "disk" by a directory that the trainer writes and engines
+    load from. Default: gloo; with run.colocate, ipc."""
     directory: Path | None = None
     """backend = "disk": where versions are written, which replicas and engines see under the same path. Default:
     run.dir/weights."""

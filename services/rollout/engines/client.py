@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import aiohttp
@@ -23,6 +23,10 @@ from services.rollout.engines.self_report import read_loads, read_server_info
 from services.rollout.engines.stream import ChunkReader, error_text, events
 
 PauseModeName = Literal["in_place", "retract", "abort"]
+
+# Kinds of memory that an engine can give up, by SGLang's names.
+WEIGHTS = frozenset({"weights"})
+CACHES = frozenset({"kv_cache", "cuda_graph"})
 
 CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
@@ -134,6 +138,16 @@ class EngineClient:
         """Empties the prefix cache. Raises EngineRefusedError while requests run."""
         await self._post("/flush_cache", {})
 
+    async def release_memory(self, kinds: Collection[str], timeout_s: float) -> None:
+        """Gives up GPU memory: any of `WEIGHTS` and `CACHES`. SGLang ends when it still has a request: `flush` first,
+        which is refused until it has none.
+        """
+        await self._post("/release_memory_occupation", {"tags": sorted(kinds)}, timeout_s)
+
+    async def resume_memory(self, kinds: Collection[str], timeout_s: float) -> None:
+        """Takes it back, with nothing in it."""
+        await self._post("/resume_memory_occupation", {"tags": sorted(kinds)}, timeout_s)
+
     async def freeze_gc(self) -> None:
         """Takes what its processes hold at present out of their garbage collections."""
         await self._post("/freeze_gc", {}, missing_ok=True)
@@ -218,6 +232,13 @@ class EngineClient:
             "weight_version": version,
         }
         await self._post("/update_weights_from_tensor", body, timeout_s + COLLECTIVE_SLACK_S)
+
+    async def update_from_shared(
+        self, buckets: Sequence[Mapping[str, Any]], *, version: str, flush: bool, timeout_s: float
+    ) -> None:
+        """In-house engine: loads buckets out of memory that the trainer shares, each {file, num_bytes, tensors}."""
+        body = {"buckets": list(buckets), "weight_version": version, "flush_cache": flush}
+        await self._post("/update_weights_from_shared", body, timeout_s + COLLECTIVE_SLACK_S)
 
     async def update_from_disk(self, directory: str, *, version: str, flush: bool = False, timeout_s: float) -> None:
         body = {"model_path": directory, "weight_version": version, "flush_cache": flush}

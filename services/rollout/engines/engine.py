@@ -33,6 +33,8 @@ class Engine:
         """Stopped by an update, or by one that was torn."""
         self.lagging = False
         """Left behind by the others: it gets no new requests until it is pushed to."""
+        self.asleep: frozenset[str] = frozenset()
+        """The kinds of GPU memory that it has given up."""
         self._turned = turned
         self._lost = lost
         self._client: EngineClient | None = None
@@ -74,6 +76,7 @@ class Engine:
         self._lost(self)
         self._client = self.pid = self._kill = self.load = self.receiver = None
         self.paused = self.lagging = False
+        self.asleep = frozenset()
         self.life.engine_lost()
         self._turned()
 

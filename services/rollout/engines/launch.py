@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from services.common.config import Config
+from services.common.shared_directory import VARIABLE as SHARED_VARIABLE
+from services.common.shared_directory import shared_directory
 from services.rollout.capacity import DEFAULT_SLOTS
 from services.rollout.engines.python_module import flags_of, module_command, secret_arguments
 from services.rollout.engines.receiver import DIRECTORY_VARIABLE, EngineReceiver
@@ -44,6 +46,8 @@ def engine_command(config: Config, replica: int = 0, engine: int = 0) -> EngineC
         return torch_engine_command(config)
     python, flags = sglang_python(config.rollout.engine), sglang_flags(config, replica, engine)
     environment = sglang_environment(config)
+    if config.trainer.weights.backend == "ipc":
+        environment |= {SHARED_VARIABLE: str(shared_directory(config.run.dir))}
     scratch = sglang_scratch(config, replica, engine)
     receiver = None
     if scratch is not None and receives_ahead(config, replica, engine):
@@ -83,6 +87,10 @@ def torch_engine_command(config: Config) -> EngineCommand:
             options["decode-rate"] = engine.decode_rate
         if engine.context_length is not None:
             options["context-length"] = engine.context_length
+        if config.run.colocate and config.run.offload_rollout:
+            options["enable-memory-saver"] = True
+        if config.trainer.weights.backend == "ipc":
+            options["shared-weights-dir"] = shared_directory(config.run.dir)
         if config.run.deterministic:
             options["enable-deterministic-inference"] = True
         if not config.rollout.sampling.stop:

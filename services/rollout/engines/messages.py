@@ -115,6 +115,12 @@ class ServerInfo:
     prefix_cache: bool = True
     """Whether a prompt may find KV that an earlier request has left."""
 
+    shares_memory: bool = False
+    """Whether it reads weights out of memory that the trainer shares, without a receiver inside."""
+
+    sleeps: bool = False
+    """Whether it can give up its memory and take it back."""
+
     @property
     def flushes(self) -> bool:
         """Whether its prefix cache can be emptied while retracted requests wait."""

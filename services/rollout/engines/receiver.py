@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
 from polyhead.v1 import weights_pb2
 from services.common.errors import InvalidArgumentError
 from services.rollout.engines.messages import EngineUnavailableError
+
+if TYPE_CHECKING:
+    from services.rollout.engines.client import EngineClient
 
 PLUGIN_DIRECTORY = Path(__file__).parent / "sglang_receiver"
 DIRECTORY_VARIABLE = "POLYHEAD_RECEIVER_DIR"
@@ -20,6 +24,30 @@ START, LOAD = "polyhead_receiver.start", "polyhead_receiver.load"
 
 _CALL_TIMEOUT_S = 10.0
 _LINE_MAX = 1 << 20
+
+
+class Inlet(Protocol):
+    """Where an engine takes weights ahead of its pause. Every call raises UnavailableError when it fails."""
+
+    async def prepare(
+        self, manifest: weights_pb2.WeightManifest, shared: Sequence[weights_pb2.SharedBucket] = ()
+    ) -> int:
+        """Makes ready for what the manifest announces: how many of its buckets are taken ahead of the pause."""
+
+    async def receive(self, timeout_s: float) -> None:
+        """Returns when these have arrived."""
+
+    async def watch(self) -> LoadWatch:
+        """To be called before the load that it is about."""
+
+    async def load(self, client: EngineClient, *, version: str, flush: bool, timeout_s: float) -> None:
+        """Has the engine bring everything into the model; what came of it, the watch has to say."""
+
+    async def abort(self) -> None:
+        """Breaks off whatever is on its way."""
+
+    async def leave(self) -> None:
+        """Lets go of the group, or of the memory."""
 
 
 class EngineReceiver:
@@ -58,9 +86,18 @@ class EngineReceiver:
     async def leave(self) -> None:
         await self._all("leave", {})
 
-    async def prepare(self, manifest: weights_pb2.WeightManifest) -> int:
-        """Makes room for what the manifest announces: how many of its buckets are taken ahead of the pause."""
+    async def prepare(
+        self, manifest: weights_pb2.WeightManifest, shared: Sequence[weights_pb2.SharedBucket] = ()
+    ) -> int:
+        """Makes room for what the manifest announces: how many of its buckets are taken ahead of the pause. Where the
+        trainer shares its memory these are all: they are opened, and need no room.
+        """
         arguments: dict[str, Any] = {"digest": manifest.layout_digest, "buckets": None, "memory": self.memory_bytes}
+        if shared:
+            arguments["shared"] = [
+                {"file": place.file, "handle": b64encode(place.handle).decode(), "device": place.device}
+                for place in shared
+            ]
         answers = await self._all("prepare", arguments)
         if any(answer.get("unknown") for answer in answers):
             buckets = [
@@ -79,6 +116,9 @@ class EngineReceiver:
     async def receive(self, timeout_s: float) -> None:
         """Returns when the buckets ahead of the pause have arrived."""
         await self._all("receive", {}, timeout_s)
+
+    async def load(self, client: EngineClient, *, version: str, flush: bool, timeout_s: float) -> None:
+        await client.load_received(len(self._sockets), version=version, flush=flush, timeout_s=timeout_s)
 
     async def abort(self) -> None:
         """Breaks off whatever is on its way. The group is of no use afterwards."""

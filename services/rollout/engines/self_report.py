@@ -22,6 +22,8 @@ def read_server_info(info: Mapping[str, Any]) -> ServerInfo:
         model_path=str(info.get("model_path") or ""),
         stream_interval=_count(info.get("stream_interval")),
         prefix_cache=not info.get("disable_radix_cache"),
+        sleeps=bool(info.get("enable_memory_saver")),
+        shares_memory=bool(info.get("shared_weights_dir")),
     )
 
 

@@ -36,6 +36,7 @@ _OURS = {
     # Engines are told their version with their weights, and are called over plain HTTP on this machine.
     "weight-version": "",
     "custom-weight-loader": "rollout.engine.staging_mb",
+    "enable-memory-saver": "run.colocate",
     **dict.fromkeys(("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-keyfile-password", "enable-ssl-refresh"), ""),
 }
 
@@ -79,6 +80,8 @@ def sglang_flags(config: Config, replica: int, index: int) -> list[str]:
         if engine.context_length is not None:
             options["max-total-tokens"] = slots * engine.context_length
     else:
+        if config.run.colocate and config.run.offload_rollout:
+            options["enable-memory-saver"] = True
         options["base-gpu-id"] = engine.base_gpu + (replica * config.rollout.engines + index) * engine.gpus
     if slots is not None:
         options["max-running-requests"] = slots

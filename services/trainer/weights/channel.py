@@ -24,6 +24,7 @@ from services.common.process import free_port
 from services.common.versions import Version
 from services.common.weight_group import WeightGroup, nccl_cumem, nccl_version
 from services.trainer.detached import in_thread
+from services.trainer.weights.shared import IPC, SharedGroup
 from services.trainer.weights.snapshot import Snapshot, weights_device
 
 log = structlog.get_logger()
@@ -83,7 +84,7 @@ class Channel:
         self._grpc = rpc.channel(replica.address)
         self._stub = rollout_pb2_grpc.RolloutServiceStub(self._grpc)
         self._group_name = f"polyhead-e{epoch}-{replica.replica_id}-{engine}-{uuid.uuid4().hex[:8]}"
-        self._group: WeightGroup | None = None
+        self._group: WeightGroup | SharedGroup | None = None
         self._stages = False
         self._collective: asyncio.Future[Any] | None = None
 
@@ -114,7 +115,9 @@ class Channel:
             nccl_cumem=nccl_cumem(),
         )
 
-        def join() -> WeightGroup:
+        def join() -> WeightGroup | SharedGroup:
+            if self._config.backend == IPC:
+                return SharedGroup()
             return WeightGroup(
                 backend=self._config.backend,
                 address=self._config.address,
@@ -177,6 +180,7 @@ class Channel:
             manifest=snapshot.manifest,
             group_name=self._group_name,
             engine=self._engine,
+            shared=snapshot.shared,
         )
         buckets: int = (await self._call("StageUpdate", request)).buckets
         laps.end("stage_s")
@@ -281,7 +285,7 @@ def pushed(done: rpb.CommitUpdateResponse | rpb.LoadVersionResponse, laps: Laps)
     return Pushed(done.pause.ToNanoseconds() / 1e9, done.requests_continued, done.requests_aborted, trace, effect)
 
 
-def _close_late(joined: asyncio.Future[WeightGroup]) -> None:
+def _close_late(joined: asyncio.Future[WeightGroup | SharedGroup]) -> None:
     """The engine joined after all, when nobody waited for it any more."""
     if joined.exception() is None:
         joined.result().close()

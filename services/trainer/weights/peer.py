@@ -21,6 +21,9 @@ log = structlog.get_logger()
 RETRY_S = 0.5
 RETRY_MAX_S = 5.0
 
+# Such an engine is perhaps another one than was joined: then it is in no group yet.
+_FRESH = (pb.REPLICA_STATE_JOINING, pb.REPLICA_STATE_YIELDED)
+
 Record = Callable[[Mapping[str, object]], None]
 
 
@@ -98,8 +101,7 @@ class Peer:
         try:
             if self.has in (version, None) and await self._has_already(version):
                 return
-            if self.engine.state == pb.REPLICA_STATE_JOINING and self._open_channel().joined:
-                # A new engine is in no group yet.
+            if self.engine.state in _FRESH and self._open_channel().joined:
                 await self.drop_channel()
             channel = await self._joined_channel()
             if channel is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import structlog
 import torch
@@ -18,12 +19,14 @@ from polyhead.v1 import rollout_pb2 as rpb
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import UnavailableError
+from services.common.shared_directory import shared_directory
 from services.common.versions import Version
 from services.trainer.weights.channel import Channel
 from services.trainer.weights.directory import VersionDirectories
 from services.trainer.weights.disk import DiskChannel
 from services.trainer.weights.form import EngineForm
 from services.trainer.weights.peer import Peer, Record
+from services.trainer.weights.shared import IPC, SharedMemory
 from services.trainer.weights.snapshot import MIB, Snapshot, build_manifest, weights_device
 
 log = structlog.get_logger()
@@ -42,6 +45,7 @@ _OWED = {
     pb.REPLICA_STATE_SYNCING,
     pb.REPLICA_STATE_SERVING,
     pb.REPLICA_STATE_QUARANTINED,
+    pb.REPLICA_STATE_YIELDED,
 }
 _LEAVING = {pb.REPLICA_STATE_DRAINING, pb.REPLICA_STATE_DEAD}
 _PAUSE_MODES = {
@@ -70,6 +74,8 @@ class Publisher:
             self._directories = VersionDirectories(root, config.model.hf_checkpoint, keep_last)
         self._buffer = buffer
         self._config = config.trainer.weights
+        self._device = partial(weights_device, config.trainer.weights.backend, config.trainer.device)
+        self._shared_directory = shared_directory(config.run.dir)
         self._pause_mode = _PAUSE_MODES[config.rollout.pause_mode]
         self._epoch = epoch
         self._record = record
@@ -101,14 +107,20 @@ class Publisher:
             self._target = None
         free = [snapshot for snapshot in self._snapshots if not snapshot.users]
         if not free:
-            manifest = build_manifest(layout, self._config.bucket_mb * MIB, self._form)
-            free = [Snapshot(manifest, weights_device(self._config.backend), self._form)]
+            free = [self._new_snapshot(layout)]
             self._snapshots += free
         return free[0]
+
+    def _new_snapshot(self, layout: Mapping[str, torch.Tensor]) -> Snapshot:
+        manifest = build_manifest(layout, self._config.bucket_mb * MIB, self._form)
+        device = self._device()
+        shared = SharedMemory(self._shared_directory, device) if self._config.backend == IPC else None
+        return Snapshot(manifest, device, self._form, shared)
 
     async def offer(self, version: Version, snapshot: Snapshot) -> None:
         """From now on every engine is owed `version`, whose weights `snapshot` holds."""
         self._target = (version, snapshot)
+        self._listed_at = -LIST_EVERY_S
         self._wake.set()
 
     async def wait_published(self, version: Version) -> None:
@@ -116,11 +128,35 @@ class Publisher:
         async with self._round_done:
             await self._round_done.wait_for(lambda: self._published is not None and self._published >= version)
 
+    def has_published(self, version: Version) -> bool:
+        """As `wait_published`, at this moment."""
+        return self._published is not None and self._published >= version
+
+    async def withdraw(self) -> None:
+        """Waits for the pushes of the offered version to end, whatever became of them, and for its publication if an
+        engine has it; then frees the snapshots. Nothing is owed until the next offer.
+        """
+        async with self._round_done:
+            await self._round_done.wait_for(self._idle)
+            self._target = self._started = None
+        for snapshot in [each for each in self._snapshots if not each.users]:
+            snapshot.close()
+            self._snapshots.remove(snapshot)
+
+    def _idle(self) -> bool:
+        if self._target is None:
+            return True
+        version, peers = self._target[0], self._peers.values()
+        ended = self._started == version and not any(peer.busy for peer in peers)
+        return ended and (self._published == version or not any(peer.has == version for peer in peers))
+
     async def close(self) -> None:
         """Lets pushes under way end, then parts from every engine."""
         if self._running is not None:
             self._running.cancel()
         await asyncio.gather(*(peer.finish(FAREWELL_S) for peer in self._peers.values()), return_exceptions=True)
+        for snapshot in self._snapshots:
+            snapshot.close()
 
     async def _run(self) -> None:
         while True:

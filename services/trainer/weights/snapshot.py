@@ -13,6 +13,7 @@ from services.common.errors import TrainingDivergedError
 from services.common.model_files import SCALE_SUFFIX, scale_shape
 from services.trainer.weights.form import EngineForm
 from services.trainer.weights.quantise import FP8, quantise
+from services.trainer.weights.shared import IPC, SharedMemory
 
 MIB = 1 << 20
 
@@ -22,9 +23,10 @@ PLAIN = EngineForm()
 _Spec = tuple[str, torch.dtype, tuple[int, ...]]
 
 
-def weights_device(backend: str) -> torch.device:
-    """Where the weights of a push have to be for a collective of this kind."""
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+def weights_device(backend: str, training_device: str = "cpu") -> torch.device:
+    """Where the weights of a push have to be for a transport of this kind."""
+    on_gpu = backend == "nccl" or (backend == IPC and training_device == "cuda")
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def build_manifest(
@@ -66,11 +68,22 @@ def _specs(name: str, tensor: torch.Tensor, form: EngineForm) -> Iterator[_Spec]
 class Snapshot:
     """One reusable set of buckets. It holds a full copy of the weights for as long as it lives."""
 
-    def __init__(self, manifest: weights_pb2.WeightManifest, device: torch.device, form: EngineForm = PLAIN) -> None:
+    def __init__(
+        self,
+        manifest: weights_pb2.WeightManifest,
+        device: torch.device,
+        form: EngineForm = PLAIN,
+        memory: SharedMemory | None = None,
+    ) -> None:
+        """`memory`: where the buckets lie if engines are to read them there."""
         self._form = form
         self.manifest = manifest
+        self._memory = memory
         self.buckets: Sequence[torch.Tensor] = [
-            torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device) for bucket in manifest.buckets
+            torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+            if memory is None
+            else memory.allocate(bucket.num_bytes)
+            for bucket in manifest.buckets
         ]
         self.users = 0
         """Pushes that still read from it."""
@@ -85,6 +98,17 @@ class Snapshot:
         self._scales = {name: self.views[name + SCALE_SUFFIX] for name in self.views if name in form.fp8}
         self._began: torch.cuda.Event | None = None
         self._fill_s = 0.0
+
+    @property
+    def shared(self) -> Sequence[weights_pb2.SharedBucket]:
+        """Where engines find the buckets; empty when they do not read them there."""
+        return self._memory.described if self._memory is not None else ()
+
+    def close(self) -> None:
+        """Frees its memory. Nobody may be reading from it."""
+        self.buckets, self.views, self._scales = (), {}, {}
+        if self._memory is not None:
+            self._memory.close()
 
     def fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies all weights in, one after the other, by name: only one of them has to be there at a time. Those that

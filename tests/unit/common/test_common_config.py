@@ -90,6 +90,22 @@ def test_any_text_survives_a_round_trip(text: str, table: dict[str, object]) -> 
             "run.deterministic excludes batch.dynamic_sampling_filter = nonzero_std_with_fallback",
         ),
         (
+            "[run]\ncolocate = true\n[trainer.weights]\nbackend = 'nccl'",
+            'run.colocate needs trainer.weights.backend = "ipc", not "nccl"',
+        ),
+        (
+            "[run]\ncolocate = true\n[staleness]\npublish_interval = 2",
+            "run.colocate needs staleness.publish_interval = 1, not 2",
+        ),
+        (
+            "[trainer]\ndevice = 'cuda'\nweights.backend = 'ipc'",
+            'trainer.device = "cuda", and the engine\'s is "cpu"',
+        ),
+        (
+            "[rollout.engine]\nkind = 'sglang'\nstaging_mb = 0\n[trainer.weights]\nbackend = 'ipc'",
+            "needs rollout.engine.staging_mb > 0",
+        ),
+        (
             "[rollout.engine]\nexternal = ['http://a:1', 'http://A:1/']",
             "rollout.engine.external: http://A:1/ is named twice",
         ),
@@ -108,6 +124,12 @@ def test_mistakes_are_told_in_one_line_with_the_key(tmp_path: Path, text: str, m
         load(toml(tmp_path, text))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_colocated_weights_go_over_ipc() -> None:
+    config = load(None, {"run.colocate": True})
+    assert config.trainer.weights.backend == "ipc"
+    assert load(None, {}).trainer.weights.backend == "gloo"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,24 @@ def test_a_fence_lets_the_newest_epoch_through():
         fence.check(2)
 
 
-EVENTS = ["ready", "lost", "begin", "commit", "abort", "tear"]
+def test_weights_that_were_given_up_come_back_with_a_complete_update_only():
+    life = serving()
+    life.put_to_sleep()
+    assert (life.state, life.version, life.may_generate) == (pb.REPLICA_STATE_YIELDED, None, False)
+    life.begin_update(V1)
+    with pytest.raises(PreconditionError, match="running"):
+        life.put_to_sleep()
+    life.abort_update(torn=False)
+    assert life.state == pb.REPLICA_STATE_YIELDED
+    life.wake()
+    assert (life.state, life.version) == (pb.REPLICA_STATE_JOINING, None)
+    life.begin_update(V1)
+    life.commit_update()
+    life.wake()
+    assert (life.state, life.version) == (pb.REPLICA_STATE_SERVING, V1)
+
+
+EVENTS = ["ready", "lost", "begin", "commit", "abort", "tear", "sleep", "wake"]
 
 
 @given(st.lists(st.sampled_from(EVENTS), max_size=30))
@@ -126,6 +143,11 @@ def test_nothing_is_generated_without_a_complete_update_of_this_process(events):
                 case "tear":
                     life.abort_update(torn=True)
                     whole = False
+                case "sleep":
+                    life.put_to_sleep()
+                    whole = False
+                case "wake":
+                    life.wake()
         except PreconditionError:
             continue
         assert life.may_generate == whole

@@ -12,6 +12,7 @@ import pytest
 
 from services.common.config import Config
 from services.common.errors import ConfigError
+from services.common.shared_directory import shared_directory
 from services.rollout.engines import sglang_launch
 from services.rollout.engines.launch import engine_command
 from services.rollout.engines.python_module import module_command, secret_arguments
@@ -83,6 +84,15 @@ def test_weights_arrive_ahead_of_a_pause_where_there_is_memory_for_them(base_con
     without = engine_command(configured(base_config, staging_mb=0))(1, "")
     assert without.receiver is None
     assert "--custom-weight-loader" not in without.command
+
+
+def test_an_engine_on_the_trainers_gpu_can_sleep(base_config: Config, tmp_path: Path) -> None:
+    for device, sleeps in (("cuda", True), ("cpu", False)):
+        config = configured(base_config, device=device)
+        config.run.dir, config.run.colocate, config.trainer.weights.backend = tmp_path, True, "ipc"
+        launch = engine_command(config)(1, "")
+        assert ("--enable-memory-saver" in launch.command) == sleeps
+        assert launch.environment["POLYHEAD_SHARED_DIR"] == str(shared_directory(tmp_path))
 
 
 @pytest.mark.parametrize(("replica", "engine", "first"), [(0, 0, 4), (0, 2, 8), (1, 0, 10), (2, 1, 18)])

@@ -28,7 +28,7 @@ async def served(make_rig):
     """A rig, a stub of its service, and the event that ends the process."""
     rig = await make_rig()
     stop = asyncio.Event()
-    service = RolloutService(rig.replica, rig.receivers, rig.worker, stop)
+    service = RolloutService(rig.replica, rig.receivers, rig.worker, rig.turns(), stop)
     async with service.listening("127.0.0.1:0", message_mb=4) as address, rpc.channel(address) as channel:
         yield rig, rollout_pb2_grpc.RolloutServiceStub(channel), stop
 

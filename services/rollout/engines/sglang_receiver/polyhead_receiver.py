@@ -3,7 +3,7 @@
 SGLang's own way of receiving a bucket copies each byte three times within the pause: into a concatenation of empty
 tensors, off the wire, into the model. Here the bytes arrive in *slots* that are allocated once. As many buckets as
 there are slots arrive while the engine decodes; only the copies into the model, and the wire of whatever did not fit,
-take place in the pause.
+take place in the pause. Where the trainer shares its memory with the engine, its buckets themselves are the slots.
 
 `start` runs once in each scheduler process and opens a Unix socket there; the replica, which runs on this machine,
 drives the rest by it. `load` runs in the scheduler's loop, while the engine is paused. Only the standard library and
@@ -18,6 +18,7 @@ import os
 import socket
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,18 +28,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DIRECTORY_VARIABLE = "POLYHEAD_RECEIVER_DIR"
+SHARED_VARIABLE = "POLYHEAD_SHARED_DIR"
+"""Where the trainer shares buckets on a CPU."""
 # Left to SGLang for what it allocates itself while it runs.
 RESERVE_BYTES = 1 << 30
+_SHARED = -1
 _LINE_MAX = 64 << 20
 
 # Targets in the model, and where each one's bytes are; for each dtype, since copies of several are not made at once.
 Copies = list[tuple[list[torch.Tensor], list[torch.Tensor]]]
+# Where a view lies in its storage: dtype, offset, size, stride.
+Place = tuple[torch.dtype, int, torch.Size, tuple[int, ...]]
 
 
-def _weight_group() -> Any:
-    """The module that the trainer uses too, by its place: this environment does not have the package."""
-    path = Path(__file__).parents[3] / "common" / "weight_group.py"
-    spec = importlib.util.spec_from_file_location("polyhead_weight_group", path)
+def _common(name: str) -> Any:
+    """A module that the trainer uses too, by its place: this environment does not have the package."""
+    path = Path(__file__).parents[3] / "common" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"polyhead_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -46,7 +52,8 @@ def _weight_group() -> Any:
     return module
 
 
-weight_group = _weight_group()
+weight_group = _common("weight_group")
+weight_memory = _common("weight_memory")
 
 
 class Plan:
@@ -54,10 +61,40 @@ class Plan:
 
     def __init__(self, buckets: Sequence[Mapping[str, Any]], slots: Sequence[torch.Tensor]) -> None:
         self.sizes = [bucket["num_bytes"] for bucket in buckets]
+        self._tensors = [bucket["tensors"] for bucket in buckets]
         self._slots = slots
-        self._views = [_views(bucket["tensors"], self.target(index)) for index, bucket in enumerate(buckets)]
+        self._views = [_views(tensors, self.target(index)) for index, tensors in enumerate(self._tensors)]
         self._copies: list[Copies | None] = [None] * len(buckets)
+        self._places: list[list[list[Place]]] = [[] for _ in buckets]
+        """Of the copies' sources, while there are no slots."""
         self._addresses: tuple[int, ...] = ()
+
+    def rebase(self, slots: Sequence[torch.Tensor]) -> None:
+        """The slots are these from here on, of the same sizes; what is recorded stays true of them."""
+        self.release()
+        self._slots = slots
+        self._views = [_views(tensors, self.target(index)) for index, tensors in enumerate(self._tensors)]
+        for index, places in enumerate(self._places):
+            copies = self._copies[index]
+            if copies is not None:
+                slot = self.target(index)
+                self._copies[index] = [
+                    (targets, [_at(place, slot) for place in part])
+                    for (targets, _), part in zip(copies, places, strict=True)
+                ]
+
+    def release(self) -> None:
+        """Lets go of the slots. Doing it twice changes nothing."""
+        if not self._slots:
+            return
+        self._slots, self._views = [], []
+        for index, copies in enumerate(self._copies):
+            if copies is not None:
+                self._places[index] = [
+                    [(source.dtype, source.storage_offset(), source.size(), source.stride()) for source in sources]
+                    for _, sources in copies
+                ]
+                self._copies[index] = [(targets, []) for targets, _ in copies]
 
     @property
     def recorded(self) -> float:
@@ -86,6 +123,11 @@ class Plan:
         with _Recorder() as recorder:
             model.load_weights(self._views[bucket])
         self._copies[bucket] = recorder.copies(model, self.target(bucket))
+
+
+def _at(place: Place, slot: torch.Tensor) -> torch.Tensor:
+    dtype, *where = place
+    return torch.empty(0, dtype=dtype, device=slot.device).set_(slot.untyped_storage(), *where)
 
 
 _HARMLESS = (torch.ops.aten.detach.default, torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default)
@@ -137,7 +179,7 @@ class Receiver:
         self._slots: list[torch.Tensor] = []
         self._plan: Plan | None = None
         self._known = ("", 0)
-        """Digest and memory of the plan."""
+        """Digest and memory of the plan; the memory of one with the trainer's buckets is `_SHARED`."""
         self._arrived: list[Any] = []
         """For each bucket that was received ahead of the pause, the event of its arrival."""
         self._marks: list[tuple[str, Any]] = []
@@ -181,6 +223,7 @@ class Receiver:
         group, self._group = self._group, None
         if group is not None:
             group.close()
+        self._release_shared()
         return {}
 
     def _abort(self) -> dict[str, Any]:
@@ -190,11 +233,20 @@ class Receiver:
             group.abort()
         return {}
 
-    def _prepare(self, digest: str, buckets: Sequence[Mapping[str, Any]] | None, memory: int) -> dict[str, Any]:
-        """Makes ready for a layout, in slots of at most `memory` bytes in all but at least two: how many buckets will
-        be taken ahead of the pause. `buckets` may be left out for a layout that is known.
+    def _prepare(
+        self,
+        digest: str,
+        buckets: Sequence[Mapping[str, Any]] | None,
+        memory: int,
+        shared: Sequence[Mapping[str, str]] = (),
+    ) -> dict[str, Any]:
+        """Makes ready for a layout, in slots of at most `memory` bytes in all but at least two, or in the trainer's
+        buckets where these are `shared`: how many will be taken ahead of the pause. `buckets` may be left out for a
+        layout that is known.
         """
         self._arrived, self._watchers = [], []
+        if shared:
+            return self._prepare_shared(digest, buckets, shared)
         if self._plan is None or self._known != (digest, memory):
             if buckets is None:
                 return {"unknown": True}
@@ -203,6 +255,40 @@ class Receiver:
             self._slots = self._allocate([bucket["num_bytes"] for bucket in buckets], memory)
             self._plan, self._known = Plan(buckets, self._slots), (digest, memory)
         return {"ahead": min(len(self._slots), len(self._plan.sizes))}
+
+    def _prepare_shared(
+        self, digest: str, buckets: Sequence[Mapping[str, Any]] | None, shared: Sequence[Mapping[str, str]]
+    ) -> dict[str, Any]:
+        """Opens the trainer's buckets, until they have been loaded."""
+        known = self._plan if self._known == (digest, _SHARED) else None
+        if known is None and buckets is None:
+            return {"unknown": True}
+        self._slots = []
+        sizes = known.sizes if known is not None else [bucket["num_bytes"] for bucket in buckets or ()]
+        self._slots = [self._open(place, size) for place, size in zip(shared, sizes, strict=True)]
+        if known is not None:
+            known.rebase(self._slots)
+        elif buckets is not None:
+            self._plan, self._known = Plan(buckets, self._slots), (digest, _SHARED)
+        return {"ahead": len(sizes)}
+
+    def _open(self, place: Mapping[str, str], num_bytes: int) -> torch.Tensor:
+        opened: torch.Tensor
+        if place["file"]:
+            opened = weight_memory.open_file(Path(os.environ[SHARED_VARIABLE]), place["file"], num_bytes)
+        else:
+            handle = b64decode(place["handle"])
+            opened = weight_memory.open_handle(handle, place["device"], num_bytes, self._device)
+        return opened
+
+    def _release_shared(self) -> None:
+        """The trainer is going to free its buckets: nothing here may still map them."""
+        if self._known[1] != _SHARED or self._plan is None:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self._plan.release()
+        self._slots = []
 
     def _allocate(self, sizes: Sequence[int], memory: int) -> list[torch.Tensor]:
         """Raises MemoryError when there is no room for as few as two slots."""
@@ -225,9 +311,12 @@ class Receiver:
         """Returns when the buckets that fit have arrived. The engine may decode: nothing touches the model."""
         plan, group = self._plan, self._group
         assert plan is not None, "prepare comes first"
-        assert group is not None, "join comes first"
         began = time.monotonic()
         plan.check(self._model)
+        if self._known[1] == _SHARED:
+            self._arrived = [None] * len(plan.sizes)
+            return {"seconds": time.monotonic() - began}
+        assert group is not None, "join comes first"
         if self._marks and self._marks[-1][1] is not None:
             group.stream.wait_event(self._marks[-1][1])  # until then the slots are being read
         try:
@@ -254,6 +343,7 @@ class Receiver:
         began = time.monotonic()
         try:
             self._load()
+            self._release_shared()
             error = ""
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
@@ -270,7 +360,7 @@ class Receiver:
         assert arrived, "nothing has arrived"
         slots, buckets = len(self._slots), len(plan.sizes)
         self._marks = [("begun", self._mark())]
-        if group is not None and group.stream is not None:
+        if self._device.type == "cuda":
             current = torch.cuda.current_stream()
         for bucket in range(buckets):
             if arrived[bucket] is not None:

@@ -14,7 +14,7 @@ from aiohttp import web
 from services.common.errors import InvalidArgumentError, PolyheadError, PreconditionError
 from services.rollout.engines.torch_engine.engine import Engine
 from services.rollout.engines.torch_engine.http_json import Handler, read_object, reply, take
-from services.rollout.engines.torch_engine.weight_updates import FLATTENED_BUCKET, Bucket, GroupAddress
+from services.rollout.engines.torch_engine.weight_updates import FLATTENED_BUCKET, Bucket, GroupAddress, SharedBucket
 
 log = structlog.get_logger()
 
@@ -42,7 +42,10 @@ class AdminRoutes:
             "/end_weight_update": self.end_update,
             "/update_weights_from_distributed": self.update_from_group,
             "/update_weights_from_disk": self.update_from_disk,
+            "/update_weights_from_shared": self.update_from_shared,
             "/weights_checker": self.check_weights,
+            "/release_memory_occupation": self.release_memory,
+            "/resume_memory_occupation": self.resume_memory,
         }
         get: dict[str, Handler] = {"/flush_cache": self.flush, "/weights_checker": self.check_weights}
         return [
@@ -99,6 +102,7 @@ class AdminRoutes:
         async def receive() -> str:
             body = await read_object(request)
             bucket = _bucket(body)
+            self._engine.require_weights()
             await self._abort_if_asked(body)
             await self._updates.receive(bucket, self._engine.thread)
             return await self._updated(body, bucket.weight_version)
@@ -109,16 +113,36 @@ class AdminRoutes:
         async def load() -> str:
             body = await read_object(request)
             path, version = Path(take(body, "model_path", str)), take(body, "weight_version", str, None)
+            self._engine.require_weights()
             await self._abort_if_asked(body)
             await self._updates.load_from_disk(path, version, self._engine.thread)
             return await self._updated(body, version)
 
         return await self._outcome(load(), num_paused_requests=0)
 
+    async def update_from_shared(self, request: web.Request) -> web.Response:
+        async def load() -> str:
+            body = await read_object(request)
+            version = take(body, "weight_version", str)
+            self._engine.require_weights()
+            await self._updates.load_shared(_shared_buckets(body), version, self._engine.thread)
+            return await self._updated(body, version)
+
+        return await self._outcome(load())
+
+    async def release_memory(self, request: web.Request) -> web.Response:
+        await self._engine.release_memory(_tags(await read_object(request)))
+        return web.Response(status=200)
+
+    async def resume_memory(self, request: web.Request) -> web.Response:
+        await self._engine.resume_memory(_tags(await read_object(request)))
+        return web.Response(status=200)
+
     async def check_weights(self, request: web.Request) -> web.Response:
         action = take(await read_object(request), "action", str, "checksum")
         if action != "checksum":
             raise InvalidArgumentError(f"must be checksum, not {action!r}", field="action")
+        self._engine.require_weights()
         sums = await self._engine.thread.call(self._engine.parameters.checksums)
         whole = hashlib.sha256("".join(f"{name}{sums[name]}" for name in sorted(sums)).encode()).hexdigest()
         rank = {"checksums": sums, "per_gpu_checksum": whole, "parallelism_info": []}
@@ -191,10 +215,33 @@ def _bucket(body: dict[str, Any]) -> Bucket:
     return bucket
 
 
+def _tags(body: dict[str, Any]) -> list[str]:
+    """Everything, when none are named."""
+    return _list_of(body, "tags", str) if body.get("tags") else ["kv_cache", "weights", "cuda_graph"]
+
+
+def _shared_buckets(body: dict[str, Any]) -> list[SharedBucket]:
+    return [
+        SharedBucket(
+            file=take(bucket, "file", str),
+            num_bytes=take(bucket, "num_bytes", int),
+            tensors=[_tensor_spec(spec) for spec in _list_of(bucket, "tensors", list)],
+        )
+        for bucket in _list_of(body, "buckets", dict)
+    ]
+
+
+def _tensor_spec(spec: list[Any]) -> tuple[str, str, list[int]]:
+    match spec:
+        case [str(name), str(dtype), list(shape)] if all(isinstance(size, int) and size >= 0 for size in shape):
+            return name, dtype, shape
+    raise InvalidArgumentError("must be lists of name, dtype and shape", field="tensors")
+
+
 def _list_of(body: dict[str, Any], field: str, kind: type) -> list[Any]:
     values = take(body, field, list)
     if not all(isinstance(value, kind) for value in values):
         raise InvalidArgumentError(f"must be a list of {kind.__name__}", field=field)
-    if kind is list and not all(isinstance(size, int) and size >= 0 for shape in values for size in shape):
+    if field == "shapes" and not all(isinstance(size, int) and size >= 0 for shape in values for size in shape):
         raise InvalidArgumentError("must be lists of sizes", field=field)
     return list(values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,10 @@ class Decoder:
         self._seen = torch.zeros((), dtype=dtype, device=device)
         self._hidden = torch.full((), float("-inf"), dtype=dtype, device=device)
         self._scale = config.head_dim**-0.5
+
+    def caches(self) -> Iterable[torch.Tensor]:
+        """Of all layers, keys and values."""
+        return (cache for layer in self._caches for cache in layer)
 
     def decode(
         self, token_ids: NDArray[np.int32], positions: NDArray[np.int64], slots: NDArray[np.int64], kv_length: int

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from services.common.errors import InvalidArgumentError
+from services.common.errors import InvalidArgumentError, PreconditionError
 from services.common.model_files import fp8_weights
 from services.rollout.engines.torch_engine.checkpoint import load_checkpoint
 from services.rollout.engines.torch_engine.decoder import Decoder
 from services.rollout.engines.torch_engine.decoder_config import read_config
 from services.rollout.engines.torch_engine.engine_thread import EngineThread
 from services.rollout.engines.torch_engine.generate_request import GenerateRequest, RequestParser
+from services.rollout.engines.torch_engine.memory import Memory
 from services.rollout.engines.torch_engine.options import MAX_DEFAULT_CONTEXT, EngineOptions
 from services.rollout.engines.torch_engine.parameters import DTYPES, Parameters
 from services.rollout.engines.torch_engine.replies import Reply
@@ -56,7 +57,7 @@ class Engine:
             codec=self.codec,
             random_seed=options.random_seed,
         )
-        self.updates = WeightUpdates(self.parameters, DEVICE)
+        self.updates = WeightUpdates(self.parameters, DEVICE, options.shared_weights_dir)
         deterministic = options.enable_deterministic_inference
         decoder = Decoder(
             self.model_config,
@@ -75,7 +76,8 @@ class Engine:
             decode_rate=options.decode_rate,
             log=RequestLog() if options.log_requests else None,
         )
-        self.thread = EngineThread(self.scheduler, may_step=lambda: self.updates.whole)
+        self.memory = Memory(self.parameters.tensors(), decoder.caches())
+        self.thread = EngineThread(self.scheduler, may_step=lambda: self.updates.whole and not self.memory.asleep)
         self._replies: dict[str, Reply] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -109,6 +111,32 @@ class Engine:
     async def abort_all(self) -> None:
         await self.thread.call(lambda: self.scheduler.abort(None, "aborted by request"))
 
+    async def release_memory(self, tags: list[str]) -> None:
+        """Gives up memory, by SGLang's tags. Raises PreconditionError where requests run, or it was not started for it.
+
+        SGLang would end instead.
+        """
+
+        def release() -> None:
+            if self.scheduler.num_running or self.scheduler.num_waiting:
+                raise PreconditionError("requests are running or waiting", field="release_memory_occupation")
+            self.memory.release(tags)
+            if "weights" in self.memory.asleep:
+                self.updates.lose()
+
+        if not self.options.enable_memory_saver:
+            raise PreconditionError("started without --enable-memory-saver", field="release_memory_occupation")
+        await self.thread.call(release)
+
+    def require_weights(self) -> None:
+        """Raises PreconditionError while their memory is given up."""
+        if "weights" in self.memory.asleep:
+            raise PreconditionError("the engine is asleep: it has given up its weights", field="weights")
+
+    async def resume_memory(self, tags: list[str]) -> None:
+        """Takes it back. Weights are torn until an update brings them all."""
+        await self.thread.call(lambda: self.memory.resume(tags))
+
     def info(self) -> dict[str, Any]:
         """What /server_info answers beyond the options."""
         return {
@@ -118,6 +146,8 @@ class Engine:
             "max_total_num_tokens": self.kv_tokens,
             "weight_version": self.scheduler.weight_version,
             "weights": self.updates.state,
+            "asleep": sorted(self.memory.asleep),
+            "memory_bytes": self.memory.num_bytes,
             "paused": self.thread.paused,
             "num_running_requests": self.scheduler.num_running,
             "num_waiting_requests": self.scheduler.num_waiting,

@@ -41,6 +41,10 @@ class EngineOptions:
     """No text in and out, no stop strings; answers cost less."""
     decode_rate: float | None = None
     """At most this many tokens per second and request: stands for a slower engine."""
+    enable_memory_saver: bool = False
+    """Weights and KV cache can be given up, and taken back."""
+    shared_weights_dir: Path | None = None
+    """Where weights may be read from that another process shares; nowhere by default."""
     log_requests: bool = False
     """A line when a request starts and one when it ends."""
 
@@ -67,6 +71,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> EngineOptions:
     parser.add_argument("--enable-deterministic-inference", action="store_true")
     parser.add_argument("--skip-tokenizer-init", action="store_true")
     parser.add_argument("--decode-rate", type=_positive_number, help="tokens per second and request (no limit)")
+    parser.add_argument("--enable-memory-saver", action="store_true", help="its memory can be given up for a while")
+    parser.add_argument("--shared-weights-dir", type=Path, help="memory that a trainer shares is read from here only")
     parser.add_argument("--log-requests", action="store_true")
     return EngineOptions(**vars(parser.parse_args(arguments)))
 

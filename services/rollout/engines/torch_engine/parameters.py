@@ -71,6 +71,10 @@ class Parameters:
         """Every tensor that a complete load has to bring."""
         return frozenset(self._views) | frozenset(self._stored)
 
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """Views of everything it holds."""
+        return (*self._views.values(), *self._stored.values())
+
     def check(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
         """Raises InvalidArgumentError for a tensor that is unknown, listed twice, or of another shape."""
         seen: set[str] = set()
@@ -107,7 +111,8 @@ class Parameters:
         sums = {}
         for name, shape in self._shapes.items():
             # The first rows are the tensor, also where a norm is repeated for every head.
-            tensor = self._held(name).reshape(-1)[: math.prod(shape)].contiguous()
+            # A copy: a storage that numpy has seen could not be given up any more.
+            tensor = self._held(name).reshape(-1)[: math.prod(shape)].clone()
             sums[name] = hashlib.sha256(tensor.cpu().view(torch.uint8).numpy()).hexdigest()
         return sums
 

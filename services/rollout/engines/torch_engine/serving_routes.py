@@ -35,6 +35,8 @@ class ServingRoutes:
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         generation = self._engine.parser.parse(await read_object(request))
+        if self._engine.memory.asleep:
+            return _asleep(self._engine)
         answer = self._engine.submit(generation)
         try:
             if generation.stream:
@@ -49,6 +51,8 @@ class ServingRoutes:
     async def health(self, _: web.Request) -> web.Response:
         if not self._engine.thread.alive:
             return refusal("the engine's thread has ended", 503)
+        if self._engine.memory.asleep:
+            return _asleep(self._engine)
         if self._engine.updates.state == "torn":
             return refusal("the weights are torn: nothing is generated until an update brings every tensor", 503)
         return web.Response(status=200)
@@ -87,13 +91,18 @@ class ServingRoutes:
     async def server_info(self, _: web.Request) -> web.Response:
         options: dict[str, Any] = dataclasses.asdict(self._engine.options)
         options["admin_api_key"] = "***" if options["admin_api_key"] else None
-        options["model_path"] = str(options["model_path"])
+        for name in ("model_path", "shared_weights_dir"):
+            options[name] = str(options[name]) if options[name] is not None else None
         return reply({**options, **self._engine.info(), "version": _version()})
 
     async def loads(self, _: web.Request) -> web.Response:
         """One entry, as of an SGLang without data parallelism. There are core figures only."""
         load = await self._engine.thread.call(self._engine.load)
         return reply({"version": _version(), "dp_rank_count": 1, "loads": [load]})
+
+
+def _asleep(engine: Engine) -> web.Response:
+    return refusal(f"asleep: it has given up {', '.join(sorted(engine.memory.asleep))}", 503)
 
 
 async def _stream(request: web.Request, answer: Reply) -> web.StreamResponse:

@@ -12,6 +12,7 @@ import torch
 
 from services.common.errors import InvalidArgumentError, PolyheadError, PreconditionError, UnavailableError
 from services.common.weight_group import WeightGroup
+from services.common.weight_memory import open_file
 from services.rollout.engines.torch_engine.checkpoint import read_tensors
 from services.rollout.engines.torch_engine.engine_thread import EngineThread
 from services.rollout.engines.torch_engine.parameters import DTYPES, FP8, Parameters
@@ -46,6 +47,16 @@ class Bucket:
     weight_version: str | None
 
 
+@dataclass(frozen=True)
+class SharedBucket:
+    """A bucket that lies in a file of the shared directory."""
+
+    file: str
+    num_bytes: int
+    tensors: Sequence[tuple[str, str, Sequence[int]]]
+    """Name, dtype and shape, in the order of their bytes."""
+
+
 class WeightUpdates:
     """Owns the weights' state: whole, or torn between the first and the last tensor of an update.
 
@@ -53,8 +64,10 @@ class WeightUpdates:
     not step, and only an update that brings every tensor makes them whole again.
     """
 
-    def __init__(self, parameters: Parameters, device: torch.device) -> None:
+    def __init__(self, parameters: Parameters, device: torch.device, shared_directory: Path | None = None) -> None:
+        """`shared_directory`: where other processes share weights, if this engine is to read any."""
         self._parameters, self._device = parameters, device
+        self._shared_directory = shared_directory
         self._groups: dict[str, WeightGroup] = {}
         self._dropped: set[str] = set()
         """Groups left because a bucket was refused or broke: the sender fails at once instead of waiting for us."""
@@ -76,6 +89,12 @@ class WeightUpdates:
     def touched(self) -> bool:
         """Whether the update under way, or one that broke, has changed the model."""
         return not self._whole or bool(self._session)
+
+    def lose(self) -> None:
+        """On the engine's thread: the weights are gone until an update brings every tensor."""
+        self._whole = False
+        if self._session is not None:
+            self._session.clear()
 
     async def join(self, where: GroupAddress) -> None:
         """Joins a group; returns when all its members have. Raises PreconditionError or UnavailableError."""
@@ -143,6 +162,37 @@ class WeightUpdates:
                 raise
             await thread.call(lambda: self._load(tensors, bucket.weight_version, thread))
 
+    async def load_shared(self, buckets: Sequence[SharedBucket], weight_version: str, thread: EngineThread) -> None:
+        """Copies a whole set of buckets out of memory that another process shares, between two steps.
+
+        Raises InvalidArgumentError or PreconditionError before the model is touched.
+        """
+        async with self._turn:
+            self._check_session()
+            tensors = self._open_shared(buckets)
+            self._parameters.check_complete(tensors)
+            await thread.call(lambda: self._load(tensors, weight_version, thread))
+
+    def _open_shared(self, buckets: Sequence[SharedBucket]) -> dict[str, torch.Tensor]:
+        if self._shared_directory is None:
+            raise PreconditionError("no weights are shared with this engine", field="buckets")
+        tensors: dict[str, torch.Tensor] = {}
+        named = [tensor for bucket in buckets for tensor in bucket.tensors]
+        names = [name for name, _, _ in named]
+        self._check_dtypes(names, [dtype for _, dtype, _ in named])
+        self._parameters.check(names, [shape for _, _, shape in named])
+        for bucket in buckets:
+            sizes = [_num_bytes(dtype, shape) for _, dtype, shape in bucket.tensors]
+            if sum(sizes) != bucket.num_bytes:
+                raise InvalidArgumentError(f"{sum(sizes)} bytes of tensors, not {bucket.num_bytes}", field="num_bytes")
+            try:
+                flat = open_file(self._shared_directory, bucket.file, bucket.num_bytes)
+            except (OSError, ValueError) as error:
+                raise InvalidArgumentError(f"cannot be read: {error}", field="file") from error
+            for (name, dtype, shape), part in zip(bucket.tensors, flat.split(sizes), strict=True):
+                tensors[name] = _typed(part, _DTYPES[dtype]).view(*shape)
+        return tensors
+
     async def load_from_disk(self, model_path: Path, weight_version: str | None, thread: EngineThread) -> None:
         """Reads a Hugging Face directory and loads it between two steps.
 
@@ -153,23 +203,27 @@ class WeightUpdates:
             await thread.call(lambda: self._load(tensors, weight_version, thread))
 
     def _group(self, bucket: Bucket) -> WeightGroup:
-        if self._session is None:
-            raise PreconditionError(
-                "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()"
-            )
+        self._check_session()
         if bucket.group_name in self._groups:
             return self._groups[bucket.group_name]
         why = ": the engine left it when a bucket was refused or broke" if bucket.group_name in self._dropped else ""
         raise PreconditionError(f"no such group{why}; call init_weights_update_group first", field=bucket.group_name)
 
+    def _check_session(self) -> None:
+        if self._session is None:
+            raise PreconditionError("weights are updated between begin_weight_update() and end_weight_update()")
+
     def _check(self, bucket: Bucket) -> None:
-        unknown = sorted(set(bucket.dtypes).difference(_DTYPES))
+        self._check_dtypes(bucket.names, bucket.dtypes)
+        self._parameters.check(bucket.names, bucket.shapes)
+
+    def _check_dtypes(self, names: Sequence[str], dtypes: Sequence[str]) -> None:
+        unknown = sorted(set(dtypes).difference(_DTYPES))
         if unknown:
             raise InvalidArgumentError(f"{unknown} are not among {sorted(_DTYPES)}", field="dtypes")
-        for name, dtype in zip(bucket.names, bucket.dtypes, strict=True):
+        for name, dtype in zip(names, dtypes, strict=True):
             if (name in self._parameters.fp8) != (_DTYPES[dtype] == FP8):
                 raise InvalidArgumentError(f"comes in {dtype}, and is not held in that", field=name)
-        self._parameters.check(bucket.names, bucket.shapes)
 
     def _drop(self, name: str) -> None:
         if (group := self._groups.pop(name, None)) is not None:
@@ -177,10 +231,7 @@ class WeightUpdates:
             self._dropped.add(name)
 
     def _receive(self, bucket: Bucket, group: WeightGroup) -> dict[str, torch.Tensor]:
-        sizes = [
-            math.prod(shape) * _DTYPES[dtype].itemsize
-            for dtype, shape in zip(bucket.dtypes, bucket.shapes, strict=True)
-        ]
+        sizes = [_num_bytes(dtype, shape) for dtype, shape in zip(bucket.dtypes, bucket.shapes, strict=True)]
         if bucket.flattened:
             flat = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
             group.broadcast(flat)
@@ -205,6 +256,10 @@ class WeightUpdates:
         self._whole = self._parameters.names <= brought
         if weight_version is not None:
             thread.scheduler.set_weight_version(weight_version)
+
+
+def _num_bytes(dtype: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * _DTYPES[dtype].itemsize
 
 
 def _typed(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

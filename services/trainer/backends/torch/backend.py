@@ -21,6 +21,7 @@ from services.trainer.algorithms.objective import Objective, Tokens
 from services.trainer.algorithms.user_loss import load_loss
 from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, all_logprobs, score, to_device
 from services.trainer.backends.torch.model import context_length, load_model, start_directory
+from services.trainer.backends.torch.offload import Offload
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
 from services.trainer.backends.torch.sharding import Placement, gathered, scattered
@@ -93,6 +94,7 @@ class TorchBackend:
         masters = self._sharded and self._dtype != torch.float32
         settings, schedule = config.trainer.optimizer, learning_rate(config)
         self._optimizer = Optimizer(self.model.named_parameters(), settings, schedule, self.group, are_masters=masters)
+        self._offload = Offload(self.model, self._optimizer.tensors, self._device)
         self._loss = load_loss(config)
         self._entropy_in_loss = bool(self._algorithm.entropy_coef) or self._algorithm.policy_loss == "custom"
         self._reference = self._teacher = None
@@ -149,6 +151,13 @@ class TorchBackend:
     def _given(self, tensor: torch.Tensor) -> torch.dtype:
         """The dtype in which a weight leaves the trainer: master weights do so in the model's."""
         return self._dtype if self._sharded and tensor.dtype == torch.float32 and tensor.requires_grad else tensor.dtype
+
+    def sleep(self) -> None:
+        """Leaves the GPU: until `wake`, everything but training works, out of host memory."""
+        self._offload.sleep()
+
+    def wake(self) -> None:
+        self._offload.wake()
 
     def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
         """Of the trained tokens under the present weights, float32[n] for each micro-batch of this rank. All ranks."""

@@ -98,6 +98,13 @@ class Optimizer:
                 if self._masters[name] is not parameter:
                     parameter.copy_(self._masters[name])
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What it holds besides the model's parameters: master copies and state."""
+        own = {id(parameter) for parameter in self._parameters.values()}
+        yield from (master for master in self._masters.values() if id(master) not in own)
+        for state in self._adamw.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything but `steps`, by ``<kind>/<parameter name>``. The tensors are the live ones."""
         tensors: dict[str, torch.Tensor] = {}
