@@ -200,6 +200,7 @@ async def _replica(scene: Scene, options: argparse.Namespace, model: Path, gpu: 
         "stream_interval": 1,
         "max_running_requests": max(64, options.requests),
         "context_length": 4096,
+        "float32_logits": False,  # older SGLangs copy the head's weights for it in each pass
         "base_gpu": 0 if options.cpu else gpu,
         "start_timeout_s": options.start_timeout_s,
         **scene.engine,

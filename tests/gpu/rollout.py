@@ -56,7 +56,11 @@ def engine_settings(**changes: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def running_engine(model: Path, log: Path, **changes: Any) -> Iterator[tuple[str, str]]:
     """SGLang as a replica starts it: its address and its key, once it generates."""
-    tree = {"model": {"hf_checkpoint": model, "dtype": "bfloat16"}, "rollout": {"engine": engine_settings(**changes)}}
+    tree = {
+        "run": {"dir": log.with_suffix("")},
+        "model": {"hf_checkpoint": model, "dtype": "bfloat16"},
+        "rollout": {"engine": engine_settings(**changes)},
+    }
     port, key = free_port(), secrets.token_urlsafe(16)
     launch = engine_command(Config.model_validate(tree))(port, key)
     with log.open("wb") as output:

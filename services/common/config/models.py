@@ -289,6 +289,8 @@ class EngineConfig(Section):
     """SGLang: memory of each rank where weights arrive ahead of the pause of a push, at least two buckets; on a GPU it
     has to be left free by mem-fraction-static. With room for the whole model, a push pauses only for the copy from
     there. 0: SGLang receives by its own means, within the pause."""
+    float32_logits: bool = True
+    """SGLang in bfloat16: logits are not rounded, as the trainer's are not (its enable-fp32-lm-head)."""
     start_timeout_s: Seconds = 300.0
 
     @field_validator("args")
@@ -548,6 +550,9 @@ class TrainerConfig(Section):
     compile: bool = False
     """Decoder layers by torch.compile, which joins what is computed element by element: a minute at the start, and a C
     compiler, for less time in each step on a GPU."""
+    wide_residuals: bool = True
+    """With model.dtype = "bfloat16": the sum that runs through the layers is float32. Less mismatch_kl, for more memory
+    traffic (docs/algorithms.md)."""
     offload_reference: bool = True
     """With device = "cuda": reference and teacher model leave the GPU while nothing asks for their log-probs."""
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)

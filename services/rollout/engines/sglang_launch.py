@@ -70,6 +70,8 @@ def sglang_flags(config: Config, replica: int, index: int) -> list[str]:
     }
     if engine.context_length is not None:
         options["context-length"] = engine.context_length
+    if engine.float32_logits and config.model.dtype == "bfloat16":
+        options["enable-fp32-lm-head"] = True
     if not config.rollout.sampling.stop:
         # Only stop strings need text inside the engine: completions are decoded here.
         options["skip-tokenizer-init"] = True

@@ -15,10 +15,14 @@ import torch
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from services.trainer.backends.torch.context import Context, with_those_of_all
 
 NAME = "polyhead_packed"
+PLAIN = "polyhead_plain"
+"""torch's attention over one unpacked sequence, what `NAME` is compared with."""
 
 # From torch 2.12 on, fewer heads of keys than of queries have to be asked for.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -68,6 +72,8 @@ def packed_attention(
 
     With a `sliding_window` a token sees itself and the `sliding_window - 1` tokens before it.
     """
+    # Rotary embeddings in float32 widen what they turn.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if packed_layout.varlen is not None and _has_kernel(queries, values):
         return _varlen(queries, keys, values, packed_layout.varlen, scaling, sliding_window).unsqueeze(0), None
@@ -180,11 +186,19 @@ def _gather(rows: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     return rows.index_select(0, block.flatten()).unflatten(0, block.shape).transpose(1, 2)
 
 
+def _plain_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *args, **options)
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
     """The sequences are separated by the layout, so the models need not build a mask."""
 
 
 def register() -> None:
-    """Makes the implementation known to transformers under `NAME`."""
+    """Makes the implementations known to transformers under `NAME` and `PLAIN`."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionInterface.register(PLAIN, _plain_attention)
+    AttentionMaskInterface.register(PLAIN, sdpa_mask)

@@ -288,7 +288,15 @@ class TorchBackend:
 def _placement(config: Config, group: RankGroup, device: torch.device) -> Placement:
     trainer = config.trainer
     mesh = init_device_mesh(device.type, (group.size,)) if group.size > 1 or trainer.offload else None
-    return Placement(device, mesh, trainer.offload, trainer.recompute, trainer.recompute_layers, trainer.compile)
+    return Placement(
+        device,
+        mesh,
+        offload=trainer.offload,
+        recompute=trainer.recompute,
+        recompute_layers=trainer.recompute_layers,
+        compile=trainer.compile,
+        wide_residuals=trainer.wide_residuals,
+    )
 
 
 def _unique(model: Any) -> dict[str, torch.Tensor]:

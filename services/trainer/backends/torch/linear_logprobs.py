@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from services.trainer.backends.torch.precision import HALF
+
 
 def linear_logprobs(
     hidden: torch.Tensor,
@@ -100,9 +102,19 @@ def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperatures: torch.Tensor
 ) -> torch.Tensor:
     """[chunk, vocabulary], of its own memory."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.div_(temperatures.unsqueeze(1))
+    logits = _wide_product(hidden, weight)
+    if bias is not None:
+        logits += bias
+    return logits.div_(temperatures.unsqueeze(1))
+
+
+def _wide_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``hidden @ weight.T``, of half precision without rounding it to that again."""
+    if hidden.dtype not in HALF:
+        return hidden @ weight.t()
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return hidden.float() @ weight.float().t()
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

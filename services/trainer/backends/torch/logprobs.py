@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from services.trainer.backends.torch.attention import PackedLayout, Varlen
 from services.trainer.backends.torch.context import Context, tokens_of_all
 from services.trainer.backends.torch.linear_logprobs import linear_logprobs
+from services.trainer.backends.torch.precision import HALF
 from services.trainer.backends.torch.sharding import Root
 from services.trainer.batch.context import ContextShare, context_share
 from services.trainer.batch.packing import PackedBatch
@@ -114,7 +115,7 @@ def token_logprobs(
     wanted = hidden.index_select(0, batch.predict)
     head = model.get_output_embeddings()
     chunk = max(1, (max_logits or MAX_LOGITS[wanted.device.type]) // head.weight.shape[0])
-    if len(wanted) <= chunk:
+    if len(wanted) <= chunk and wanted.dtype not in HALF:
         return TokenLogprobs(*_score(head, wanted, batch.targets, batch.temperatures, entropy_gradient))
     logprobs, entropy = linear_logprobs(wanted, head.weight, head.bias, batch.targets, batch.temperatures, chunk)
     return TokenLogprobs(logprobs, entropy if entropy_gradient else entropy.detach())

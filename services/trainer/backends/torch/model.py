@@ -88,6 +88,7 @@ def _check_packing(root: Root, device: torch.device, tolerance: float, field: st
     vocab = model.get_input_embeddings().weight.shape[0]
     rows = [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9], [5, 4, 3, 2]]
     sequences = [np.array(row, dtype=np.int32) % vocab for row in rows]
+    model.set_attn_implementation(attention.PLAIN)
     with torch.no_grad():
         plain = torch.cat([root.run(_plain_logprobs, sequence, device) for sequence in sequences])
     model.set_attn_implementation(attention.NAME)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from services.common.errors import ConfigError
+from services.trainer.backends.torch.precision import widen_residuals
 
 
 class Placement(NamedTuple):
@@ -36,6 +37,8 @@ class Placement(NamedTuple):
     """Those of the first so many layers; None: of all."""
     compile: bool = False
     """Decoder layers by torch.compile, for any length of a packed row."""
+    wide_residuals: bool = False
+    """In half precision, what the layers add up is float32."""
 
 
 class Root(torch.nn.Module):
@@ -73,6 +76,8 @@ def place(model: torch.nn.Module, dtype: torch.dtype, placement: Placement, fiel
 
     Raises ConfigError, naming `field`, for an architecture that does not say what its layers are.
     """
+    if placement.wide_residuals:
+        widen_residuals(model, dtype)
     layers = _layers(model, field) if placement.mesh is not None or placement.recompute or placement.compile else []
     if placement.recompute:
         for layer in layers[: placement.recompute_layers]:
