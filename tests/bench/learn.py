@@ -68,7 +68,7 @@ def run(work: Path, steps: int, variant: str, seed: int) -> dict[str, Any] | Non
     if result.exists():
         figures: dict[str, Any] = json.loads(result.read_bytes())
         return figures
-    directory = work / "runs" / f"{variant}.{seed}"
+    directory = work / "runs" / f"{variant}-{seed}"
     shutil.rmtree(directory, ignore_errors=True)
     directory.parent.mkdir(parents=True, exist_ok=True)
     file = directory.with_suffix(".toml")
