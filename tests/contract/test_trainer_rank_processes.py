@@ -46,14 +46,14 @@ async def ranks(config, directory):
                 await process.wait()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_they_stop_together_resume_and_fail_together(model, tmp_path):
     config = make_config(model, tmp_path / "run", steps=100_000, trainer={"ranks": 2})
     config.trainer.checkpoint.save_interval = 100_000
     async with running_rig(config, tmp_path) as rig:
         config.buffer.address = rig.address
         async with ranks(config, tmp_path) as (leader, other):
-            await until(lambda: len(rig.lines("metrics")) > 2, within_s=120)
+            await until(lambda: len(rig.lines("metrics")) > 2, within_s=240)
             # Alone it is no reason to end.
             other.send_signal(signal.SIGTERM)
             seen = len(rig.lines("metrics"))
@@ -65,7 +65,7 @@ async def test_they_stop_together_resume_and_fail_together(model, tmp_path):
         assert CheckpointStore(config.run.dir, 2).steps() == [stopped_at]
 
         async with ranks(config, tmp_path) as (leader, other):
-            await until(lambda: steps_of(rig.lines("metrics"))[-1] > stopped_at + 2, within_s=120)
+            await until(lambda: steps_of(rig.lines("metrics"))[-1] > stopped_at + 2, within_s=240)
             other.kill()
             assert await asyncio.wait_for(leader.wait(), 30) == 1
         ledger = await rig.buffer.get_ledger()
@@ -74,13 +74,13 @@ async def test_they_stop_together_resume_and_fail_together(model, tmp_path):
     assert "polyhead trainer: trainer.ranks: rank 0 of 2 lost another one: " in (tmp_path / "rank-0.log").read_text()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 async def test_the_others_end_when_the_first_is_gone_or_never_comes(model, tmp_path):
     config = make_config(model, tmp_path / "run", steps=100_000, trainer={"ranks": 2, "rank_timeout_s": 60.0})
     async with running_rig(config, tmp_path, feed=False) as rig:
         config.buffer.address = rig.address
         async with ranks(config, tmp_path) as (leader, other):
-            await until(lambda: rig.lines("pushes"), within_s=120)
+            await until(lambda: rig.lines("pushes"), within_s=240)
             # It waits for a batch, and the other one for a command.
             leader.kill()
             assert await asyncio.wait_for(other.wait(), 30) == 1

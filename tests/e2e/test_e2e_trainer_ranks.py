@@ -19,14 +19,14 @@ def run(tmp_path_factory, flags):
         *("--actor-num-nodes", "1", "--actor-num-gpus-per-node", "2"),
         *("--num-rollout", str(STEPS), "--save-interval", "5", "--run-dir", str(run_dir)),
     )
-    run.wait_for(lambda: run.step() >= KILLED_AT, within_s=90)
+    run.wait_for(lambda: run.step() >= KILLED_AT, within_s=240)
     (second,) = [one for one in run.processes("trainer") if one.cmdline()[0].startswith("polyhead-trainer-1")]
     second.kill()
-    assert run.finish(within_s=120) == 0, run.tail()
+    assert run.finish(within_s=240) == 0, run.tail()
     return run
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_group_starts_again_as_one_and_the_run_completes(run):
     summary = run.summary()
     assert len(summary["processes"]["trainer"]) == 4
@@ -38,6 +38,7 @@ def test_the_group_starts_again_as_one_and_the_run_completes(run):
 
 def test_the_rank_that_was_left_says_so_in_a_line(run):
     logged = (run.dir / "logs" / "trainer-0.log").read_text()
+    assert "polyhead trainer: trainer.ranks: rank 0 of 2 lost another one: " in logged
     assert logged.count("epoch_begins") == 2
 
 

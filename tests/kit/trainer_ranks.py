@@ -71,7 +71,7 @@ class Case:
                 "ranks": ranks,
                 "context_parallel": min(self.context, ranks),
                 "rendezvous": f"127.0.0.1:{port}",
-                "rank_timeout_s": 60.0,
+                "rank_timeout_s": 120.0,
                 "optimizer": {"lr": 1e-5, "weight_decay": 0.1},
                 "algorithm": self.algorithm,
                 **self.trainer,
@@ -117,6 +117,7 @@ CASES: dict[str, Case] = {
     ),
     "not finite": Case(trainer={"max_tokens_per_gpu": 120}, rewards={5: float("inf")}),
     "twice": Case(trainer={"max_tokens_per_gpu": 120}, times=2),
+    "again": Case(trainer={"max_tokens_per_gpu": 120}, times=2),
     "bfloat16": Case(dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, times=2),
 }
 
@@ -179,7 +180,7 @@ def spawn(directory: Path, ranks: int, *names: str) -> dict[str, Any]:
             processes.append(process)
     try:
         for process, log in zip(processes, logs, strict=True):
-            assert process.wait(timeout=360) == 0, log.read_text()[-3000:]
+            assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
     finally:
         for process in processes:
             process.kill()

@@ -7,6 +7,7 @@ FSDP's; the control group, always gloo, carries messages. All calls of a group h
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -238,4 +239,6 @@ def _is_of_a_collective(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What gloo says, without where in its source it says so, and without its advice."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0]
