@@ -31,7 +31,7 @@ async def _checksums(models: Sequence[Path]) -> list[str]:
         process = EngineProcess(command, Path(directory) / "engine.log")
         try:
             await process.ready(START_S)
-            address = EngineAddress(process.pid, [process.pid], process.client.url, process.client.admin_key)
+            address = EngineAddress(process.pid, [process.pid], "sglang", process.client.url, process.client.admin_key)
             sums = [await checksum(address)]
             for model in models[1:]:
                 await process.client.update_from_disk(str(model), version="reference", flush=True, timeout_s=60.0)
