@@ -11,6 +11,10 @@ SYSTEMS ?= 2
 MINUTES ?= 42
 # Of make outage: seconds of each fault, after everything waits for it.
 MINUTE ?= 60
+# Of make chaos-push: faults in pushes to in-house engines, and to real SGLang.
+FAULTS ?= 100
+SGLANG_FAULTS ?= 10
+JSON ?= runs/chaos-push/summary.json
 # Of make property: random histories, commands in each, and processes. Of make learn: runs at a time.
 HISTORIES ?= 5000
 COMMANDS ?= 100
@@ -38,8 +42,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang trl-env check fmt lint type proto proto-check up down status scale bench chaos outage property fuzz \
-	fuzz-scorers learn clean
+	test-sglang trl-env check fmt lint type proto proto-check up down status scale bench chaos chaos-push outage property \
+	fuzz fuzz-scorers learn clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -178,6 +182,11 @@ bench: $(VENV)/bench.installed .engines/trl/trl.installed ## micro-benchmarks, a
 chaos: $(VENV)/dev.installed ## kill and freeze every role in whole runs, 45 min (STRIKES=100 SYSTEMS=2 MINUTES=42 SEED=0)
 	@PYTHONPATH=.:protos $(BIN)/python -m tests.kit.faults.campaign --strikes $(STRIKES) --systems $(SYSTEMS) \
 		--minutes $(MINUTES) --seed $(SEED) --json runs/chaos/summary.json
+
+chaos-push: $(VENV)/dev.installed ## strike weight pushes at every step (FAULTS=100 SGLANG_FAULTS=10 SEED=0 JSON=FILE)
+	@[ "$(SGLANG_FAULTS)" = 0 ] || $(MAKE) --no-print-directory engine-env ENGINE=cpu
+	@PYTHONPATH=.:protos $(BIN)/python -W ignore::FutureWarning -m tests.kit.pushes.campaign --faults $(FAULTS) \
+		--sglang-faults $(SGLANG_FAULTS) --seed $(SEED) --json $(JSON)
 
 outage: $(VENV)/dev.installed ## runs whose reward server fails in every way, a minute each (MINUTE=60)
 	@POLYHEAD_OUTAGE_S=$(MINUTE) $(PYTEST) tests/e2e/test_e2e_reward_outage.py

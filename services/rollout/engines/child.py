@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from services.common.process import last_lines, spawn
@@ -87,5 +88,9 @@ class ChildProcess:
     def _on_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
+        # Processes of its own that have just begun do not watch it yet: an engine killed while it starts would leave
+        # them, with their memory. They are of its group, whose number is free only once it has been waited for.
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._ended.set()

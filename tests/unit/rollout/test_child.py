@@ -51,6 +51,22 @@ async def test_a_flag_that_was_refused_is_told_from_other_ends(start):
     assert child.usage_error() == "unrecognized arguments: --what"
 
 
+async def test_what_it_had_started_ends_with_it(start):
+    child = start(
+        "import subprocess, sys, time\n"
+        "started = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('grandchild', started.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    while "grandchild" not in child.last_words(""):
+        await asyncio.sleep(0.01)
+    left = psutil.Process(int(child.last_words("").rpartition(" ")[2]))
+    child.kill()
+    await child.ended()
+    while left.is_running() and left.status() != psutil.STATUS_ZOMBIE:
+        await asyncio.sleep(0.01)
+
+
 async def test_one_that_does_not_end_when_told_is_killed(start, tmp_path):
     child = start("import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)")
     while "deaf" not in child.last_words(""):

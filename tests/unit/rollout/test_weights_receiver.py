@@ -11,6 +11,7 @@ from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import rollout_pb2, sample_pb2
 from services.common.errors import FencedError, InvalidArgumentError, PreconditionError, UnavailableError
 from services.common.versions import Version
+from services.rollout.layout import ModelLayout
 from tests.kit.rollout_rig import GROUP, until
 
 PROMPT = "3+4="
@@ -193,6 +194,25 @@ async def test_a_first_bucket_refused_before_any_byte_does_no_harm(make_rig):
         await rig.load(V1, 0)
     assert await rig.abort(V1) == pb.REPLICA_STATE_SERVING
     assert rig.life.version == Version(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ({"w0": (2,), "w1": (3,)}, r"w1: shape \[2\], the engine's is \[3\]"),
+        ({"embed": (2,), "head": (2,)}, "w0: the engine's model has no such parameter"),
+        ({"w0": (2,), "w1": (2,), "w2": (2,)}, "w2: not sent"),
+        ("bfloat16", "w0: dtype float32, the engine's is bfloat16"),
+    ],
+)
+async def test_weights_of_another_model_are_refused_before_the_pause(make_rig, layout, reason):
+    rig = await make_rig()
+    named = layout if isinstance(layout, dict) else {"w0": (2,), "w1": (2,)}
+    rig.receiver._layout = ModelLayout(named, layout if isinstance(layout, str) else "float32")
+    with pytest.raises(InvalidArgumentError, match=reason):
+        await rig.begin(V1)
+    assert (rig.life.state, rig.life.version) == (pb.REPLICA_STATE_SERVING, Version(1, 0))
+    assert rig.engine.names().count("pause_generation") == 0
 
 
 async def test_an_abort_interrupts_a_bucket_on_its_way(make_rig):

@@ -1,0 +1,1 @@
+"""Weight pushes that are struck, and who judges what was served meanwhile (docs/chaos.md)."""
