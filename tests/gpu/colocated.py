@@ -116,7 +116,7 @@ class Bench:
         manifest = build_manifest(weights, self.scene.bucket_mb * MIB)
         snapshot = Snapshot(manifest, self.device, memory=SharedMemory(self._shared, self.device))
         clock.end("allocate_s")
-        snapshot.fill(weights)
+        snapshot.fill(weights.items())
         clock.end("fill_s")
         figures["used_training_gb"] = self.used_gb()
         clock.begin()

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from services.common.weight_memory import SharedFile
 from services.rollout.engines.messages import EngineUnavailableError
 from services.rollout.engines.receiver import PLUGIN_DIRECTORY, EngineReceiver
 
@@ -211,3 +212,40 @@ def test_fp8_for_a_model_that_has_it_in_another_layout_is_refused_before_anythin
         {"verb": "prepare", "arguments": {"digest": "d", "buckets": [FP8_BUCKET], "memory": 1 << 20}}
     )
     assert "ValueError" in answer["error"]
+
+
+def test_shared_buckets_are_read_where_they_are_and_let_go_of(tmp_path, monkeypatch):
+    """Copies are recorded the first time, and go on where the buckets are elsewhere."""
+    monkeypatch.setenv(receiver.SHARED_VARIABLE, str(tmp_path / "shared"))
+    model = Model()
+    inside = receiver.Receiver(model)
+    split = [TENSORS[:2], TENSORS[2:]]
+    buckets = [
+        {"num_bytes": size, "tensors": [[name, "float32", shape] for name, shape in part]}
+        for size, part in zip(SIZES, split, strict=True)
+    ]
+    calls = []
+    for seed in range(3):
+        files = [SharedFile(tmp_path / "shared", size) for size in SIZES]
+        values = torch.randn(sum(SIZES) // 4, generator=torch.Generator().manual_seed(seed))
+        for file, part in zip(files, values.split([size // 4 for size in SIZES]), strict=True):
+            file.tensor.copy_(part.view(torch.uint8))
+        places = [{"file": file.name, "handle": "", "device": ""} for file in files]
+        prepare = {"digest": "d", "buckets": None, "memory": 0, "shared": places}
+        answer = inside.handle({"verb": "prepare", "arguments": prepare})
+        if not seed:
+            assert answer == {"unknown": True}
+            answer = inside.handle({"verb": "prepare", "arguments": prepare | {"buckets": buckets}})
+        assert answer == {"ahead": 2}
+        assert "error" not in inside.handle({"verb": "receive"})
+        inside.load()
+        assert torch.equal(model.fused.flatten(), values[:24])
+        assert torch.equal(model.padded[:3].flatten(), values[24:36])
+        assert torch.equal(model.scale.float(), values[36:])
+        assert inside._slots == [], "the trainer may free its buckets"
+        calls.append(model.calls)
+        for file in files:
+            file.close()
+    assert calls == [2, 2, 2], "what load_weights did is recorded, and repeated without it"
+    missing = inside.handle({"verb": "prepare", "arguments": prepare})
+    assert "FileNotFoundError" in missing["error"]

@@ -263,6 +263,8 @@ class Receiver:
         known = self._plan if self._known == (digest, _SHARED) else None
         if known is None and buckets is None:
             return {"unknown": True}
+        if known is None:
+            _check_fp8(self._model, buckets or ())
         self._slots = []
         sizes = known.sizes if known is not None else [bucket["num_bytes"] for bucket in buckets or ()]
         self._slots = [self._open(place, size) for place, size in zip(shared, sizes, strict=True)]
