@@ -14,7 +14,7 @@ import importlib, importlib.abc, pkgutil, sys
 
 HEAVY = {"torch", "transformers", "sglang", "megatron", "ray", "safetensors", "accelerate"}
 # The collective itself: only trainer and engine import it.
-EXCEPT = {"services.common.weight_group", "services.common.weight_memory"}
+EXCEPT = {"services.common.fp8", "services.common.weight_group", "services.common.weight_memory"}
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
