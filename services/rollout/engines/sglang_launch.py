@@ -65,6 +65,8 @@ def sglang_flags(config: Config, replica: int, index: int) -> list[str]:
         "tp-size": engine.gpus,
         "stream-interval": engine.stream_interval,
         "incremental-streaming-output": True,
+        # Else its scheduler keeps a core busy, and the receiver's threads wait for their turns there.
+        "sleep-on-idle": True,
         # One line per request is more than the log of a long run can hold.
         "log-level-http": "warning",
     }

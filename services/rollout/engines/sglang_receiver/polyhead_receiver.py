@@ -35,10 +35,11 @@ RESERVE_BYTES = 1 << 30
 _SHARED = -1
 _LINE_MAX = 64 << 20
 
-# Targets in the model, and where each one's bytes are; for each dtype, since copies of several are not made at once.
-Copies = list[tuple[list[torch.Tensor], list[torch.Tensor]]]
 # Where a view lies in its storage: dtype, offset, size, stride.
 Place = tuple[torch.dtype, int, torch.Size, tuple[int, ...]]
+# Targets in the model, and where each one's bytes are in the slot; for each dtype, since copies of several are not made
+# at once.
+Copies = list[tuple[list[torch.Tensor], list[Place]]]
 
 
 def _common(name: str) -> Any:
@@ -63,38 +64,15 @@ class Plan:
         self.sizes = [bucket["num_bytes"] for bucket in buckets]
         self._tensors = [bucket["tensors"] for bucket in buckets]
         self._slots = slots
-        self._views = [_views(tensors, self.target(index)) for index, tensors in enumerate(self._tensors)]
         self._copies: list[Copies | None] = [None] * len(buckets)
-        self._places: list[list[list[Place]]] = [[] for _ in buckets]
-        """Of the copies' sources, while there are no slots."""
+        self._sources: list[list[list[torch.Tensor]] | None] = [None] * len(buckets)
+        """Of the recorded copies, in the present slots; None until they are wanted."""
         self._addresses: tuple[int, ...] = ()
 
     def rebase(self, slots: Sequence[torch.Tensor]) -> None:
-        """The slots are these from here on, of the same sizes; what is recorded stays true of them."""
-        self.release()
+        """The slots are these from here on, of the same sizes, or none; what is recorded stays true of them."""
         self._slots = slots
-        self._views = [_views(tensors, self.target(index)) for index, tensors in enumerate(self._tensors)]
-        for index, places in enumerate(self._places):
-            copies = self._copies[index]
-            if copies is not None:
-                slot = self.target(index)
-                self._copies[index] = [
-                    (targets, [_at(place, slot) for place in part])
-                    for (targets, _), part in zip(copies, places, strict=True)
-                ]
-
-    def release(self) -> None:
-        """Lets go of the slots. Doing it twice changes nothing."""
-        if not self._slots:
-            return
-        self._slots, self._views = [], []
-        for index, copies in enumerate(self._copies):
-            if copies is not None:
-                self._places[index] = [
-                    [(source.dtype, source.storage_offset(), source.size(), source.stride()) for source in sources]
-                    for _, sources in copies
-                ]
-                self._copies[index] = [(targets, []) for targets, _ in copies]
+        self._sources = [None] * len(self.sizes)
 
     @property
     def recorded(self) -> float:
@@ -110,19 +88,23 @@ class Plan:
         if addresses != self._addresses:
             self._addresses = addresses
             self._copies = [None] * len(self.sizes)
+            self._sources = [None] * len(self.sizes)
 
     def load(self, model: Any, bucket: int) -> None:
         """Copies an arrived bucket into the model. The copies that `load_weights` makes the first time are made again
         later: it spends more time on names than the GPU on bytes.
         """
-        copies = self._copies[bucket]
-        if copies is not None:
-            for targets, sources in copies:
-                torch._foreach_copy_(targets, sources)
+        slot, copies = self.target(bucket), self._copies[bucket]
+        if copies is None:
+            with _Recorder() as recorder:
+                model.load_weights(_views(self._tensors[bucket], slot))
+            self._copies[bucket] = recorder.copies(model, slot)
             return
-        with _Recorder() as recorder:
-            model.load_weights(self._views[bucket])
-        self._copies[bucket] = recorder.copies(model, self.target(bucket))
+        found = self._sources[bucket]
+        if found is None:
+            found = self._sources[bucket] = [[_at(place, slot) for place in places] for _, places in copies]
+        for (targets, _), sources in zip(copies, found, strict=True):
+            torch._foreach_copy_(targets, sources)
 
 
 def _at(place: Place, slot: torch.Tensor) -> torch.Tensor:
@@ -158,14 +140,14 @@ class _Recorder(TorchDispatchMode):
         out_of = all(each.untyped_storage().data_ptr() == source for each in self._sources)
         if not (self._pure and into and out_of and self._targets):
             return None
-        by_dtypes: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        by_dtypes: dict[Any, tuple[list[torch.Tensor], list[Place]]] = {}
         for target, copied in zip(self._targets, self._sources, strict=True):
             pair = [target.detach(), copied.detach()]
             if target.dtype == copied.dtype and target.element_size() == 1:
                 pair = [each.view(torch.uint8) for each in pair]  # fp8 is copied as bytes
-            targets, sources = by_dtypes.setdefault(tuple(each.dtype for each in pair), ([], []))
+            targets, places = by_dtypes.setdefault(tuple(each.dtype for each in pair), ([], []))
             targets.append(pair[0])
-            sources.append(pair[1])
+            places.append((pair[1].dtype, pair[1].storage_offset(), pair[1].size(), pair[1].stride()))
         return list(by_dtypes.values())
 
 
@@ -289,7 +271,7 @@ class Receiver:
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-        self._plan.release()
+        self._plan.rebase([])
         self._slots = []
 
     def _allocate(self, sizes: Sequence[int], memory: int) -> list[torch.Tensor]:
