@@ -11,8 +11,11 @@ from services.common.config import Config
 from services.common.errors import ConfigError
 from services.common.versions import Version
 from services.trainer.algorithms.reduction import sample_weights
+from services.trainer.backends.torch import attention
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.backends.torch.critic import Critic
+from services.trainer.backends.torch.model import load_critic
+from services.trainer.backends.torch.sharding import Placement
 from services.trainer.batch.samples import decode_groups
 from services.trainer.batch.staleness import Clock
 from services.trainer.checkpoint import CheckpointState, CheckpointStore
@@ -228,6 +231,21 @@ def test_another_vocabulary_is_refused(models, tmp_path):
     config = make_config(models | {"critic": build_tiny_qwen3(tmp_path / "c", vocab_size=99)})
     with pytest.raises(ConfigError, match=r"model\.critic_checkpoint: .* has 99 tokens, and the trained model 128"):
         TorchBackend(config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_architecture_that_cannot_be_packed_is_refused(models, monkeypatch, dtype):
+    def leaky(*args, **kwargs):
+        output, _ = attention.packed_attention(*args, **kwargs)
+        return output + output.mean(dim=1, keepdim=True), None
+
+    placement = Placement(torch.device("cpu"))
+    monkeypatch.setattr(attention, "register", lambda: attention.AttentionInterface.register(attention.NAME, leaky))
+    try:
+        with pytest.raises(ConfigError, match="Qwen3Model cannot be trained packed: states differ by"):
+            load_critic(models["critic"], dtype, placement, "model.critic_checkpoint")
+    finally:
+        attention.AttentionInterface.register(attention.NAME, attention.packed_attention)
 
 
 def test_a_checkpoint_without_one_starts_one_and_another_ones_is_refused(models, tmp_path):

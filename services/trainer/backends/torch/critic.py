@@ -127,8 +127,9 @@ class Critic:
         loss = (losses.loss * batch.weights).sum()
         loss.backward()
         self._optimizer.accumulate()
-        result.loss += loss.item()
-        result.clipped += losses.clipped.sum().item()
+        read = torch.stack([loss.detach(), losses.clipped.sum()]).tolist()
+        result.loss += read[0]
+        result.clipped += read[1]
         _add(result, micro_batch)
         if not math.isfinite(result.loss):
             bad = (~torch.isfinite(losses.loss.detach())).cpu().numpy()

@@ -20,7 +20,8 @@ from services.trainer.backends.torch.values import ValueModel
 from services.trainer.batch.packing import PackItem, pack
 
 FIELD, REFERENCE_FIELD = "model.hf_checkpoint", "model.ref_checkpoint"
-# Largest difference of a log-probability between the packed and the plain forward pass that rounding explains.
+# Largest difference between the packed and the plain forward pass that rounding explains: of a log-probability, or of
+# a hidden state as a share of it.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 _PROBE_PROMPT = 3
 
@@ -118,7 +119,7 @@ def _check_packing(root: Root, device: torch.device, tolerance: float, field: st
         raise ConfigError(
             f"{name.__name__} cannot be trained packed: {type(error).__name__}: {error}", field=field
         ) from error
-    difference = (plain - packed).abs().max().item()
+    difference = torch.linalg.vector_norm((plain - packed).reshape(len(plain), -1), dim=1).max().item()
     if not difference <= tolerance:
         raise ConfigError(f"{name.__name__} cannot be trained packed: {what} differ by {difference:.2g}", field=field)
 
@@ -135,7 +136,9 @@ def _packed_logprobs(model: Any, batch: DeviceBatch) -> torch.Tensor:
 
 
 def _plain_states(model: Any, sequence: Tokens, device: torch.device) -> torch.Tensor:
-    """Hidden states, as shares of their norm: about as far apart by rounding as log-probs are, or less."""
+    """Hidden states of norm 1: how far they are apart is a share of them, where rounding makes no more of it than of
+    log-probs.
+    """
     token_ids = torch.as_tensor(sequence, dtype=torch.int64, device=device)
     states = model.base_model(input_ids=token_ids[None], use_cache=False).last_hidden_state[0]
     return torch.nn.functional.normalize(states[_PROBE_PROMPT - 1 : -1].float(), dim=1)
