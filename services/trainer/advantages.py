@@ -28,29 +28,36 @@ from services.trainer.batch.samples import TrainSample
 Packed = list[NDArray[np.float32]]
 Batches = list[list[PackedBatch]]
 Known = list[NDArray[np.float32] | None]
-"""Of one rank's tokens of an optimizer step: advantages, and factors of the policy loss."""
+"""Of one rank's tokens of an optimizer step: advantages, factors of the policy loss, and returns."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one rank's model says of its micro-batches before the first optimizer step; None where nobody asks."""
+    """What one rank's models say of its micro-batches before the first optimizer step; None where nobody asks."""
 
     old: list[Packed | None]
     """Log-probs of the weights as they are, by optimizer step."""
     ref: list[Packed | None]
     """Of the reference model."""
     teacher: list[Packed | None]
+    values: list[Packed | None]
+    """The critic's."""
 
     def filled(self, batches: Sequence[Sequence[PackedBatch]], known: Sequence[Known]) -> Batches:
         """The micro-batches of each optimizer step, with what is known of their tokens."""
-        return [fill(*of_step) for of_step in zip(batches, known, self.old, self.ref, self.teacher, strict=True)]
+        return [fill(*of_step) for of_step in zip(batches, known, *self.parts, strict=True)]
+
+    @property
+    def parts(self) -> tuple[list[Packed | None], ...]:
+        return self.old, self.ref, self.teacher, self.values
 
 
 def score_steps(backend: TorchBackend, batches: Sequence[Sequence[PackedBatch]], algorithm: AlgorithmConfig) -> Scores:
     """On every rank, of its own micro-batches of each optimizer step."""
     old = [_old_logprobs(backend, of_step, algorithm, len(batches)) for of_step in batches]
     ref = [backend.ref_logprobs(of_step) for of_step in batches]
-    return Scores(old, ref, [backend.teacher_logprobs(of_step) for of_step in batches])
+    teacher = [backend.teacher_logprobs(of_step) for of_step in batches]
+    return Scores(old, ref, teacher, [backend.values(of_step) for of_step in batches])
 
 
 def with_advantages(
@@ -65,26 +72,33 @@ def with_advantages(
     batches = [step.batches for step in steps]
     own = score_steps(backend, batches, algorithm)
     group = backend.group
-    gathered = (group.of_parts(group.gather(each)) for each in (own.old, own.ref, own.teacher))
-    advantages = normalized(_advantages(samples, steps, Scores(*map(_of_all_parts, gathered)), config), algorithm)
-    parts = np.split(advantages, np.cumsum([len(step.rows) for step in steps])[:-1])
+    gathered = (group.of_parts(group.gather(each)) for each in own.parts)
+    raw, returns = _advantages(samples, steps, Scores(*map(_of_all_parts, gathered)), config)
     factors = _policy_factors(samples, steps, config)
-    known = [_known(*of_step) for of_step in zip(steps, parts, factors, strict=True)]
+    of_steps = zip(steps, _split(normalized(raw, algorithm), steps), factors, _split(returns, steps), strict=True)
+    known = [_known(step, *flat) for step, *flat in of_steps]
     return own.filled(batches, group.scatter(group.for_ranks(list(zip(*known, strict=True)))))
 
 
 def take_advantages(backend: TorchBackend, batches: Sequence[Sequence[PackedBatch]], config: Config) -> Batches:
     """What `with_advantages` is on rank 0, on the others."""
     own = score_steps(backend, batches, config.trainer.algorithm)
-    for scores in (own.old, own.ref, own.teacher):
+    for scores in own.parts:
         backend.group.gather(scores)
     return own.filled(batches, backend.group.scatter())
 
 
-def _known(step: StepTokens, advantages: NDArray[np.float64], factors: NDArray[np.float64] | None) -> list[Known]:
+def _known(step: StepTokens, *flat: NDArray[np.float64] | None) -> list[Known]:
     """For each part of the batch."""
-    of_factors = [None] * len(step.shares) if factors is None else step.packed(factors)
-    return [[*of_part] for of_part in zip(step.packed(advantages), of_factors, strict=True)]
+    packed = ([None] * len(step.shares) if each is None else step.packed(each) for each in flat)
+    return [[*of_part] for of_part in zip(*packed, strict=True)]
+
+
+def _split(flat: NDArray[np.float64] | None, steps: Sequence[StepTokens]) -> list[NDArray[np.float64] | None]:
+    """By optimizer step."""
+    if flat is None:
+        return [None] * len(steps)
+    return [*np.split(flat, np.cumsum([len(step.rows) for step in steps])[:-1])]
 
 
 def _policy_factors(
@@ -128,8 +142,10 @@ def _advantages(
     steps: Sequence[StepTokens],
     scores: Scores,
     config: Config,
-) -> NDArray[np.float64]:
-    """Flat, of all steps; `scores` are of all parts."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Flat, of all steps, not whitened; and the returns that a critic learns, None without one. `scores` are of all
+    parts.
+    """
     algorithm, old, ref = config.trainer.algorithm, scores.old, scores.ref
     recorded = np.concatenate([step.rollout_logprobs for step in steps]).astype(np.float64)
     logprobs = recorded if None in old else _flat(steps, old)
@@ -142,15 +158,17 @@ def _advantages(
         positions=np.concatenate([step.positions for step in steps]),
         kl=divergence if algorithm.kl_coef else None,
         process=_process(samples),
+        values=None if None in scores.values else _flat(steps, scores.values),
     )
     if algorithm.advantage_function:
         by_token = TokenLogprobs(recorded, logprobs, ref_logprobs, divergence)
         advantages = user_advantages(samples, episodes, by_token, config)
     else:
         advantages = token_advantages(episodes, algorithm)
+    returns = None if episodes.values is None else advantages + episodes.values
     if algorithm.use_opd:
         advantages = advantages - algorithm.opd_kl_coef * (logprobs - _flat(steps, scores.teacher))
-    return advantages
+    return advantages, returns
 
 
 def _process(samples: Sequence[TrainSample]) -> ProcessRewards | None:

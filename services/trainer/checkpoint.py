@@ -2,6 +2,8 @@
 
 model.safetensors       weights by Hugging Face name
 optimizer.safetensors   ``<kind>/<parameter name>``: moments, step counters, float32 master weights where there are
+critic.safetensors, critic_optimizer.safetensors
+                        the same of PPO's critic, where there is one
 rng.safetensors         states of the random number generators, uint8
 state.json              `CheckpointState`, and the digest of each file above
 """

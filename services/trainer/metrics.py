@@ -13,8 +13,12 @@ from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.common.versions import Version
 from services.trainer.backends.torch.backend import StepResult
+from services.trainer.backends.torch.critic import CriticResult
 from services.trainer.batch.samples import TrainSample
 from services.trainer.batch.staleness import Clock, sample_staleness
+
+# What is left of the variance of equal returns, as a share of their mean square.
+ROUNDING = 1e-12
 
 
 @dataclass
@@ -84,6 +88,7 @@ def training_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
     steps = max(len(results), 1)
     names = sorted({name for result in applied for name in result.figures})
     largest = sorted({name for result in applied for name in result.maxima})
+    critic = [result.critic for result in results if result.critic is not None]
     return {
         "loss": sum(result.loss for result in results) / steps,
         "grad_norm": sum(result.grad_norm for result in results) / steps,
@@ -98,6 +103,31 @@ def training_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
         "trained_tokens": sum(result.tokens for result in applied),
         "micro_batches": sum(result.micro_batches for result in results),
         "optimizer_steps_skipped": sum(not result.applied for result in results),
+        **(_critic_metrics(critic) | {"critic_only": any(result.critic_only for result in results)} if critic else {}),
+    }
+
+
+def _critic_metrics(results: Sequence[CriticResult]) -> dict[str, Any]:
+    """Loss and gradient norm are means over the optimizer steps, the others are over the trained tokens of all.
+
+    `explained_variance` is 1 - Var(return - value) / Var(return), None where all returns are equal.
+    """
+    tokens = max(sum(result.tokens for result in results), 1)
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(result, name) for result in results)) / tokens
+
+    variance = mean("squared_returns") - mean("returns") ** 2
+    unexplained = mean("squared_errors") - mean("errors") ** 2
+    return {
+        "value_loss": sum(result.loss for result in results) / len(results),
+        "value_clip_fraction": mean("clipped"),
+        "value_mean": mean("values"),
+        "return_mean": mean("returns"),
+        "explained_variance": 1.0 - unexplained / variance if variance > ROUNDING * mean("squared_returns") else None,
+        "critic_grad_norm": sum(result.grad_norm for result in results) / len(results),
+        "critic_lr": results[-1].lr,
+        "critic_steps_skipped": sum(not result.applied for result in results),
     }
 
 

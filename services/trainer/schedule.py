@@ -53,5 +53,11 @@ class Schedule:
 
 
 def learning_rate(config: Config) -> Schedule:
-    """That of a run."""
-    return Schedule(config.trainer.optimizer, *config.trainer.optimizer.span(config.optimizer_steps))
+    """That of a run's policy."""
+    return Schedule(config.trainer.optimizer, *config.trainer.optimizer.span(config.policy_steps))
+
+
+def critic_learning_rate(config: Config) -> Schedule:
+    """That of its critic, which trains in every step of the run."""
+    optimizer = config.trainer.critic.optimizer(config.trainer.optimizer)
+    return Schedule(optimizer, *optimizer.span(config.optimizer_steps))

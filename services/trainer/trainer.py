@@ -146,6 +146,7 @@ def _digest(config: Config) -> str:
         "sampling": config.rollout.sampling.model_dump(mode="json"),
         "algorithm": config.trainer.algorithm.model_dump(mode="json"),
         "optimizer": config.trainer.optimizer.model_dump(mode="json"),
+        "critic": config.trainer.critic.model_dump(mode="json"),
         "reward": config.reward.scorer,
     }
     return str(xxhash.xxh3_128_hexdigest(orjson.dumps(shaping, option=orjson.OPT_SORT_KEYS)))

@@ -46,6 +46,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "rloo": {f"{TRAIN}.name": "rloo"},
     "reinforce_plus_plus": {f"{TRAIN}.name": "reinforce_plus_plus"},
     "reinforce_plus_plus_baseline": {f"{TRAIN}.name": "reinforce_plus_plus_baseline"},
+    "ppo": {f"{TRAIN}.name": "ppo", f"{TRAIN}.lambd": 0.95},
 }
 ASYNC: dict[str, dict[str, Any]] = {
     "synchronous": {"staleness.max_staleness": 0, **RECOMPUTED},

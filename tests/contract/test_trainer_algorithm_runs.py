@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from services.common.errors import ConfigError
 from tests.kit.tiny_model import build_tiny_qwen3
@@ -31,6 +32,10 @@ RUNS = {
     ),
     "cispo-kl": ({"name": "cispo", "use_kl_loss": True, "kl_loss_coef": 0.01, "kl_type": "low_var_kl"}, {"kl"}),
     "reinforce_plus_plus": ({"name": "reinforce_plus_plus", "kl_coef": 0.01, "gamma": 0.99}, {"kl"}),
+    "ppo": (
+        {"name": "ppo", "kl_coef": 0.01, "gamma": 0.99, "lambd": 0.95},
+        {"kl", "value_loss", "value_clip_fraction", "explained_variance", "value_mean", "return_mean", "critic_lr"},
+    ),
     "users": ({"advantage_function": "tests.kit.advantage_functions.centred", "entropy_coef": 0.01}, set()),
 }
 
@@ -48,6 +53,26 @@ async def test_a_run_with_it_trains_and_reports(model, tmp_path, name):
         assert figures | {"ratio_max", "clip_fraction_low", "clip_fraction_high"} <= line.keys()
         assert line["optimizer_steps_skipped"] == 0
         assert math.isfinite(line["loss"])
+
+
+async def test_steps_of_the_critic_alone_are_steps_of_the_run(model, tmp_path):
+    trainer = {"algorithm": {"name": "ppo"}, "critic": {"only_steps": 2}, "checkpoint": {"export_hf": True}}
+    config = make_config(model, tmp_path / "run", steps=3, trainer=trainer)
+    async with running_rig(config, tmp_path) as rig:
+        await asyncio.wait_for(rig.train(), 60)
+    lines = rig.lines("metrics")
+    assert [(line["version"].partition(".")[2], line["critic_only"]) for line in lines] == [
+        ("s1", True),
+        ("s2", True),
+        ("s3", False),
+    ]
+    assert [line["grad_norm"] > 0.0 for line in lines] == [False, False, True]
+    assert all(line["optimizer_steps_skipped"] == 0 and line["critic_grad_norm"] > 0.0 for line in lines)
+    with safe_open(tmp_path / "run" / "hf" / "model.safetensors", "pt") as exported:
+        assert not [name for name in exported.keys() if "value_head" in name]  # noqa: SIM118
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_00000003")
+    assert (checkpoint / "critic.safetensors").exists()
+    assert (checkpoint / "critic_optimizer.safetensors").exists()
 
 
 async def test_a_function_that_fails_ends_the_run_with_its_name(model, tmp_path):

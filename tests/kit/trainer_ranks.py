@@ -84,6 +84,9 @@ def fields(sample: TrainSample) -> dict[str, Any]:
 
 
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.1}
+PPO = {"name": "ppo", "gamma": 0.97, "lambd": 0.9, "kl_coef": 0.1, "old_logprobs": "recomputed"}
+# These also go on from a checkpoint of theirs.
+RESUMED = ("twice", "ppo")
 CASES: dict[str, Case] = {
     "one sequence a micro-batch": Case(trainer={"max_tokens_per_gpu": 1}),
     "packed": Case(trainer={"max_tokens_per_gpu": 120}),
@@ -115,10 +118,13 @@ CASES: dict[str, Case] = {
         algorithm={"name": "gspo", **KL, "entropy_coef": 0.1, "old_logprobs": "recomputed"},
         steps=2,
     ),
+    "ppo": Case(trainer={"max_tokens_per_gpu": 120}, algorithm=PPO, steps=2, times=2),
+    "shared rows, ppo": Case(context=2, trainer={"max_tokens_per_gpu": 60}, algorithm=PPO, steps=2, times=2, seed=1),
     "not finite": Case(trainer={"max_tokens_per_gpu": 120}, rewards={5: float("inf")}),
     "twice": Case(trainer={"max_tokens_per_gpu": 120}, times=2),
     "again": Case(trainer={"max_tokens_per_gpu": 120}, times=2),
     "bfloat16": Case(dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, times=2),
+    "ppo, bfloat16": Case(dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, algorithm=PPO, times=2),
 }
 
 
@@ -202,7 +208,7 @@ def _main(directory: Path, ranks: int, rank: int, port: int, names: Sequence[str
             continue
         gradients.clear()
         outcomes[name] = run_case(case, backend, config, gradients)
-        if name == "twice":
+        if name in RESUMED:
             _continue(case, backend, config, directory, outcomes[name])
         with backend.group.command(STOP):
             pass
@@ -212,13 +218,16 @@ def _main(directory: Path, ranks: int, rank: int, port: int, names: Sequence[str
 
 
 def _continue(case: Case, backend: TorchBackend, config: Config, directory: Path, outcome: dict[str, Any]) -> None:
-    """Goes on, goes back to where that began, and goes on again: into `outcome`. Exports the model."""
+    """Goes on, goes back to where that began, and goes on again: into `outcome`. Exports the model, if it is the only
+    one.
+    """
     start, steps = outcome["state"], outcome["optimizer_steps"]
     for name in ("went_on", "resumed"):
         backend.load_state(start, steps)
         train_batch(backend, case.samples(), CLOCK, config)
         outcome[name] = backend.state()
-    backend.save_pretrained(directory / f"exported-{config.trainer.ranks}")
+    if backend.critic is None:
+        backend.save_pretrained(directory / f"exported-{config.trainer.ranks}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from services.common.config.section import Section
 
-Name = Literal["grpo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+Name = Literal["grpo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"]
 Level = Literal["token", "sequence", "geometric"]
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -21,9 +21,12 @@ _MEANS: dict[str, dict[str, Any]] = {
     "rloo": {"normalize_std": False},
     "reinforce_plus_plus": {"normalize_std": False, "normalize_advantages": True},
     "reinforce_plus_plus_baseline": {"normalize_std": False, "normalize_advantages": True},
+    "ppo": {"normalize_std": False, "normalize_advantages": True},
 }
 _DIVIDES_BY_STD = ("grpo", "gspo", "cispo")
-_TOKEN_LEVEL = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
+_CRITIC = "ppo"
+_WHITENED = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
+_TOKEN_LEVEL = (*_WHITENED, _CRITIC)
 _KL_IN_REWARD = ("rloo", *_TOKEN_LEVEL)
 
 
@@ -69,15 +72,15 @@ class AlgorithmConfig(Section):
     normalize_std: bool = True
     """Divide by the group's standard deviation: grpo, gspo, cispo (slime: not --disable-grpo-std-normalization)."""
     normalize_advantages: bool = False
-    """Whiten the advantages over all trained tokens of the step. reinforce_plus_plus and its baseline always do
-    (slime: --normalize-advantages)."""
+    """Whiten the advantages over all trained tokens of the step. reinforce_plus_plus and its baseline always do,
+    ppo by default (slime: --normalize-advantages)."""
     process_rewards: Literal["add", "only"] = "add"
     """Of samples whose scorer rewards spans of tokens. add: beside the reward of the whole. only: instead of it, as in
     DeepSeekMath."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount per completion token: reinforce_plus_plus and its baseline."""
-    lambd: float = 1.0
-    """slime's flag of GAE. No algorithm here has a critic: anything but 1 is refused."""
+    """Discount per completion token: reinforce_plus_plus and its baseline, ppo."""
+    lambd: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """GAE's λ, of ppo: at 1 advantages are returns minus values, at 0 one-step errors of the critic."""
     policy_loss: Literal["clip", "gspo", "cispo", "sft", "custom"] = "clip"
     """clip: PPO's, by tokens. gspo: PPO's, by the ratio of whole segments. cispo: the clipped ratio as a weight. sft:
     the negative log-prob, whatever the rewards. custom: loss_function (slime: --loss-type)."""
@@ -103,7 +106,7 @@ class AlgorithmConfig(Section):
     """Measure the KL to the reference model, and add kl_loss_coef times it to the loss (slime: --use-kl-loss)."""
     kl_loss_coef: NotNegative = 0.0
     kl_coef: NotNegative = 0.0
-    """Of the KL in the reward: rloo, reinforce_plus_plus and its baseline (slime: --kl-coef)."""
+    """Of the KL in the reward: rloo, reinforce_plus_plus and its baseline, ppo (slime: --kl-coef)."""
     kl_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k1"
     """The estimator. The gradient of k1 as a loss is 0 on average: use another, or kl_unbiased (slime:
     --kl-loss-type)."""
@@ -128,6 +131,11 @@ class AlgorithmConfig(Section):
         return self.name in _TOKEN_LEVEL
 
     @property
+    def has_critic(self) -> bool:
+        """Whether a second model is trained, whose values the advantages are made with."""
+        return self.name == _CRITIC
+
+    @property
     def whole_completions(self) -> bool:
         """Whether all tokens of a sample have one advantage, whatever it was rewarded for."""
         return self.name == "rloo" or self.policy_loss == "gspo"
@@ -149,21 +157,18 @@ class AlgorithmConfig(Section):
             raise ValueError(f"{value!r} is not of the form pkg.mod:fn")
         return value
 
-    @field_validator("lambd")
-    @classmethod
-    def _no_critic(cls, value: float) -> float:
-        if value != 1.0:
-            raise ValueError("is of GAE, which needs a critic, and no algorithm here has one: leave it out")
-        return value
-
     @model_validator(mode="after")
     def _advantages_fit(self) -> AlgorithmConfig:
         if self.normalize_std and self.name not in _DIVIDES_BY_STD:
             raise ValueError(f"normalize_std = true is for {', '.join(_DIVIDES_BY_STD)}, and name = {self.name}")
-        if self.token_level and not self.normalize_advantages:
+        if self.name in _WHITENED and not self.normalize_advantages:
             raise ValueError(f"name = {self.name} needs normalize_advantages = true")
         if self.gamma != 1.0 and not self.token_level:
             raise ValueError(f"gamma = {self.gamma} is for {', '.join(_TOKEN_LEVEL)}, and name = {self.name}")
+        if self.lambd != 1.0 and not self.has_critic:
+            raise ValueError(f"lambd = {self.lambd} is of GAE, which needs a critic: name = {_CRITIC}, not {self.name}")
+        if self.advantage_function and self.has_critic:
+            raise ValueError(f"advantage_function makes the advantages, and name = {_CRITIC} does, with its critic")
         return self
 
     @model_validator(mode="after")

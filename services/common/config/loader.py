@@ -90,9 +90,38 @@ class Config(BaseSettings):
         """Of the whole run."""
         return self.run.num_rollout * (self.batch.num_steps_per_rollout or 1)
 
+    @property
+    def policy_steps(self) -> int:
+        """Optimizer steps of the policy: not those that train the critic alone."""
+        return self.optimizer_steps - self.trainer.critic.only_steps * (self.batch.num_steps_per_rollout or 1)
+
     @model_validator(mode="after")
     def _schedule_fits(self) -> Config:
-        self.trainer.optimizer.span(self.optimizer_steps)
+        if self.trainer.critic.only_steps >= self.run.num_rollout:
+            raise ValueError(
+                f"trainer.critic.only_steps = {self.trainer.critic.only_steps} leaves none of run.num_rollout = "
+                f"{self.run.num_rollout} steps to the policy"
+            )
+        self.trainer.optimizer.span(self.policy_steps)
+        return self
+
+    @model_validator(mode="after")
+    def _critic_fits(self) -> Config:
+        if not self.trainer.algorithm.has_critic:
+            if self.model.critic_checkpoint is not None:
+                raise ValueError(
+                    f"model.critic_checkpoint is for trainer.algorithm.name = ppo, not {self.trainer.algorithm.name}"
+                )
+            return self
+        try:
+            self.trainer.critic.optimizer(self.trainer.optimizer).span(self.optimizer_steps)
+        except ValueError as error:
+            reason = (
+                error.errors()[0]["msg"].removeprefix("Value error, ")
+                if isinstance(error, ValidationError)
+                else str(error)
+            )
+            raise ValueError(f"trainer.critic does not go with trainer.optimizer: {reason}") from None
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from services.common.config.algorithm import AlgorithmConfig
+from services.common.config.critic import CriticConfig
 from services.common.config.optimizer import OptimizerConfig
 from services.common.config.remote import RemoteConfig
 from services.common.config.section import Positive, Seconds, Section
@@ -77,6 +78,9 @@ class ModelConfig(Section):
     in fp8, training begins here instead, or with its weights dequantised (slime: --ref-load)."""
     teacher_checkpoint: Path | None = None
     """The frozen model of on-policy distillation, of the same vocabulary (slime: --opd-teacher-load)."""
+    critic_checkpoint: Path | None = None
+    """The causal language model that the critic of trainer.algorithm.name = "ppo" begins as, without its head, of the
+    same vocabulary. Default: what the policy begins as (slime: --critic-load)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -557,6 +561,8 @@ class TrainerConfig(Section):
     """With device = "cuda": reference and teacher model leave the GPU while nothing asks for their log-probs."""
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+    """Of algorithm.name = "ppo"."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
 
@@ -564,6 +570,12 @@ class TrainerConfig(Section):
     def _ranks_share_sequences_evenly(self) -> TrainerConfig:
         if self.ranks % self.context_parallel:
             raise ValueError(f"ranks = {self.ranks} is not a multiple of context_parallel = {self.context_parallel}")
+        return self
+
+    @model_validator(mode="after")
+    def _critic_is_wanted(self) -> TrainerConfig:
+        if self.critic != CriticConfig() and not self.algorithm.has_critic:
+            raise ValueError(f"critic is for algorithm.name = ppo, not {self.algorithm.name}")
         return self
 
     @model_validator(mode="after")

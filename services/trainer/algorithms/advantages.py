@@ -60,15 +60,27 @@ def discounted_returns(
     sample of each token, `positions` its place among all completion tokens of that sample: time passes on tokens that
     are not trained, too. Tokens of one sample stand together, in order.
     """
-    ends = np.flatnonzero(np.diff(rows, append=-1))
-    earned = token_rewards.copy()
-    earned[ends] += rewards[rows[ends]]
+    earned = with_outcomes(rewards, token_rewards, rows)
     returns = np.empty_like(earned)
     start = 0
-    for end in (ends + 1).tolist():
+    for end in (_ends(rows) + 1).tolist():
         returns[start:end] = _returns(earned[start:end], positions[start:end], gamma)
         start = end
     return returns
+
+
+def with_outcomes(
+    rewards: NDArray[np.float64], token_rewards: NDArray[np.float64], rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """`token_rewards` plus, at the last trained token of each sample, its entry of `rewards`: float64[n]."""
+    ends, earned = _ends(rows), token_rewards.copy()
+    earned[ends] += rewards[rows[ends]]
+    return earned
+
+
+def _ends(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The last token of each sample that has any."""
+    return np.flatnonzero(np.diff(rows, append=-1))
 
 
 def _returns(earned: NDArray[np.float64], positions: NDArray[np.int64], gamma: float) -> NDArray[np.float64]:

@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.common.config.algorithm import AlgorithmConfig
-from services.trainer.algorithms.advantages import discounted_returns, group_advantages, leave_one_out, whiten
+from services.trainer.algorithms.advantages import (
+    discounted_returns,
+    group_advantages,
+    leave_one_out,
+    whiten,
+    with_outcomes,
+)
+from services.trainer.algorithms.gae import generalised_advantages
 from services.trainer.algorithms.process import ProcessRewards, following_sums, group_process_rewards
 
 
@@ -29,6 +36,8 @@ class Episodes:
     """[n]: the estimate of KL(policy || reference) at each token; None when it is not in the reward."""
     process: ProcessRewards | None = None
     """None where no sample has any."""
+    values: NDArray[np.float64] | None = None
+    """[n]: the critic's, of the state before each token; None without one."""
 
 
 def token_advantages(episodes: Episodes, algorithm: AlgorithmConfig) -> NDArray[np.float64]:
@@ -47,6 +56,15 @@ def token_advantages(episodes: Episodes, algorithm: AlgorithmConfig) -> NDArray[
     if algorithm.token_level:
         if process is not None:
             penalties = penalties + process.at_tokens(rows, episodes.positions)
+        if episodes.values is not None:
+            return generalised_advantages(
+                with_outcomes(relative, penalties, rows),
+                episodes.values,
+                rows,
+                episodes.positions,
+                gamma=algorithm.gamma,
+                lambd=algorithm.lambd,
+            )
         return discounted_returns(relative, penalties, rows, episodes.positions, gamma=algorithm.gamma)
     if process is None or algorithm.whole_completions:
         return relative[rows]
@@ -65,8 +83,8 @@ def outcome_rewards(episodes: Episodes, algorithm: AlgorithmConfig) -> NDArray[n
 def relative_rewards(
     rewards: NDArray[np.float64], group_ids: Sequence[str], algorithm: AlgorithmConfig
 ) -> NDArray[np.float64]:
-    """Against their groups where the estimator has it so, float64[samples]; for rloo and REINFORCE++ as they are."""
-    if algorithm.name in ("rloo", "reinforce_plus_plus"):
+    """Against their groups where the estimator has it so, float64[samples]; as they are for rloo, REINFORCE++, PPO."""
+    if algorithm.name in ("rloo", "reinforce_plus_plus", "ppo"):
         return rewards
     return group_advantages(rewards, group_ids, normalize_std=algorithm.normalize_std)
 

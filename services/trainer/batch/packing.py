@@ -84,6 +84,10 @@ class PackedBatch:
     """[n]: the teacher's, where there is one."""
     policy_factors: NDArray[np.float32] | None = None
     """[n]: of the policy loss, where a user's function weighs it."""
+    old_values: NDArray[np.float32] | None = None
+    """[n]: the critic's at the start of the step, where there is one."""
+    returns: NDArray[np.float32] | None = None
+    """[n]: what it learns."""
 
 
 # What a rank computes for a micro-batch in which it has no sequence: one token, none of them trained.

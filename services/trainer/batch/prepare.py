@@ -60,7 +60,7 @@ class StepTokens:
         ref_logprobs: Sequence[NDArray[np.float32]] | None = None,
     ) -> list[PackedBatch]:
         """The micro-batches of rank 0 with flat `advantages`, and with log-probs given per micro-batch."""
-        return fill(self.batches, (self.packed(advantages)[0], None), old_logprobs, ref_logprobs)
+        return fill(self.batches, (self.packed(advantages)[0], None, None), old_logprobs, ref_logprobs)
 
 
 def fill(
@@ -69,12 +69,15 @@ def fill(
     old_logprobs: Sequence[NDArray[np.float32]] | None,
     ref_logprobs: Sequence[NDArray[np.float32]] | None,
     teacher_logprobs: Sequence[NDArray[np.float32]] | None = None,
+    old_values: Sequence[NDArray[np.float32]] | None = None,
 ) -> list[PackedBatch]:
-    """The micro-batches of one rank with what is `known` of all their tokens, and log-probs given per micro-batch.
+    """The micro-batches of one rank with what is `known` of all their tokens, and with log-probs and values given per
+    micro-batch.
 
-    `known` are the advantages, and the factors of the policy loss, None where they are 1.
+    `known` are the advantages, the factors of the policy loss, None where they are 1, and the returns, None where
+    nobody learns them.
     """
-    advantages, factors = known
+    advantages, factors, returns = known
     assert advantages is not None
     filled, start = [], 0
     for number, batch in enumerate(batches):
@@ -87,6 +90,8 @@ def fill(
                 old_logprobs=None if old_logprobs is None else old_logprobs[number],
                 ref_logprobs=None if ref_logprobs is None else ref_logprobs[number],
                 teacher_logprobs=None if teacher_logprobs is None else teacher_logprobs[number],
+                old_values=None if old_values is None else old_values[number],
+                returns=None if returns is None else returns[start:end],
             )
         )
         start = end

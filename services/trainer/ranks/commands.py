@@ -10,6 +10,8 @@ import torch
 TRAIN = "train"
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
+CRITIC = "critic"
+CRITIC_OPTIMIZER = "critic_optimizer"
 LOAD = "load"
 
 State = Mapping[str, Mapping[str, torch.Tensor]]

@@ -45,11 +45,15 @@ def obey(config: Config, backend: TorchBackend, fetch: Fetch) -> None:
             case commands.TRAIN:
                 masking = masking_of(config, clock_of(message))
                 batches = own_batches(message, group.part, masking, fetch, backend.vocab_size)
-                follow_batch(backend, batches, config)
+                follow_batch(backend, batches, config, masking.clock)
             case commands.WEIGHTS:
                 _exhaust(backend.tensors())
             case commands.OPTIMIZER:
                 _exhaust(backend.optimizer_tensors())
+            case commands.CRITIC | commands.CRITIC_OPTIMIZER:
+                assert backend.critic is not None
+                critic = backend.critic
+                _exhaust(critic.tensors() if name == commands.CRITIC else critic.optimizer_tensors())
             case commands.LOAD:
                 backend.load_state(*commands.outlined(message))
             case _:

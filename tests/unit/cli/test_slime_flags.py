@@ -227,6 +227,16 @@ def test_flags_of_the_algorithm_set_our_keys():
     assert str(config.model.ref_checkpoint) == "/models/first"
 
 
+def test_flags_of_the_critic_set_our_keys():
+    arguments = """--advantage-estimator ppo --critic-load /models/critic --critic-lr 1e-5 --critic-lr-warmup-iters 3
+        --num-critic-only-steps 2 --value-clip 0.3 --gamma 0.99 --lambd 0.95 --kl-coef 0.01"""
+    config = load(None, slime_flags.to_overrides(arguments.split()))
+    algorithm, critic = config.trainer.algorithm, config.trainer.critic
+    assert (algorithm.name, algorithm.gamma, algorithm.lambd, algorithm.kl_coef) == ("ppo", 0.99, 0.95, 0.01)
+    assert (critic.lr, critic.warmup_steps, critic.only_steps, critic.value_clip) == (1e-5, 3, 2, 0.3)
+    assert str(config.model.critic_checkpoint) == "/models/critic"
+
+
 def test_flags_of_the_kl_in_the_loss_and_of_grpo_set_our_keys():
     arguments = """--advantage-estimator grpo --use-kl-loss --kl-loss-coef 0.01 --kl-loss-type k3 --use-unbiased-kl
         --disable-grpo-std-normalization"""

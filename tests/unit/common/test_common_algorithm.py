@@ -26,6 +26,7 @@ def algorithm(**keys: object) -> AlgorithmConfig:
         ("rloo", {"policy_loss": "clip", "normalize_std": False, "normalize_advantages": False}),
         ("reinforce_plus_plus", {"normalize_std": False, "normalize_advantages": True}),
         ("reinforce_plus_plus_baseline", {"normalize_std": False, "normalize_advantages": True}),
+        ("ppo", {"policy_loss": "clip", "normalize_std": False, "normalize_advantages": True, "lambd": 1.0}),
     ],
 )
 def test_a_name_sets_what_is_not_given_and_survives_a_round_trip(
@@ -51,7 +52,11 @@ def test_a_weight_without_bound_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ({"name": "ppo"}, "trainer.algorithm.name: Input should be 'grpo', .* not 'ppo'"),
+    ({"name": "vpg"}, "trainer.algorithm.name: Input should be 'grpo', .* not 'vpg'"),
+    ({"name": "ppo", "policy_loss": "gspo"}, "policy_loss = gspo needs one advantage per segment"),
+    ({"name": "ppo", "normalize_std": True}, "normalize_std = true is for grpo, gspo, cispo, and name = ppo"),
+    ({"name": "ppo", "advantage_function": "my.fn"}, "advantage_function makes the advantages, and name = ppo does"),
+    ({"name": "ppo", "lambd": 1.5}, "trainer.algorithm.lambd: .* less than or equal to 1"),
     ({"eps_clip": 0.3, "eps_clip_high": 0.2}, "eps_clip_high = 0.2 must be at least eps_clip = 0.3"),
     ({"eps_clip_c": 1.0}, "trainer.algorithm.eps_clip_c: .* greater than 1, not 1.0"),
     ({"name": "gspo", "policy_loss": "clip"}, "name = gspo needs policy_loss = gspo, not clip"),
@@ -61,7 +66,7 @@ REFUSED = [
     ({"name": "dr_grpo", "normalize_std": True}, "normalize_std = true is for grpo, gspo, cispo, and name = dr_grpo"),
     ({"name": "reinforce_plus_plus", "normalize_advantages": False}, "needs normalize_advantages = true"),
     ({"gamma": 0.9}, "gamma = 0.9 is for reinforce_plus_plus, .* and name = grpo"),
-    ({"lambd": 0.95}, "trainer.algorithm.lambd: is of GAE, which needs a critic"),
+    ({"lambd": 0.95}, "lambd = 0.95 is of GAE, which needs a critic: name = ppo, not grpo"),
     ({"kl_loss_coef": 0.1}, "kl_loss_coef = 0.1 needs use_kl_loss = true"),
     ({"kl_coef": 0.1}, "kl_coef = 0.1 is for rloo, .* grpo has its KL in the loss"),
     ({"name": "rloo", "kl_coef": 0.1, "use_kl_loss": True, "kl_loss_coef": 0.1}, "kl_coef and kl_loss_coef"),
@@ -82,3 +87,44 @@ REFUSED = [
 def test_what_does_not_fit_together_is_refused_by_name(keys: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         algorithm(**keys)
+
+
+PPO = {"trainer.algorithm.name": "ppo"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"trainer.critic.lr": 1e-5}, "trainer: critic is for algorithm.name = ppo, not grpo"),
+        ({"model.critic_checkpoint": "/m"}, "model.critic_checkpoint is for trainer.algorithm.name = ppo, not grpo"),
+        ({**PPO, "trainer.critic.only_steps": 100}, "only_steps = 100 leaves none of run.num_rollout = 100 steps"),
+        ({**PPO, "trainer.critic.value_clip": 0}, "trainer.critic.value_clip: .* greater than 0"),
+        (
+            {
+                **PPO,
+                "trainer.optimizer.lr_decay_style": "linear",
+                "trainer.optimizer.min_lr": 1e-7,
+                "trainer.critic.lr": 1e-8,
+            },
+            "trainer.critic does not go with trainer.optimizer: min_lr = 1e-07 is above lr = 1e-08",
+        ),
+    ],
+)
+def test_a_critic_that_does_not_fit_is_refused(keys: dict[str, object], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load(None, keys)
+
+
+def test_the_critic_has_the_policys_optimizer_with_a_learning_rate_and_a_warm_up_of_its_own() -> None:
+    schedule = {"trainer.optimizer.lr_decay_style": "linear", "trainer.optimizer.warmup_fraction": 0.1}
+    config = load(None, {**PPO, **schedule, "trainer.optimizer.lr": 1e-5, "trainer.optimizer.beta1": 0.8})
+    own = config.trainer.critic.optimizer(config.trainer.optimizer)
+    assert (own.lr, own.warmup_steps, own.warmup_fraction, own.beta1) == (1e-5, 0, None, 0.8)
+    config = load(None, {**PPO, **schedule, "trainer.critic.lr": 1e-4, "trainer.critic.warmup_steps": 5})
+    own = config.trainer.critic.optimizer(config.trainer.optimizer)
+    assert (own.lr, own.warmup_steps, own.lr_decay_style) == (1e-4, 5, "linear")
+
+
+def test_the_policys_schedule_is_over_the_steps_that_train_it() -> None:
+    config = load(None, {**PPO, "trainer.critic.only_steps": 20, "batch.num_steps_per_rollout": 2})
+    assert (config.optimizer_steps, config.policy_steps) == (200, 160)

@@ -11,9 +11,13 @@ from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.step import train_batch
 from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
-from tests.kit.trainer_ranks import CASES, CLOCK, noted_gradients, run_case, spawn
+from tests.kit.trainer_ranks import CASES, CLOCK, RESUMED, noted_gradients, run_case, spawn
 
 RANKS = (2, 4)
+# Of a state: what is compared.
+PARTS = {"twice": ("model", "optimizer"), "ppo": ("model", "optimizer", "critic", "critic_optimizer")}
+# Of a critic's results: sums of terms of both signs, none of which is much larger than a return.
+SIGNED = ("values", "returns", "errors")
 # Of the largest component of a tensor's gradient, and of the loss.
 TOLERANCE = 1e-5
 
@@ -65,6 +69,13 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(alone, together,
         assert {key: right[key] for key in ("tokens", "fresh_tokens", "clipped", "applied", "lr")} == {
             key: left[key] for key in ("tokens", "fresh_tokens", "clipped", "applied", "lr")
         }
+        critics = left["critic"], right["critic"]
+        assert (critics[0] is None) == (critics[1] is None) == ("ppo" not in name)
+        for key, value in (critics[0] or {}).items():
+            # A sum of terms of both signs is as exact as its terms are: at most this large together.
+            terms = math.sqrt(critics[0]["tokens"] * critics[0]["squared_returns"]) if key in SIGNED else 0.0
+            bound = max(1e-6, TOLERANCE * terms)
+            assert critics[1][key] == pytest.approx(value, rel=TOLERANCE, abs=bound), key
     assert len(one["gradients"]) == len(several["gradients"])
     for left, right in zip(one["gradients"], several["gradients"], strict=True):
         assert left.keys() == right.keys()
@@ -96,22 +107,26 @@ def test_what_is_pushed_and_exported_is_what_is_saved(together, directory, ranks
     assert all(torch.equal(tensor, exported[name]) for name, tensor in saved.items())
 
 
+@pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("ranks", RANKS)
-def test_a_checkpoint_goes_on_bit_for_bit_on_as_many_ranks(together, ranks):
-    outcome = together[ranks]["twice"]
-    assert differences(outcome["went_on"], outcome["resumed"]) == 0.0
+def test_a_checkpoint_goes_on_bit_for_bit_on_as_many_ranks(together, ranks, name):
+    outcome = together[ranks][name]
+    assert differences(outcome["went_on"], outcome["resumed"], of=PARTS[name]) == 0.0
 
 
+@pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("ranks", RANKS)
-def test_a_checkpoint_goes_on_with_another_number_of_ranks(together, directory, ranks):
-    case, outcome = CASES["twice"], together[ranks]["twice"]
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(together, directory, ranks, name):
+    case, outcome = CASES[name], together[ranks][name]
     config = case.config(directory, 1, 0)
     backend = TorchBackend(config)
     backend.load_state(outcome["state"], outcome["optimizer_steps"])
-    assert differences(backend.state(), outcome["state"]) == 0.0
+    assert differences(backend.state(), outcome["state"], of=PARTS[name]) == 0.0
     train_batch(backend, case.samples(), CLOCK, config)
-    assert differences(backend.state(), outcome["went_on"], of=("model",)) < 2e-6
-    assert backend.optimizer_steps == outcome["optimizer_steps"] + 1
+    assert differences(backend.state(), outcome["went_on"], of=PARTS[name][::2]) < 2e-6
+    assert backend.optimizer_steps == outcome["optimizer_steps"] + case.steps
+    if backend.critic is not None:
+        assert backend.critic.optimizer_steps == backend.optimizer_steps
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -123,6 +138,9 @@ def test_master_weights_are_float32_and_what_leaves_is_rounded(alone, together, 
         master = several["optimizer"][f"master/{name}"]
         assert master.dtype == torch.float32
         assert torch.equal(master.to(torch.bfloat16), tensor)
+    critic = together[ranks]["ppo, bfloat16"]["state"]["critic"]
+    assert {tensor.dtype for name, tensor in critic.items() if "value_head" not in name} == {torch.bfloat16}
+    assert critic["value_head.weight"].dtype == torch.float32
     left, right = (each["bfloat16"]["results"] for each in (alone, together[ranks]))
     assert [each["loss"] for each in right] == pytest.approx([each["loss"] for each in left], rel=2e-2, abs=2e-2)
 

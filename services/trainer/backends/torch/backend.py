@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,12 +20,13 @@ from services.common.errors import ConfigError
 from services.trainer.algorithms.kl import k3
 from services.trainer.algorithms.objective import Objective, Tokens
 from services.trainer.algorithms.user_loss import load_loss
+from services.trainer.backends.torch.critic import Critic, CriticResult
 from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, all_logprobs, score, to_device
 from services.trainer.backends.torch.model import context_length, load_model, start_directory
 from services.trainer.backends.torch.offload import Offload
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
-from services.trainer.backends.torch.sharding import Placement, gathered, scattered
+from services.trainer.backends.torch.sharding import Placement, gathered, scattered, unique_tensors
 from services.trainer.batch.flops import SequenceFlops, sequence_flops
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.ranks import commands
@@ -32,6 +34,9 @@ from services.trainer.ranks.group import RankGroup
 from services.trainer.schedule import learning_rate
 
 MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
+CRITIC, CRITIC_OPTIMIZER = "critic", "critic_optimizer"
+
+log = structlog.get_logger()
 
 
 @dataclass
@@ -59,6 +64,10 @@ class StepResult:
     """Over trained tokens, by the name of the metric."""
     offenders: list[int] = field(default_factory=list)
     """Rows of samples whose tokens gave a loss that is not finite."""
+    critic: CriticResult | None = None
+    """Of the critic's optimizer step on the same tokens; None where there is no critic."""
+    critic_only: bool = False
+    """The policy was not trained: what is not of the critic is 0, and `applied` is the critic's."""
 
 
 class TorchBackend:
@@ -90,7 +99,7 @@ class TorchBackend:
         """What balances micro-batches, where that is wanted."""
         if config.trainer.balance_data:
             self.flops = sequence_flops(self.model.config.get_text_config().to_dict())
-        self._tensors = _unique(self.model)
+        self._tensors = unique_tensors(self.model)
         masters = self._sharded and self._dtype != torch.float32
         settings, schedule = config.trainer.optimizer, learning_rate(config)
         self._optimizer = Optimizer(self.model.named_parameters(), settings, schedule, self.group, are_masters=masters)
@@ -104,6 +113,9 @@ class TorchBackend:
         if config.model.teacher_checkpoint is not None:
             teacher = config.model.teacher_checkpoint
             self._teacher = self._frozen(teacher, "model.teacher_checkpoint", config, placement)
+        self.critic: Critic | None = None
+        if self._algorithm.has_critic:
+            self.critic = Critic(config, self.vocab_size, placement, self.group)
 
     def _frozen(self, directory: Path, field: str, config: Config, placement: Placement) -> Reference:
         return Reference(directory, field, config, self.vocab_size, placement, self.group)
@@ -154,10 +166,16 @@ class TorchBackend:
 
     def sleep(self) -> None:
         """Leaves the GPU: until `wake`, everything but training works, out of host memory."""
-        self._offload.sleep()
+        for offload in self._offloads:
+            offload.sleep()
 
     def wake(self) -> None:
-        self._offload.wake()
+        for offload in self._offloads:
+            offload.wake()
+
+    @property
+    def _offloads(self) -> list[Offload]:
+        return [self._offload] if self.critic is None else [self._offload, self.critic.offload]
 
     def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
         """Of the trained tokens under the present weights, float32[n] for each micro-batch of this rank. All ranks."""
@@ -170,6 +188,10 @@ class TorchBackend:
     def teacher_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]] | None:
         """The same under the teacher; None without one."""
         return None if self._teacher is None else self._teacher.logprobs(micro_batches)
+
+    def values(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]] | None:
+        """The critic's, of the states before the same tokens; None without one."""
+        return None if self.critic is None else self.critic.values(micro_batches)
 
     def train(self, micro_batches: Sequence[PackedBatch]) -> StepResult:
         """Forward and backward over all micro-batches of all ranks, then one optimizer step. The same on every rank.
@@ -250,6 +272,8 @@ class TorchBackend:
         if self._device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self._device)
         parts = {MODEL: self.tensors(), OPTIMIZER: self.optimizer_tensors(), RNG: rng.items()}
+        if self.critic is not None:
+            parts |= {CRITIC: self.critic.tensors(), CRITIC_OPTIMIZER: self.critic.optimizer_tensors()}
         return {part: {name: _on_host(tensor) for name, tensor in tensors} for part, tensors in parts.items()}
 
     def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -261,7 +285,8 @@ class TorchBackend:
                     yield name, whole
 
     def load_state(self, state: commands.State, optimizer_steps: int) -> None:
-        """Restores what `state` gave, with however many ranks. Raises ConfigError when it is of another model.
+        """Restores what `state` gave, with however many ranks. Raises ConfigError when it is of another model. A critic
+        that it does not have begins as it would in a run of its own.
 
         Elsewhere than on rank 0, tensors without content stand for those that it has.
         """
@@ -273,6 +298,10 @@ class TorchBackend:
                 scattered(tensor, self._tensors[name], self._device)
             for name, tensor in self._optimizer.restored(state[OPTIMIZER], optimizer_steps):
                 scattered(state[OPTIMIZER][name], tensor, self._device)
+            if self.critic is not None and CRITIC in state:
+                self.critic.load(state[CRITIC], state[CRITIC_OPTIMIZER])
+            elif self.critic is not None:
+                log.warning("critic_begins", reason="the checkpoint is of a run without one")
         torch.set_rng_state(state[RNG]["torch"])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(state[RNG]["cuda"], self._device)
@@ -299,13 +328,6 @@ def _placement(config: Config, group: RankGroup, device: torch.device) -> Placem
     )
 
 
-def _unique(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters and buffers that are saved, each once, under its first name."""
-    names: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if names.setdefault(id(tensor), name) == name}
-
-
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
@@ -321,7 +343,7 @@ def _total(parts: Sequence[Mapping[str, Any]]) -> StepResult:
                 before.update(
                     {key: combine(before[key], each) if key in before else each for key, each in value.items()}
                 )
-            elif name != "applied":
+            elif name not in ("applied", "critic", "critic_only"):
                 setattr(total, name, before + value)
     return total
 

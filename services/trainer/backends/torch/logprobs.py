@@ -42,6 +42,8 @@ class DeviceBatch(NamedTuple):
     ref_logprobs: torch.Tensor | None
     teacher_logprobs: torch.Tensor | None
     policy_factors: torch.Tensor | None
+    old_values: torch.Tensor | None
+    returns: torch.Tensor | None
 
 
 class TokenLogprobs(NamedTuple):
@@ -95,7 +97,21 @@ def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None 
         ref_logprobs=move_any(batch.ref_logprobs),
         teacher_logprobs=move_any(batch.teacher_logprobs),
         policy_factors=move_any(batch.policy_factors),
+        old_values=move_any(batch.old_values),
+        returns=move_any(batch.returns),
     )
+
+
+def predicting_states(model: torch.nn.Module, batch: DeviceBatch) -> torch.Tensor:
+    """Runs the model on the packed row: [n, width], its last hidden states where a trained token is predicted."""
+    hidden = model.base_model(
+        input_ids=batch.token_ids.unsqueeze(0),
+        position_ids=batch.position_ids.unsqueeze(0),
+        use_cache=False,
+        packed_layout=batch.layout,
+    ).last_hidden_state[0]
+    wanted: torch.Tensor = hidden.index_select(0, batch.predict)
+    return wanted
 
 
 def token_logprobs(
@@ -106,13 +122,7 @@ def token_logprobs(
     The softmax is in float32. Logits exist only where a trained token is predicted, and at most `max_logits` of them
     (default: `MAX_LOGITS`) at a time: beyond that they are computed in chunks, and once more for the gradient.
     """
-    hidden = model.base_model(
-        input_ids=batch.token_ids.unsqueeze(0),
-        position_ids=batch.position_ids.unsqueeze(0),
-        use_cache=False,
-        packed_layout=batch.layout,
-    ).last_hidden_state[0]
-    wanted = hidden.index_select(0, batch.predict)
+    wanted = predicting_states(model, batch)
     head = model.get_output_embeddings()
     chunk = max(1, (max_logits or MAX_LOGITS[wanted.device.type]) // head.weight.shape[0])
     if len(wanted) <= chunk and wanted.dtype not in HALF:

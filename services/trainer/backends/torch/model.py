@@ -14,14 +14,18 @@ from services.common.errors import ConfigError
 from services.common.model_files import fp8_weights
 from services.trainer.backends.torch import attention
 from services.trainer.backends.torch.fp8_directory import load_dequantised
-from services.trainer.backends.torch.logprobs import to_device, token_logprobs
+from services.trainer.backends.torch.logprobs import DeviceBatch, predicting_states, to_device, token_logprobs
 from services.trainer.backends.torch.sharding import Placement, Root, place
+from services.trainer.backends.torch.values import ValueModel
 from services.trainer.batch.packing import PackItem, pack
 
 FIELD, REFERENCE_FIELD = "model.hf_checkpoint", "model.ref_checkpoint"
-# Largest difference of a log-probability between the packed and the plain forward pass that rounding explains.
+# Largest difference between the packed and the plain forward pass that rounding explains: of a log-probability, or of
+# a hidden state as a share of it.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 _PROBE_PROMPT = 3
+
+Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def start_directory(config: Config) -> tuple[Path, str]:
@@ -44,6 +48,15 @@ def load_model(directory: Path, dtype: str, placement: Placement, field: str = F
     model = _from_directory(directory, dtype, field).eval().requires_grad_(trained)
     attention.register()
     root = place(model, getattr(torch, dtype), placement, field)
+    _check_packing(root, placement.device, TOLERANCE[dtype], field)
+    return root
+
+
+def load_critic(directory: Path, dtype: str, placement: Placement, field: str) -> Root:
+    """A `ValueModel` on the body of the model that `load_model` would give, and refused like it."""
+    model = ValueModel(_from_directory(directory, dtype, field).eval().base_model).requires_grad_(True)
+    attention.register()
+    root = place(model, getattr(torch, dtype), placement, field, [model.value_head])
     _check_packing(root, placement.device, TOLERANCE[dtype], field)
     return root
 
@@ -83,38 +96,59 @@ def _from_directory(directory: Path, dtype: str, field: str) -> Any:
 
 
 def _check_packing(root: Root, device: torch.device, tolerance: float, field: str) -> None:
-    """Compares plain and packed log-probabilities of three short sequences, two of which share a prompt."""
+    """Compares plain and packed log-probabilities, or a critic's hidden states, of three short sequences, two of which
+    share a prompt.
+    """
     model: Any = root.model
+    critic = isinstance(model, ValueModel)
+    name, what = (type(model.base_model), "states") if critic else (type(model), "log-probs")
     vocab = model.get_input_embeddings().weight.shape[0]
     rows = [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9], [5, 4, 3, 2]]
     sequences = [np.array(row, dtype=np.int32) % vocab for row in rows]
     model.set_attn_implementation(attention.PLAIN)
     with torch.no_grad():
-        plain = torch.cat([root.run(_plain_logprobs, sequence, device) for sequence in sequences])
+        plain = torch.cat(
+            [root.run(_plain_states if critic else _plain_logprobs, sequence, device) for sequence in sequences]
+        )
     model.set_attn_implementation(attention.NAME)
     try:
         batch = to_device(pack([_probe(sequence, row) for row, sequence in enumerate(sequences)]), device)
         with torch.no_grad():
-            packed = root.run(token_logprobs, batch).logprobs
+            packed = root.run(_packed_states if critic else _packed_logprobs, batch)
     except Exception as error:  # an architecture that does not take the layout fails in ways of its own
         raise ConfigError(
-            f"{type(model).__name__} cannot be trained packed: {type(error).__name__}: {error}", field=field
+            f"{name.__name__} cannot be trained packed: {type(error).__name__}: {error}", field=field
         ) from error
-    difference = (plain - packed).abs().max().item()
+    difference = torch.linalg.vector_norm((plain - packed).reshape(len(plain), -1), dim=1).max().item()
     if not difference <= tolerance:
-        raise ConfigError(
-            f"{type(model).__name__} cannot be trained packed: log-probs differ by {difference:.2g}", field=field
-        )
+        raise ConfigError(f"{name.__name__} cannot be trained packed: {what} differ by {difference:.2g}", field=field)
 
 
-def _plain_logprobs(model: Any, sequence: np.ndarray[Any, np.dtype[np.int32]], device: torch.device) -> torch.Tensor:
+def _plain_logprobs(model: Any, sequence: Tokens, device: torch.device) -> torch.Tensor:
     token_ids = torch.as_tensor(sequence, dtype=torch.int64, device=device)
     logits = model(input_ids=token_ids[None], use_cache=False).logits[0, :-1].float()
     chosen = torch.log_softmax(logits, dim=-1).gather(1, token_ids[1:, None]).squeeze(1)
     return chosen[_PROBE_PROMPT - 1 :]
 
 
-def _probe(sequence: np.ndarray[Any, np.dtype[np.int32]], row: int) -> PackItem:
+def _packed_logprobs(model: Any, batch: DeviceBatch) -> torch.Tensor:
+    return token_logprobs(model, batch).logprobs
+
+
+def _plain_states(model: Any, sequence: Tokens, device: torch.device) -> torch.Tensor:
+    """Hidden states of norm 1: how far they are apart is a share of them, where rounding makes no more of it than of
+    log-probs.
+    """
+    token_ids = torch.as_tensor(sequence, dtype=torch.int64, device=device)
+    states = model.base_model(input_ids=token_ids[None], use_cache=False).last_hidden_state[0]
+    return torch.nn.functional.normalize(states[_PROBE_PROMPT - 1 : -1].float(), dim=1)
+
+
+def _packed_states(model: Any, batch: DeviceBatch) -> torch.Tensor:
+    return torch.nn.functional.normalize(predicting_states(model, batch).float(), dim=1)
+
+
+def _probe(sequence: Tokens, row: int) -> PackItem:
     targets = sequence[_PROBE_PROMPT:]
     return PackItem(
         token_ids=sequence[:-1],

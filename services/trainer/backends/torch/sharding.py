@@ -7,7 +7,7 @@ the whole optimizer step already (I10).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,10 +69,17 @@ class Root(torch.nn.Module):
             self.set_requires_gradient_sync(wanted)
 
 
-def place(model: torch.nn.Module, dtype: torch.dtype, placement: Placement, field: str) -> Root:
+def place(
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    placement: Placement,
+    field: str,
+    wide: Sequence[torch.nn.Module] = (),
+) -> Root:
     """The model on its device, or sharded over the mesh, layer by layer: no rank's device ever holds all of it.
 
-    What is trained becomes float32 when it is sharded; a frozen model stays as it is.
+    What is trained becomes float32 when it is sharded; a frozen model stays as it is. The modules in `wide` compute in
+    float32, whatever `dtype` is.
 
     Raises ConfigError, naming `field`, for an architecture that does not say what its layers are.
     """
@@ -88,9 +95,10 @@ def place(model: torch.nn.Module, dtype: torch.dtype, placement: Placement, fiel
     root = Root(model)
     if placement.mesh is None:
         return root.to(placement.device)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if placement.offload else OffloadPolicy()
-    for module in [*layers, root]:
+    for module in [*layers, *wide, root]:
+        computes = torch.float32 if module in wide else dtype
+        policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for parameter in module.parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.float()
@@ -104,6 +112,13 @@ def place(model: torch.nn.Module, dtype: torch.dtype, placement: Placement, fiel
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part: the tensor itself when it is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that are saved, each once, under its first name."""
+    names: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if names.setdefault(id(tensor), name) == name}
 
 
 def gathered(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
