@@ -91,6 +91,8 @@ class Models:
         ids, before = torch.tensor([[*self.prompt, *answer]]), len(self.prompt) - 1
         cache, fed = DynamicCache(), 0
         for turn in turns:
+            if turn.start == turn.end > 0:
+                continue
             first, last = before + turn.start, before + turn.end
             logits = self._references[turn.model](ids[:, fed:last], past_key_values=cache).logits[0, first - fed :]
             said = logits.gather(1, ids[0, first + 1 : last + 1, None]).squeeze(1)
@@ -120,7 +122,7 @@ class Models:
     def turned_once(self, answer: Sequence[int], old: int, new: int) -> bool:
         """Whether it is `old`'s up to some token, and `new`'s from there on."""
         end = len(answer)
-        return any(self.explained(answer, [Turn(old, 0, at), Turn(new, at, end)]) for at in range(end + 1))
+        return any(self._carried(answer, [Turn(old, 0, at), Turn(new, at, end)]) for at in range(end + 1))
 
     def names(self) -> list[str]:
         """Of the tensors, in the order in which they are pushed."""

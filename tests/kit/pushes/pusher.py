@@ -74,7 +74,7 @@ class Pusher:
     async def push(self, model: int) -> None:
         """The present step's weights. Returns when they are published. Raises FencedError."""
         snapshot = await self._publisher.take_snapshot(self._weights[model])
-        snapshot.fill(self._weights[model])
+        snapshot.fill(self._weights[model].items())
         version = Version(self._epoch, self._step)
         say(version=str(version), model=model)
         await self._publisher.offer(version, snapshot)

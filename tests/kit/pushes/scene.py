@@ -253,6 +253,7 @@ class Scene:
         deadline = time.monotonic() + within_s
         while not await condition():
             self.check()
+            assert not self.trainer.over, f"the trainer has ended: {self.trainer.lines[-3:]}"
             if time.monotonic() > deadline:
                 raise AssertionError(f"{otherwise} within {within_s} s: {await self.states()}, {self.target}")
             await asyncio.sleep(_LOOK_S)
