@@ -27,7 +27,7 @@ import torch
 import transformers
 
 from services.common.telemetry import configure_logging
-from tests.kit.pushes.canaries import Judge
+from tests.kit.pushes.canaries import ASK_EVERY_S, Judge
 from tests.kit.pushes.models import Models
 from tests.kit.pushes.reference import sglang_checksums
 from tests.kit.pushes.scene import Scene
@@ -49,11 +49,12 @@ class Part:
     layers: int
     timeout_s: float
     back_s: float
+    ask_every_s: float = ASK_EVERY_S
 
 
 PARTS = {
     "torch": Part(("torch", "torch"), TORCH, 2, 5.0, 180.0),
-    "short": Part(("torch", "torch"), TORCH, 2, 2.5, 240.0),
+    "short": Part(("torch", "torch"), TORCH, 2, 2.5, 240.0, ask_every_s=0.1),
     # Four buckets, of which two have room ahead of the pause.
     "sglang": Part(("sglang", "torch"), SGLANG, 4, 10.0, 480.0),
 }
@@ -156,6 +157,8 @@ class Campaign:
 
     async def _strike_all(self, scene: Scene, left: list[Fault]) -> None:
         """Takes out of `left` what is done."""
+        for canary in scene.canaries:
+            canary.every_s = self._part.ask_every_s
         await scene.until_served()
         striker = Striker(scene, self._checksums)
         await self._quiet(scene)
@@ -230,6 +233,7 @@ def drawn(part: Part, seed: int, count: int) -> list[Fault]:
 def prepare() -> None:
     """For the process that is the witness."""
     torch.set_num_threads(1)
+    sys.setswitchinterval(0.0005)  # the judge works beside the buffer and the canaries
     transformers.utils.logging.disable_progress_bar()
     stamina.instrumentation.set_on_retry_hooks([])  # a buffer that is away is no news here
     configure_logging("witness", stream=Path(os.devnull).open("w"))  # noqa: SIM115 (as long as the process lives)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from polyhead.v1 import sample_pb2
 from services.common.buffer_client import BufferClient
 from services.common.config import Config, load
-from services.common.errors import FencedError, UnavailableError
+from services.common.errors import FencedError
 from services.common.process import die_with_parent
 from services.common.telemetry import configure_logging
 from services.common.versions import Version
@@ -69,7 +69,12 @@ class Pusher:
         self._epoch, self._step = acquired.epoch, acquired.step
         await self._buffer.recover(self._epoch, self._step)
         self._publisher = Publisher(self._buffer, self._config, self._epoch, lambda line: say(pushed=line))
-        await self._publisher.start(lambda task: task.cancelled() or superseded.set())
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                superseded.set()
+
+        await self._publisher.start(ended)
 
     async def push(self, model: int) -> None:
         """The present step's weights. Returns when they are published. Raises FencedError."""
@@ -102,7 +107,7 @@ async def serve(config: Config, weights: Mapping[int, Mapping[str, torch.Tensor]
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
     say(ready=True)
     first, superseded = json.loads(await orders.readline()), asyncio.Event()
-    async with BufferClient(config.buffer.address, retry_for_s=5.0) as buffer:
+    async with BufferClient(config.buffer.address) as buffer:
         pusher = Pusher(config, buffer, weights)
         await pusher.start(superseded)
         work = asyncio.create_task(_work(pusher, first["push"], orders))
@@ -120,8 +125,6 @@ async def _work(pusher: Pusher, model: int, orders: asyncio.StreamReader) -> boo
     except FencedError as error:
         say(fenced=str(error))
         return False
-    except UnavailableError as error:
-        say(unavailable=str(error))
     return True
 
 

@@ -107,6 +107,7 @@ class Striker:
     async def _reached(self, points: Points, fault: Fault) -> bool:
         deadline = time.monotonic() + REACH_S
         while points.is_armed(fault.point) and time.monotonic() < deadline:
+            assert fault.victim == "trainer" or not self._scene.trainer.over, self._scene.trainer.lines[-3:]
             await asyncio.sleep(0.005)
         if fault.broken:
             self._scene.trainer.points.disarm(fault.broken)
