@@ -76,6 +76,7 @@ class Publisher:
         self._config = config.trainer.weights
         self._device = partial(weights_device, config.trainer.weights.backend, config.trainer.device)
         self._shared_directory = shared_directory(config.run.dir)
+        self._in_turns = config.run.colocate
         self._pause_mode = _PAUSE_MODES[config.rollout.pause_mode]
         self._epoch = epoch
         self._record = record
@@ -120,7 +121,8 @@ class Publisher:
     async def offer(self, version: Version, snapshot: Snapshot) -> None:
         """From now on every engine is owed `version`, whose weights `snapshot` holds."""
         self._target = (version, snapshot)
-        self._listed_at = -LIST_EVERY_S
+        if self._in_turns:
+            self._listed_at = -LIST_EVERY_S  # replicas have just yielded
         self._wake.set()
 
     async def wait_published(self, version: Version) -> None:
