@@ -42,8 +42,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang trl-env check fmt lint type proto proto-check up down status scale bench chaos chaos-push outage property \
-	fuzz fuzz-scorers learn clean
+	test-sglang ranks trl-env check fmt lint type proto proto-check up down status scale bench chaos chaos-push outage \
+	property fuzz fuzz-scorers learn clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -144,16 +144,20 @@ test-property: $(VENV)/dev.installed ## random histories against a model, and ma
 test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
 	$(call lane,$@,$(PYTEST) -n 3 --dist loadfile tests/e2e tests/chaos)
 
-# One after the other: an engine takes a core even when it is idle.
+# One after the other: each engine would take a core from the other.
 test-sglang: $(VENV)/dev.installed ## the engine suite and the demo over real SGLang
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
-	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) -k sglang tests/e2e/test_e2e_sglang.py \
+	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) tests/e2e/test_e2e_sglang.py \
 		tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py \
-		tests/contract/test_reward_sglang.py tests/contract/test_push_fp8.py)
+		tests/contract/test_reward_sglang.py -k 'sglang and not starts_its')
 
 conformance: $(VENV)/dev.installed ## one suite over every kind of engine, real SGLang included
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
-	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py)
+	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py \
+		tests/contract/test_push_ipc.py tests/contract/test_push_fp8.py tests/contract/test_reward_sglang.py)
+
+ranks: $(VENV)/dev.installed ## one loss and one gradient over 1, 2 and 4 ranks of the trainer, and their checkpoints
+	@POLYHEAD_RANKS=2,4 $(PYTEST) tests/unit/trainer/test_trainer_ranks.py
 
 check: lint type proto-check
 

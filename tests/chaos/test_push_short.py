@@ -1,4 +1,4 @@
-"""Ten faults in weight pushes between real processes; a witness outside them says what was served."""
+"""A few faults in weight pushes between real processes; a witness outside them says what was served."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.kit.pushes import campaign
 from tests.kit.pushes.campaign import PARTS, Campaign, Result
 
 SEED = 5
-FAULTS = 10
+FAULTS = 5
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def test_each_fault_was_carried_out_and_recovered_from(result: Result) -> None:
 
 def test_only_whole_versions_were_served(result: Result) -> None:
     assert not result.mixed
-    assert result.answers["engine whole"] > 100
-    assert result.answers["replica whole"] > 20
+    assert result.answers["engine whole"] > 50
+    assert result.answers["replica whole"] > 10
 
 
 def test_a_superseded_trainer_is_fenced(result: Result) -> None:
