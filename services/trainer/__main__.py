@@ -24,7 +24,8 @@ async def serve(config: Config, process: Process) -> int:
     The training thread's error is raised.
     """
     model_dir.check_model_dir(config.model.hf_checkpoint)
-    if process.index:
+    # One beyond the ranks is a trainer of its own: of the two, the older is fenced.
+    if 0 < process.index < config.trainer.ranks:
         return await _serve_beside(config, process)
     status = TrainerStatus()
     server = await TrainerService(status, process.stop).start(config.trainer.address)
