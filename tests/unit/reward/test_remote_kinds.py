@@ -106,7 +106,8 @@ async def test_what_the_server_is_to_blame_for_is_unavailable(status, reason):
     assert (result.verdict, result.failure) == (None, FailureKind.UNAVAILABLE)
     assert reason in result.reason
     assert set(server.paths) == {"/score"}
-    assert len(server.calls) == (3 if status >= 429 else 1)
+    # A 500 may be of the sample's making: before it is blamed, the server is tried with another one.
+    assert len(server.calls) == (4 if status == 500 else 3 if status >= 429 else 1)
 
 
 async def test_a_token_is_sent_and_told_to_nobody(monkeypatch):
