@@ -120,17 +120,13 @@ class _Span:
 
     def __init__(self, device: torch.device, address: int, num_bytes: int) -> None:
         self.device = device
+        self.address = address
         self.__cuda_array_interface__ = {
             "data": (address, False),
             "shape": (num_bytes,),
             "typestr": "|u1",
             "version": 3,
         }
-
-    @property
-    def address(self) -> int:
-        address: int = self.__cuda_array_interface__["data"][0]  # type: ignore[index]
-        return address
 
 
 class _Allocation(_Span):

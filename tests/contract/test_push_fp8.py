@@ -110,7 +110,7 @@ def models(tmp_path):
 @pytest.mark.parametrize("kind", ["torch", pytest.param("sglang", id="sglang")])
 async def test_an_engine_has_after_a_push_what_one_has_that_loaded_the_exported_directory(kind, models, tmp_path):
     if kind == "sglang" and not os.environ.get(SGLANG_WANTED):
-        pytest.skip("make test-sglang")
+        pytest.skip("make conformance")
     model, first, second = models
     snapshots = [snapshot_of(model, first), snapshot_of(model, second)]
     exported = [tmp_path / "exported-first", tmp_path / "exported-second"]

@@ -81,7 +81,7 @@ async def test_the_engine_has_the_weights_of_one_that_loaded_the_directory(
     models: tuple[Path, Path], tmp_path: Path, kind: str
 ) -> None:
     if kind == "sglang" and not os.environ.get(SGLANG_WANTED):
-        pytest.skip("make test-sglang")
+        pytest.skip("make conformance")
     first, second = models
     async with replica_of(first, tmp_path, kind) as pushing:
         link = pushing.link

@@ -190,6 +190,7 @@ def spawn(directory: Path, ranks: int, *names: str) -> dict[str, Any]:
     finally:
         for process in processes:
             process.kill()
+    # Tensors and numbers that this test's own ranks wrote: nothing else is read with weights_only.
     outcome: dict[str, Any] = torch.load(directory / f"ranks-{ranks}.pt", weights_only=True)
     return outcome
 

@@ -11,6 +11,7 @@ from services.common.model_files import BLOCK
 _WARPS = 8
 
 
+# Triton has no types, and compiles the function by its source: its arguments are no Python values.
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantise_block(weight, values, scales, n, k, stride, columns, block: tl.constexpr):  # type: ignore[no-untyped-def]
     number = tl.program_id(0)

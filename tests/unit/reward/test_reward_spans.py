@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -31,17 +32,17 @@ from tests.kit.reward_servers import grpc_server, http_server, remote
 STEPS = "reward_functions:steps"
 TOKENS = wire.encode_tokens([7, 8, 11, 12, 13, 14])
 BAD = [
-    ("3", "'spans' is a int, not a list of [start, end, reward]"),
-    ("'abc'", "'spans' is a str, not a list of [start, end, reward]"),
-    ("[[0, 1]]", "spans[0] is not [start, end, reward]"),
-    ("[[0, 1, 1.0], 5]", "spans[1] is not [start, end, reward]"),
-    ("[[0, 0, 1.0]]", "spans[0] is from 0 to 0"),
-    ("[[2, 1, 1.0]]", "spans[0] is from 2 to 1"),
-    ("[[-1, 1, 1.0]]", "spans[0] is from -1 to 1"),
-    ("[[0, 1.5, 1.0]]", "spans[0] has a bound that is a float, not a whole number"),
-    ("[[None, 1, 1.0]]", "spans[0] has a bound that is None, not a whole number"),
-    ("[[0, 1, float('nan')]]", "spans[0] is nan, not a finite number"),
-    ("[[0, 1, None]]", "spans[0] is None, not a number"),
+    (3, "'spans' is a int, not a list of [start, end, reward]"),
+    ("abc", "'spans' is a str, not a list of [start, end, reward]"),
+    ([[0, 1]], "spans[0] is not [start, end, reward]"),
+    ([[0, 1, 1.0], 5], "spans[1] is not [start, end, reward]"),
+    ([[0, 0, 1.0]], "spans[0] is from 0 to 0"),
+    ([[2, 1, 1.0]], "spans[0] is from 2 to 1"),
+    ([[-1, 1, 1.0]], "spans[0] is from -1 to 1"),
+    ([[0, 1.5, 1.0]], "spans[0] has a bound that is a float, not a whole number"),
+    ([[None, 1, 1.0]], "spans[0] has a bound that is None, not a whole number"),
+    ([[0, 1, math.nan]], "spans[0] is nan, not a finite number"),
+    ([[0, 1, None]], "spans[0] is None, not a number"),
 ]
 
 
@@ -53,9 +54,9 @@ async def test_a_function_rewards_spans_of_the_tokens_it_is_given() -> None:
 
 
 @pytest.mark.parametrize(("spans", "reason"), BAD)
-def test_what_is_no_span_is_no_score(spans: str, reason: str) -> None:
+def test_what_is_no_span_is_no_score(spans: object, reason: str) -> None:
     with pytest.raises(SampleError) as caught:
-        to_verdict({"score": 1.0, "spans": eval(spans)})
+        to_verdict({"score": 1.0, "spans": spans})
     assert str(caught.value) == reason
 
 

@@ -95,11 +95,7 @@ class Critic:
         if not micro_batches:
             result.applied = True
             return result
-        result.grad_norm = self._optimizer.clip()
-        result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-        if result.applied:
-            self._optimizer.step()
-        self._optimizer.zero_grad()
+        result.grad_norm, result.applied = self._optimizer.finish(result.loss)
         return result
 
     def accumulate(self, micro_batches: Sequence[PackedBatch]) -> CriticResult:

@@ -87,6 +87,17 @@ class Optimizer:
             torch._foreach_mul_(gradients, self._config.clip_grad / (norm + _NORM_EPS))
         return norm
 
+    def finish(self, loss: float) -> tuple[float, bool]:
+        """Clips, takes the step if `loss` and the gradient's norm are finite, and drops the gradient: that norm, and
+        whether the step was taken. All ranks.
+        """
+        norm = self.clip()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.step()
+        self.zero_grad()
+        return norm, finite
+
     def step(self) -> None:
         """Takes one step along the accumulated gradient."""
         for group in self._adamw.param_groups:
