@@ -30,6 +30,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
+# Each of a run's processes would compile all of it anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # SGLang keeps to an environment of its own: it pins another world. The GPU one where a driver answers.
 ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -42,7 +44,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smollm2 engine-env conformance test test-static test-fast test-property test-e2e \
-	test-sglang ranks trl-env check fmt lint type proto proto-check up down status scale bench chaos chaos-push outage \
+	test-sglang test-long ranks trl-env check fmt lint type proto proto-check up down status scale bench chaos chaos-push outage \
 	property fuzz fuzz-scorers learn clean
 
 help: ## list the verbs
@@ -120,6 +122,8 @@ define lane
 endef
 
 PYTEST := $(BIN)/python -m pytest -q
+# Files in the order given: those that wait for processes begin, and short ones fill what is left at the end.
+FILES := --dist loadfile --no-loadscope-reorder
 
 # SGLang's environment is made beside the first lanes, which do not need it. What computes alone (static) runs beside
 # what waits for its store to write (property).
@@ -136,20 +140,22 @@ test-static: $(VENV)/dev.installed ## format, lint, types, import rules, contrac
 	$(call lane,$@,$(MAKE) --no-print-directory check)
 
 test-fast: $(VENV)/dev.installed ## unit and contract tests
-	$(call lane,$@,$(PYTEST) -n 3 --dist loadfile tests/unit tests/contract)
+	$(call lane,$@,$(PYTEST) -n 4 $(FILES) tests/contract tests/unit/trainer tests/unit/rollout tests/unit)
 
 test-property: $(VENV)/dev.installed ## random histories against a model, and malformed requests
 	$(call lane,$@,$(PYTEST) -n 3 --dist worksteal tests/property)
 
 test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
-	$(call lane,$@,$(PYTEST) -n 3 --dist loadfile tests/e2e tests/chaos)
+	$(call lane,$@,$(PYTEST) -n 3 $(FILES) tests/chaos tests/e2e)
+
+test-long: $(VENV)/dev.installed ## what the lanes have no time for
+	$(call lane,$@,$(PYTEST) -n 2 --dist loadfile -m long tests)
 
 # One after the other: each engine would take a core from the other.
 test-sglang: $(VENV)/dev.installed ## the engine suite and the demo over real SGLang
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
-	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) tests/e2e/test_e2e_sglang.py \
-		tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py \
-		tests/contract/test_reward_sglang.py -k 'sglang and not starts_its')
+	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) tests/e2e/test_e2e_sglang.py tests/contract/test_engine_conformance.py \
+		tests/contract/test_engine_record.py -k sglang)
 
 conformance: $(VENV)/dev.installed ## one suite over every kind of engine, real SGLang included
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ import uvloop
 
 from services.common.config import Config, load
 from services.common.errors import PolyheadError
-from services.common.process import keep_freed_memory
+from services.common.process import keep_freed_memory, keep_loaded
 from services.common.telemetry import configure_logging
 
 log = structlog.get_logger()
@@ -79,15 +78,6 @@ async def _serve(role: str, index: int, config: Config, serve: Serve) -> int | N
     status = await serve(config, process)
     log.info("stopped")
     return status
-
-
-def keep_loaded() -> None:
-    """To be called when a process has imported and built what it lives with: garbage collections leave that alone.
-
-    A full one would otherwise go through all of it again and again, and no call is answered meanwhile: 0.1-0.5 s with
-    torch loaded.
-    """
-    gc.freeze()
 
 
 def _parse(role: str) -> argparse.Namespace:

@@ -28,7 +28,10 @@ from services.reward.whole import fetch_members
 
 log = structlog.get_logger()
 
-POLL_S = 5.0
+# A poll is never cancelled, or samples leased in that moment would wait for their lease to expire. It is short, because
+# a replica that leaves waits for its last one.
+POLL_S = 0.5
+_LAST_POLL_S = 1.5
 # After a lease, generation is given this long to finish more: one call for many samples. A synchronous trainer waits
 # for each sample, so there it is short.
 GATHER_S = 0.03
@@ -57,6 +60,8 @@ class Puller:
         self._leased: dict[int, tuple[str, Job | None]] = {}
         """By lease, until the buffer has answered for it: its sample, and the job, which the samples of a group share
         that is judged or scored as a whole. None while it is being fetched."""
+        self._poll: asyncio.Task[pb.LeaseResponse] | None = None
+        """On its way, or answered with samples that are not in `_leased` yet."""
         self._settled = asyncio.Event()
         self._has_leased = asyncio.Event()
         self._outbox = Outbox(buffer, replica_id, samples_per_rpc=limits.samples_per_rpc, on_settled=self._forget)
@@ -77,11 +82,15 @@ class Puller:
                     task.result()
             for task in others:
                 task.cancel()
+            await self._hold_last_poll()
             await self._drain()
         finally:
-            for task in (stopping, sender, *others):
+            ending: list[asyncio.Task[Any]] = [stopping, sender, *others]
+            if self._poll is not None:
+                ending.append(self._poll)
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(stopping, sender, *others, return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
 
     async def _pull(self) -> None:
         loop = asyncio.get_running_loop()
@@ -92,9 +101,7 @@ class Puller:
                 continue  # what may be leased now is another question
             begun = loop.time()
             try:
-                response = await self._buffer.lease(
-                    sample_pb2.STAGE_SCORE, self._replica_id, max_samples=room, wait_s=POLL_S, include_payload=False
-                )
+                response = await self._ask(room)
             except (UnavailableError, LimitError) as error:
                 log.warning("lease_failing", reason=str(error))
                 await asyncio.sleep(RETRY_S)
@@ -105,6 +112,29 @@ class Puller:
                 await asyncio.sleep(self._gather_s)
             elif not taken and loop.time() - begun < _SHORT_POLL_S:
                 await asyncio.sleep(_SHORT_POLL_S)
+
+    async def _ask(self, room: int) -> pb.LeaseResponse:
+        lease = self._buffer.lease
+        self._poll = asyncio.create_task(
+            lease(sample_pb2.STAGE_SCORE, self._replica_id, max_samples=room, wait_s=POLL_S, include_payload=False)
+        )
+        response = await asyncio.shield(self._poll)
+        self._hold(response)
+        return response
+
+    def _hold(self, response: pb.LeaseResponse) -> None:
+        self._leased |= {
+            sample.lease_id: (sample.sample_id, None) for group in response.groups for sample in group.samples
+        }
+        self._poll = None
+        if self._leased:
+            self._has_leased.set()
+
+    async def _hold_last_poll(self) -> None:
+        """What a poll that was on its way on stop leases is given back with the rest."""
+        if self._poll is not None:
+            with contextlib.suppress(PolyheadError, TimeoutError):
+                self._hold(await asyncio.wait_for(self._poll, _LAST_POLL_S))
 
     async def _room(self) -> int:
         """How many samples may be leased now. Waits for a quarter of the whole, not for each single place."""
@@ -122,10 +152,7 @@ class Puller:
         whole: list[pb.LeasedGroup] = []
         each: list[pb.LeasedGroup] = []
         for group in response.groups:
-            self._leased |= {sample.lease_id: (sample.sample_id, None) for sample in group.samples}
             (whole if self._station.scores_whole and not group.judge else each).append(group)
-        if self._leased:
-            self._has_leased.set()
         await self._take_whole(whole)
         await self._take_each(each)
         return sum(len(group.samples) for group in response.groups)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
-from services.common.lifecycle import Process, keep_loaded, run_service
+from services.common.lifecycle import Process, run_service
+from services.common.process import loading
 from services.common.registration import keep_registered
 from services.rollout.building import build_replica
 from services.rollout.laggards import Laggards
@@ -36,8 +38,8 @@ async def serve(config: Config, process: Process) -> None:
             asyncio.TaskGroup() as tasks,
         ):
             running = [tasks.create_task(keeper.run()) for keeper in keepers]
-            prompter = await asyncio.to_thread(Prompter, config)
-            keep_loaded()
+            with loading():
+                prompter = await asyncio.to_thread(Prompter, config)
             worker = Worker(config, replica, prompter, buffer)
             receivers = _receivers(config, replica, worker)
             turns = Turns(
@@ -59,6 +61,22 @@ async def serve(config: Config, process: Process) -> None:
             await say_farewell(buffer, replica, address)
     except ExceptionGroup as failures:
         raise _first(failures) from failures
+
+
+async def _serve_alone(config: Config, process: Process) -> None:
+    """`serve` in a process of its own."""
+    if not config.plugins.paths:  # code of the run's own may need it
+        _leave_torch_out()
+    await serve(config, process)
+
+
+def _leave_torch_out() -> None:
+    """transformers imports torch wherever it finds it, which is most of the time of a start, and 180 MB. A replica
+    itself only tokenizes.
+    """
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    # It warns that there are no models then.
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
 
 
 def _receivers(config: Config, replica: Replica, worker: Worker) -> list[WeightReceiver]:
@@ -85,4 +103,4 @@ def _first(failures: ExceptionGroup[Exception]) -> Exception:
 
 
 if __name__ == "__main__":
-    sys.exit(run_service("rollout", serve))
+    sys.exit(run_service("rollout", _serve_alone))

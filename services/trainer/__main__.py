@@ -7,6 +7,7 @@ import asyncio
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.lifecycle import STOPPED_EARLY, Process, run_service
+from services.common.process import loading
 from services.common.registration import keep_registered
 from services.trainer import model_dir
 from services.trainer.detached import leave
@@ -57,14 +58,16 @@ async def _serve_beside(config: Config, process: Process) -> int:
 
 
 def _follow(config: Config, io: Io, buffer: BufferClient, rank: int) -> None:
-    from services.trainer.ranks.follow import follow
+    with loading():
+        from services.trainer.ranks.follow import follow
 
     follow(config, io, buffer, rank)
 
 
 def _train(config: Config, io: Io, buffer: BufferClient, status: TrainerStatus, replica_id: str) -> bool:
     # Importing torch takes seconds: the loop answers and registers meanwhile.
-    from services.trainer.trainer import train
+    with loading():
+        from services.trainer.trainer import train
 
     return train(config, io, buffer, status, replica_id)
 

@@ -10,7 +10,7 @@ import xxhash
 
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
-from services.common.lifecycle import keep_loaded
+from services.common.process import keep_loaded
 from services.common.versions import Version
 from services.trainer import model_dir
 from services.trainer.algorithms.user_function import load_advantage_function

@@ -25,6 +25,7 @@ PROMPTS = [[5], [7, 9, 11], list(range(3, 40)), [20] * 32, list(range(60, 99)), 
 LONG = 3000
 """Tokens that nobody waits for."""
 TOLERANCE = 1e-4
+UPDATES = 4
 
 
 @pytest.mark.parametrize("interval", [1, 8])
@@ -58,11 +59,12 @@ async def test_each_token_is_of_the_version_that_its_record_names(
         stamped = versions(writing.record)
         assert [version.step for version, _ in itertools.groupby(stamped)] == [1, 2, 3, 4, 5]
         assert rig.worst_error(writing) < TOLERANCE
-        # What is saved before the engine tells is never stamped newer than it is, and is exact token by token.
+        # What is saved before the engine tells is never stamped newer than it is. Token by token it is exact, but for
+        # one that comes while an update ends.
         early = [writing.early[at] for at in range(len(stamped))]
         assert all(said <= true for said, true in zip(early, stamped, strict=True))
         if interval == 1:
-            assert early == stamped
+            assert sum(said != true for said, true in zip(early, stamped, strict=True)) <= UPDATES
 
 
 async def _all_have(rig: RecordRig, more: int) -> None:

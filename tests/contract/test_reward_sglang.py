@@ -22,7 +22,7 @@ from tests.kit.systems import small_flags, small_inputs
 from tests.kit.tiny_model import build_tiny_reward_model
 
 pytestmark = [
-    pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make test-sglang"),
+    pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make conformance"),
     pytest.mark.timeout(800),
 ]
 

@@ -2,8 +2,7 @@
 
 import asyncio
 import os
-import signal
-import sys
+from functools import partial
 
 import pytest
 
@@ -16,6 +15,7 @@ from services.common.lifecycle import STOPPED_EARLY
 from services.trainer.checkpoint import CheckpointStore
 from tests.kit.tiny_model import build_tiny_qwen3
 from tests.kit.trainer_rig import make_config, running_rig, until
+from tests.kit.warm import warm
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +26,8 @@ def model(tmp_path_factory):
 async def start(config, directory):
     path = directory / "run.toml"
     path.write_text(dump(config))
-    with (directory / "trainer.log").open("wb") as log:
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.trainer",
-            "-c",
-            str(path),
-            stderr=log,
-            env={**os.environ, "PYTHONPATH": ".:protos", "OMP_NUM_THREADS": "1"},
-        )
+    start = partial(warm().start, environment=os.environ, log=directory / "trainer.log")
+    return await asyncio.to_thread(start, "services.trainer", "-c", str(path))
 
 
 async def registered(rig):
@@ -68,7 +60,7 @@ async def test_it_answers_registers_and_stops_with_a_checkpoint(model, tmp_path)
             assert stats["wait_seconds"] > 0
             assert stats["steps"] > 0
             await stub.Stop(tpb.StopRequest(), timeout=5)
-        assert await asyncio.wait_for(process.wait(), 30) == STOPPED_EARLY
+        assert await process.ended(30) == STOPPED_EARLY
         steps = [line["step"] for line in rig.lines("metrics")]
         assert CheckpointStore(config.run.dir, 2).steps() == [steps[-1]]
         assert (await rig.buffer.get_ledger()).step == steps[-1]
@@ -80,15 +72,15 @@ async def test_sigterm_is_an_orderly_end_and_being_superseded_is_status_3(model,
         config.buffer.address = rig.address
         process = await start(config, tmp_path)
         await until(lambda: len(rig.lines("metrics")) > 2, within_s=60)
-        process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 30) == STOPPED_EARLY
+        process.terminate()
+        assert await process.ended(30) == STOPPED_EARLY
         last = rig.lines("metrics")[-1]["step"]
         assert CheckpointStore(config.run.dir, 2).steps()[-1] == last
 
         process = await start(config, tmp_path)
         await until(lambda: rig.lines("metrics")[-1]["step"] > last + 2, within_s=60)
         await rig.buffer.acquire_epoch("another trainer")
-        assert await asyncio.wait_for(process.wait(), 30) == 3
+        assert await process.ended(30) == 3
         # One line names the reason; no stack trace.
         log = (tmp_path / "trainer.log").read_text()
         assert log.splitlines()[-1].startswith("polyhead trainer: ")
@@ -100,7 +92,7 @@ async def test_only_a_complete_run_is_status_0(model, tmp_path):
     async with running_rig(config, tmp_path) as rig:
         config.buffer.address = rig.address
         process = await start(config, tmp_path)
-        assert await asyncio.wait_for(process.wait(), 60) == 0
+        assert await process.ended(60) == 0
         assert (await rig.buffer.get_ledger()).step == 2
     assert (config.run.dir / "hf" / "model.safetensors").exists()
 
@@ -108,7 +100,7 @@ async def test_only_a_complete_run_is_status_0(model, tmp_path):
 async def test_a_missing_model_is_one_line_and_nothing_is_written(model, tmp_path):
     config = make_config(tmp_path / "nowhere", tmp_path / "run")
     process = await start(config, tmp_path)
-    assert await asyncio.wait_for(process.wait(), 30) == 2
+    assert await process.ended(30) == 2
     last = (tmp_path / "trainer.log").read_text().splitlines()[-1]
     assert last == f"polyhead trainer: model.hf_checkpoint: {tmp_path / 'nowhere'} is not a directory"
     assert not (tmp_path / "run").exists()

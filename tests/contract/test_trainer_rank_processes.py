@@ -2,9 +2,8 @@
 
 import asyncio
 import os
-import signal
-import sys
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
@@ -14,6 +13,7 @@ from services.trainer.checkpoint import CheckpointStore
 from tests.kit.in_process import free_port
 from tests.kit.tiny_model import build_tiny_qwen3
 from tests.kit.trainer_rig import make_config, running_rig, steps_of, until
+from tests.kit.warm import warm
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +29,14 @@ async def ranks(config, directory):
     path.write_text(dump(config))
     processes = []
     for rank in range(2):
-        with (directory / f"rank-{rank}.log").open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "services.trainer", "-c", str(path), "--index", str(rank)),
-                stderr=log,
-                stdout=log,
-                env={**os.environ, "PYTHONPATH": ".:protos", "OMP_NUM_THREADS": "1"},
-            )
-            processes.append(process)
+        start = partial(warm().start, environment=os.environ, log=directory / f"rank-{rank}.log")
+        arguments = ("-c", str(path), "--index", str(rank))
+        processes.append(await asyncio.to_thread(start, "services.trainer", *arguments))
     try:
         yield processes
     finally:
         for process in processes:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            process.kill()
 
 
 @pytest.mark.timeout(600)
@@ -55,19 +48,19 @@ async def test_they_stop_together_resume_and_fail_together(model, tmp_path):
         async with ranks(config, tmp_path) as (leader, other):
             await until(lambda: len(rig.lines("metrics")) > 2, within_s=240)
             # Alone it is no reason to end.
-            other.send_signal(signal.SIGTERM)
+            other.terminate()
             seen = len(rig.lines("metrics"))
             await until(lambda: len(rig.lines("metrics")) > seen + 2, within_s=60)
-            leader.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(leader.wait(), 60) == STOPPED_EARLY
-            assert await asyncio.wait_for(other.wait(), 30) == 0
+            leader.terminate()
+            assert await leader.ended(60) == STOPPED_EARLY
+            assert await other.ended(30) == 0
         stopped_at = steps_of(rig.lines("metrics"))[-1]
         assert CheckpointStore(config.run.dir, 2).steps() == [stopped_at]
 
         async with ranks(config, tmp_path) as (leader, other):
             await until(lambda: steps_of(rig.lines("metrics"))[-1] > stopped_at + 2, within_s=240)
             other.kill()
-            assert await asyncio.wait_for(leader.wait(), 30) == 1
+            assert await leader.ended(30) == 1
         ledger = await rig.buffer.get_ledger()
     assert steps_of(rig.lines("metrics"))[: stopped_at + 3] == list(range(1, stopped_at + 4))
     assert ledger.imbalance == 0
@@ -83,5 +76,5 @@ async def test_the_others_end_when_the_first_is_gone_or_never_comes(model, tmp_p
             await until(lambda: rig.lines("pushes"), within_s=240)
             # It waits for a batch, and the other one for a command.
             leader.kill()
-            assert await asyncio.wait_for(other.wait(), 30) == 1
+            assert await other.ended(30) == 1
     assert "rank 1 of 2 lost another one: " in (tmp_path / "rank-1.log").read_text()

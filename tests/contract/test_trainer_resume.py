@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,14 @@ from services.buffer.redis_store import RedisStore
 from services.common.buffer_client import BufferClient
 from services.common.config import Config, dump
 from services.common.lifecycle import Process
-from tests.kit import valkey
+from tests.kit import trainer_points, valkey
 from tests.kit.buffer_driver import Driver, refs
-from tests.kit.faults.points import Points
+from tests.kit.faults import points
 from tests.kit.in_process import free_port
 from tests.kit.tiny_model import build_tiny_qwen3
 from tests.kit.trainer_batch import make_sample
-from tests.kit.trainer_forks import TrainerForks, point_names
 from tests.kit.trainer_replica import FakeReplica
+from tests.kit.warm import warm
 
 STEPS = 50
 GROUPS = 2 * STEPS
@@ -105,21 +107,17 @@ async def fill(config: Config) -> None:
 async def test_a_trainer_killed_anywhere_resumes_bit_for_bit(tmp_path: Path) -> None:
     build_tiny_qwen3(tmp_path / "model", hidden=32, layers=1)
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"input": "{n}="}}\n' for n in range(7)))
-    at = Points(tmp_path / "faults")
-    forks = TrainerForks({"FAULT_POINTS": str(at.directory)})
-    try:
-        with valkey.running(appendfsync="always") as store:
-            struck, calm = (configured(tmp_path, name, store.url) for name in ("struck", "calm"))
-            async with surroundings(struck):
-                for point in point_names():
-                    at.arm(point)
-                    status = await forks.run(struck.run.dir)
-                    assert (status, len(at.hits(point))) == (-signal.SIGKILL, 1), (point, log(struck))
-                assert await forks.run(struck.run.dir) == 0, log(struck)
-            async with surroundings(calm):
-                assert await forks.run(calm.run.dir) == 0, log(calm)
-    finally:
-        forks.close()
+    at = points.Points(tmp_path / "faults")
+    with valkey.running(appendfsync="always") as store:
+        struck, calm = (configured(tmp_path, name, store.url) for name in ("struck", "calm"))
+        async with surroundings(struck):
+            for point in trainer_points.names():
+                at.arm(point)
+                status = await train(struck, at)
+                assert (status, len(at.hits(point))) == (-signal.SIGKILL, 1), (point, log(struck))
+            assert await train(struck, at) == 0, log(struck)
+        async with surroundings(calm):
+            assert await train(calm, at) == 0, log(calm)
     expected = {line["step"]: line for line in lines(calm)}
     assert sorted(expected) == list(range(1, STEPS + 1))
     for line in lines(struck):
@@ -130,6 +128,15 @@ async def test_a_trainer_killed_anywhere_resumes_bit_for_bit(tmp_path: Path) -> 
         ends = [load_file(newest(config) / f"{part}.safetensors") for config in (struck, calm)]
         assert ends[0].keys() == ends[1].keys()
         assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1]), part
+
+
+async def train(config: Config, at: points.Points) -> int:
+    """A trainer from start to end. Returns its exit status."""
+    environment = {**os.environ, "FAULT_POINTS": str(at.directory)}
+    install = f"{trainer_points.__name__}:{trainer_points.install.__name__}"
+    start = partial(warm().start, environment=environment, log=config.run.dir / "trainer.log", before=install)
+    process = await asyncio.to_thread(start, "services.trainer", "-c", str(config.run.dir / "config.toml"))
+    return await process.ended(100)
 
 
 def newest(config: Config) -> Path:

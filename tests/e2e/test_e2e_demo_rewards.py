@@ -47,6 +47,7 @@ def example(kind: str) -> Iterator[str]:
         process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", SERVERS)
 def test_the_demo_has_its_rewards_from_a_server_elsewhere(tmp_path: Path, kind: str) -> None:

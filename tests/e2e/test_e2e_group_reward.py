@@ -22,6 +22,7 @@ def halved(args, sample, reward):
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_groups_are_scored_as_a_whole_though_the_reward_service_is_killed(tmp_path: Path, flags: list[str]):
     (tmp_path / "group_reward.py").write_text(REWARD)

@@ -9,17 +9,19 @@ import pytest
 
 from tests.kit.runs import Run, surviving
 
+pytestmark = pytest.mark.long
+
 VICTIMS = ("rollout", "engine-0", "reward", "buffer", "store", "trainer")
-STEPS = 100
+STEPS = 54
 # Steps between two kills.
-APART = 12
+APART = 6
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, flags: list[str]) -> tuple[Run, dict[str, int]]:
     """The finished run, and the step at which each victim was killed."""
     run_dir = tmp_path_factory.mktemp("kill") / "run"
-    run = Run(run_dir, *flags, "--num-rollout", str(STEPS), "--run-dir", str(run_dir), "--save-interval", "40")
+    run = Run(run_dir, *flags, "--num-rollout", str(STEPS), "--run-dir", str(run_dir), "--save-interval", "25")
     killed_at = {}
     for number, role in enumerate(VICTIMS):
         run.wait_for(lambda due=5 + APART * number: run.step() >= due, within_s=90)

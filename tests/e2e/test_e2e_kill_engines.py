@@ -20,12 +20,15 @@ from polyhead.v1 import sample_pb2
 from services.common.versions import Version
 from tests.kit.runs import Request, Run, surviving
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="needs sglang-router")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="needs sglang-router"),
+    pytest.mark.long,
+]
 
-STEPS = 90
+STEPS = 64
 SAMPLES = 16
 # Steps between two kills.
-APART = 10
+APART = 6
 INFLIGHT = 32
 TOKENS = 48
 RATE = 60

@@ -14,7 +14,7 @@ from polyhead.v1 import sample_pb2
 from services.common.versions import Version
 from tests.kit.runs import Run, polyhead, surviving
 
-STEPS = 90
+STEPS = 64
 # A step takes four groups of four samples.
 SAMPLES = 16
 UNTRAINED = {sample_pb2.SAMPLE_STATE_READY, sample_pb2.SAMPLE_STATE_TRAINING}

@@ -1,4 +1,4 @@
-"""The demo over real SGLang: two engines behind sglang-router, one of them and the router killed on the way."""
+"""The demo over real SGLang: one engine; and two behind sglang-router, one of them and the router killed on the way."""
 
 from __future__ import annotations
 
@@ -13,30 +13,35 @@ from tests.kit.runs import Run, surviving
 
 pytestmark = pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make test-sglang")
 
-STEPS = 200
-# The engine first: SGLang needs half of the run to start again.
-KILLS = {"engine-0": 10, "router": 30}
+# By the number of engines. The engine first: SGLang needs half of the run to start again.
+STEPS = {1: 120, 2: 200}
+KILLS = {1: {}, 2: {"engine-0": 10, "router": 30}}
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)], ids=["one", "two"])
+def engines(request: pytest.FixtureRequest) -> int:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, engines: int) -> Run:
     """The finished run."""
     run_dir: Path = tmp_path_factory.mktemp("sglang") / "run"
     overrides = {
         "run.dir": run_dir,
-        "run.num_rollout": STEPS,
+        "run.num_rollout": STEPS[engines],
         "rollout.engine.kind": "sglang",
-        "rollout.engines": 2,
+        "rollout.engines": engines,
         # One batch in the works keeps the samples young, and the learning steady.
         "rollout.max_inflight": 64,
         "rollout.save_interval_s": 0.2,
         "trainer.optimizer.lr": 5e-4,
     }
     run = Run(run_dir, "demo", *(part for key, value in overrides.items() for part in (f"--{key}", str(value))))
-    for name, step in KILLS.items():
+    for name, step in KILLS[engines].items():
         run.wait_for(lambda step=step: run.step() >= step, within_s=500)
         psutil.Process(run.child(name)).kill()
-    assert run.finish(within_s=400) == 0, run.tail()
+    assert run.finish(within_s=500) == 0, run.tail()
     return run
 
 
@@ -46,18 +51,18 @@ def test_sglang_learns(run):
     assert statistics.fmean(rewards[-20:]) >= statistics.fmean(rewards[:20]) + 0.15
 
 
-def test_the_summary_names_sglang_and_its_version(run):
+def test_the_summary_names_sglang_and_its_version(run, engines):
     engine = run.summary()["engine"]
     assert engine["name"].startswith("sglang/0.5.")
-    assert (engine["engines"], engine["router"]) == (2, True)
+    assert (engine["engines"], engine["router"]) == (engines, engines > 1)
 
 
-def test_nothing_is_lost_behind_the_router_of_sglang(run):
+def test_nothing_is_lost_with_sglang(run, engines):
     summary = run.summary()
     assert summary["ledger_imbalance"] == 0
     assert summary["ledger"]["dead"] == 0
     assert sum(summary["ledger"]["dropped"].values()) == 0
-    assert sorted(surviving(run.steps())) == list(range(1, STEPS + 1))
+    assert sorted(surviving(run.steps())) == list(range(1, STEPS[engines] + 1))
     assert summary["requests_aborted"] == 0
 
 
@@ -66,7 +71,7 @@ def test_both_sides_agree_on_the_log_probs_of_sglang(run):
     assert run.summary()["max_staleness"] <= 4
 
 
-def test_what_was_killed_of_sglang_came_back(run):
+def test_what_was_killed_of_sglang_came_back(run, engines):
     processes = run.summary()["processes"]
-    assert len(processes["engine-0"]) == len(processes["router"]) == 2
+    assert all(len(processes[name]) == 2 for name in KILLS[engines])
     assert run.left_behind() == []

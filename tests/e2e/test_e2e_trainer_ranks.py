@@ -6,6 +6,8 @@ import pytest
 
 from tests.kit.runs import Run, surviving
 
+pytestmark = pytest.mark.long
+
 STEPS = 30
 KILLED_AT = 12
 

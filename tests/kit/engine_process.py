@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -13,7 +12,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import aiohttp
 import orjson
@@ -22,6 +21,7 @@ import pytest
 from services.common.config import Config
 from services.common.process import free_port
 from services.rollout.engines.launch import engine_command
+from tests.kit.warm import Fork, warm
 
 ROOT = Path(__file__).parents[2]
 ADMIN_KEY = "an-admin-key"
@@ -36,7 +36,7 @@ SGLANG_WANTED = "POLYHEAD_SGLANG"
 class EngineProcess:
     kind: str
     url: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Fork
     model_path: Path
     context_length: int
 
@@ -46,13 +46,15 @@ Start = Callable[..., contextlib.AbstractContextManager[EngineProcess]]
 
 @contextlib.contextmanager
 def start_torch_engine(
-    model_path: Path, *, context_length: int, flags: tuple[str, ...] = (), log: IO[bytes] | None = None
+    model_path: Path, *, context_length: int, flags: tuple[str, ...] = (), log: Path | None = None
 ) -> Iterator[EngineProcess]:
     """The in-house engine on a free port, stopped at the end. What it writes goes to `log`."""
     port = free_port()
-    module = [sys.executable, "-m", "services.rollout.engines.torch_engine", "--model-path", str(model_path)]
-    arguments = ["--port", str(port), "--context-length", str(context_length), "--admin-api-key", ADMIN_KEY, *flags]
-    process = subprocess.Popen([*module, *arguments], cwd=ROOT, env=engine_environment(), stdout=log, stderr=log)
+    arguments = ["--model-path", str(model_path), "--port", str(port), "--context-length", str(context_length)]
+    arguments += ["--admin-api-key", ADMIN_KEY, *flags]
+    process = warm().start(
+        "services.rollout.engines.torch_engine", *arguments, environment=engine_environment(), log=log
+    )
     with _running("torch", process, port, model_path, context_length) as engine:
         yield engine
 
@@ -81,7 +83,7 @@ STARTS: dict[str, Start] = {"torch": start_torch_engine, "sglang": start_sglang}
 
 @contextlib.contextmanager
 def _running(
-    kind: str, process: subprocess.Popen[bytes], port: int, model_path: Path, context_length: int
+    kind: str, process: subprocess.Popen[bytes] | Fork, port: int, model_path: Path, context_length: int
 ) -> Iterator[EngineProcess]:
     url = f"http://127.0.0.1:{port}"
     try:
@@ -100,7 +102,7 @@ def engine_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"}
 
 
-def wait_healthy(url: str, process: subprocess.Popen[bytes], within_s: float) -> None:
+def wait_healthy(url: str, process: subprocess.Popen[bytes] | Fork, within_s: float) -> None:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if process.poll() is not None:

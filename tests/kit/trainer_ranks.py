@@ -7,7 +7,6 @@ with the others, and rank 0 leaves what came of each in ``DIRECTORY/ranks-N.pt``
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,9 +30,9 @@ from services.trainer.step import train_batch
 from services.trainer.weights.snapshot import Snapshot, build_manifest
 from tests.kit.in_process import free_port
 from tests.kit.trainer_ragged import ragged_samples
+from tests.kit.warm import warm
 
 CLOCK = Clock(Version(1, 0), {1: 0})
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -175,20 +174,17 @@ def _fetch(samples: Sequence[TrainSample]) -> Callable[[list[pb.LeasedSample]], 
 def spawn(directory: Path, ranks: int, *names: str) -> dict[str, Any]:
     """What these of the `CASES`, or all, come to on so many ranks. Raises AssertionError, with a log, if one fails."""
     port = free_port()
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"}
-    logs = [directory / f"rank-{rank}-of-{ranks}.log" for rank in range(ranks)]
-    command = [sys.executable, "-m", "tests.kit.trainer_ranks", str(directory), str(ranks)]
     processes = []
-    for rank, log in enumerate(logs):
-        with log.open("wb") as output:
-            arguments = [*command, str(rank), str(port), *(names or CASES)]
-            process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            processes.append(process)
+    for rank in range(ranks):
+        arguments = (str(directory), str(ranks), str(rank), str(port), *(names or CASES))
+        log = directory / f"rank-{rank}-of-{ranks}.log"
+        process = warm().start("tests.kit.trainer_ranks", *arguments, environment=os.environ, log=log)
+        processes.append((process, log))
     try:
-        for process, log in zip(processes, logs, strict=True):
+        for process, log in processes:
             assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
     finally:
-        for process in processes:
+        for process, _ in processes:
             process.kill()
     # Tensors and numbers that this test's own ranks wrote: nothing else is read with weights_only.
     outcome: dict[str, Any] = torch.load(directory / f"ranks-{ranks}.pt", weights_only=True)

@@ -19,7 +19,7 @@ from services.common.versions import Version, steps_between
 from tests.kit import valkey
 from tests.kit.buffer_driver import Driver, outcomes, params, refs
 
-STEPS, TICKS = 25, 4000
+STEPS, TICKS = 18, 4000
 _runs = itertools.count()
 
 

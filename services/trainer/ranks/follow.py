@@ -9,7 +9,7 @@ import structlog
 from polyhead.v1 import buffer_pb2 as pb
 from services.common.buffer_client import BufferClient
 from services.common.config import Config
-from services.common.lifecycle import keep_loaded
+from services.common.process import keep_loaded
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.batch.lease import fetch_all
 from services.trainer.io_thread import Io

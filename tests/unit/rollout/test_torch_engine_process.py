@@ -113,7 +113,7 @@ async def test_server_info_counts_work(model: Path) -> None:
 async def test_the_log_says_which_weights_served_a_request(model: Path, tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     flags = ("--log-requests", "--weight-version", "e1.s0", "--incremental-streaming-output")
-    with log.open("wb") as output, start_torch_engine(model, context_length=512, flags=flags, log=output) as engine:
+    with start_torch_engine(model, context_length=512, flags=flags, log=log) as engine:
         async with aiohttp.ClientSession() as session:
             api = EngineApi(engine.url, session)
             await api.generate([5, 6, 7], max_new_tokens=3, ignore_eos=True, rid="before")

@@ -7,15 +7,17 @@ import os
 import sys
 
 from services.common.errors import PolyheadError
+from services.common.process import loading
 from services.common.telemetry import configure_logging
 from services.rollout.engines.torch_engine.options import parse_options
-from services.rollout.engines.torch_engine.server import bind, serve
 
 
 def main() -> int:
     """Serves until told to stop; the return value is the exit status: 0, or 2 for what cannot be served."""
     options = parse_options()
     configure_logging("torch_engine")
+    with loading():
+        from services.rollout.engines.torch_engine.server import bind, serve
     try:
         asyncio.run(serve(options, bind(options.host, options.port)))
     except PolyheadError as error:
