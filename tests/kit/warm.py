@@ -19,21 +19,23 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
 
+from services.common import process
 from services.common.process import die_with_parent
 
 ROOT = Path(__file__).parents[2]
+ENGINE = "services.rollout.engines.torch_engine"
 # What these modules come to import on their way; anything else is imported by each process.
+_MODELS = tuple(f"transformers.models.{model}.modeling_{model}" for model in ("qwen3", "llama", "qwen2"))
 _IMPORTS = {
-    "services.trainer": ("services.trainer.trainer", "transformers.models.auto.modeling_auto"),
-    "services.rollout.engines.torch_engine": ("services.rollout.engines.torch_engine.__main__",),
-    "tests.kit.trainer_ranks": ("tests.kit.trainer_ranks",),
+    "services.trainer": ("services.trainer.trainer", "transformers.models.auto.modeling_auto", *_MODELS),
+    "tests.kit.trainer_ranks": ("tests.kit.trainer_ranks", *_MODELS),
+    ENGINE: (f"{ENGINE}.server",),
 }
-_MODELS = ("qwen3", "llama", "qwen2")
 
 
 class Fork:
@@ -89,21 +91,28 @@ class Warm:
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
 
+    def prepare(self, module: str) -> None:
+        """Has what `module` needs imported by the time that it is asked for: takes some seconds."""
+        self._ask({"prepare": module})
+
     def start(
         self, module: str, *arguments: str, environment: Mapping[str, str], log: Path | None = None, before: str = ""
     ) -> Fork:
         """``python -m module arguments``. Output is appended to `log`; `before`, ``module:function``, is called first.
 
-        Takes some seconds the first time that a module is asked for.
+        Takes some seconds if `module` has not been prepared.
         """
         request = {"module": module, "arguments": arguments, "environment": dict(environment), "before": before}
         request["log"] = None if log is None else str(log)
+        pid = self._ask(request)
+        return Fork(pid, self._ended[pid])
+
+    def _ask(self, request: dict[str, Any]) -> int:
         with self._lock:
             self._started = Future()
             assert self._process.stdin is not None
             print(json.dumps(request), file=self._process.stdin, flush=True)
-            pid = self._started.result(60)
-        return Fork(pid, self._ended[pid])
+            return self._started.result(60)
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -127,6 +136,18 @@ def warm() -> Warm:
     return _warm
 
 
+def spawn(
+    command: Sequence[str], *, log_path: Path, env: Mapping[str, str] | None = None, **how: Any
+) -> Fork | subprocess.Popen[bytes]:
+    """In place of `services.common.process.spawn`: engines of this project start warm."""
+    if list(command[:3]) != [sys.executable, "-m", ENGINE]:
+        return process.spawn(command, log_path=log_path, env=env, **how)
+    log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log_path.touch(mode=0o600)
+    inherited = {name: value for name, value in os.environ.items() if not process._configures(name)}
+    return warm().start(ENGINE, *command[3:], environment={**inherited, **(env or {})}, log=log_path)
+
+
 def main() -> None:
     die_with_parent(os.getppid())
     wakeup, alarm = os.pipe()
@@ -142,16 +163,15 @@ def main() -> None:
         if requests in ready:
             if not (line := requests.readline()):
                 return
-            _start(json.loads(line))
+            _serve(json.loads(line))
 
 
-def _start(request: dict[str, Any]) -> None:
-    module = request["module"]
-    for name in _IMPORTS.get(module, ()):
-        importlib.import_module(name)
-    if module in ("services.trainer", "tests.kit.trainer_ranks"):
-        for model in _MODELS:
-            importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+def _serve(request: dict[str, Any]) -> None:
+    if "prepare" in request:
+        _import(request["prepare"])
+        _say({"started": 0})
+        return
+    _import(request["module"])
     gc.freeze()
     server = os.getpid()
     pid = os.fork()
@@ -160,9 +180,15 @@ def _start(request: dict[str, Any]) -> None:
     _say({"started": pid})
 
 
+def _import(module: str) -> None:
+    for name in _IMPORTS.get(module, ()):
+        importlib.import_module(name)
+
+
 def _become(server: int, request: dict[str, Any]) -> NoReturn:
     """The process that was asked for, from here to its end."""
     die_with_parent(server)
+    os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -11,9 +11,20 @@ import pytest
 
 from services.common.config import Config
 from services.rollout.prompting import Prompter
+from tests.kit import warm
 from tests.kit.rollout_rig import Rig, changed, running_rig
 
 MakeRig = Callable[..., Awaitable[Rig]]
+
+
+@pytest.fixture(scope="session")
+def warm_engine() -> None:
+    warm.warm().prepare(warm.ENGINE)
+
+
+@pytest.fixture(autouse=True)
+def engines_start_warm(warm_engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.rollout.engines.child.spawn", warm.spawn)
 
 
 @pytest.fixture(scope="session")
