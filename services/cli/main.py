@@ -66,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     reward_arguments.add_to(reward)
     reward.set_defaults(verb=_reward)
 
+    convert = verbs.add_parser("convert", help="a checkpoint as a Hugging Face directory")
+    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT_DIR", help="RUN_DIR/checkpoints/step_00000020")
+    convert.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
+    convert.add_argument(
+        "--hf-checkpoint", type=Path, metavar="DIR", help="the model that the run began with, if it has moved"
+    )
+    convert.set_defaults(verb=_convert)
+
     demo = verbs.add_parser("demo", help="a language model learns addition on this machine, in two minutes")
     demo.add_argument("task", nargs="?", choices=("addition", "smollm2"), default="addition")
     demo.add_argument("--seed", type=int, default=0)
@@ -136,6 +144,15 @@ def _reward(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     _refuse_rest(rest)
     return reward_test.run(arguments)
+
+
+def _convert(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from services.trainer.convert import convert
+
+    _refuse_rest(rest)
+    state = convert(arguments.checkpoint, arguments.out, arguments.hf_checkpoint)
+    print(f"{arguments.out}: {state.version}, step {state.step}")
+    return 0
 
 
 def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:

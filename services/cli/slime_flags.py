@@ -85,6 +85,8 @@ VALUE_FLAGS: dict[str, str] = {
     "--adam-beta2": "trainer.optimizer.beta2",
     "--adam-eps": "trainer.optimizer.eps",
     "--clip-grad": "trainer.optimizer.clip_grad",
+    "--load": "trainer.checkpoint.load",
+    "--save": "run.dir",
     "--save-interval": "trainer.checkpoint.save_interval",
 }
 

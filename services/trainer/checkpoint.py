@@ -1,38 +1,38 @@
 """Checkpoints: safetensors and JSON in ``run.dir/checkpoints/step_00000020``, written atomically.
 
-model.safetensors       weights by Hugging Face name
-optimizer.safetensors   ``<kind>/<parameter name>``: moments, step counters, float32 master weights where there are
-critic.safetensors, critic_optimizer.safetensors
-                        the same of PPO's critic, where there is one
-rng.safetensors         states of the random number generators, uint8
-state.json              `CheckpointState`, and the digest of each file above
+model-00000.safetensors      weights by Hugging Face name, in the model's dtype: the rows of rank 0
+optimizer-00000.safetensors  ``<kind>/<parameter name>``: moments, step counters, float32 master weights where there are
+critic-00000.safetensors, critic_optimizer-00000.safetensors
+                             the same of PPO's critic, where there is one; its head is float32
+rng-00000.safetensors        ``<generator>/<rank>``: states of the random number generators, uint8
+...                          the same of the other ranks
+state.json                   `CheckpointState`, and the digest of each file above
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 import structlog
-import torch
 from google.protobuf import json_format
-from safetensors.torch import load_file, save_file
 
 from polyhead.v1 import buffer_pb2 as pb
 from services.common.errors import FencedError
 from services.common.versions import Version
-from services.trainer.files import digest, remove_temporary, write_directory
+from services.trainer.files import digest, remove_temporary, temporary_for, write_directory
+from services.trainer.ranks.group import RankGroup
+from services.trainer.shards import StoredTensor, Tensors, digests, read_shards, write_shards
 
 log = structlog.get_logger()
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
-
-Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class CheckpointState:
     version: Version
     """The weights' version: (epoch that wrote it, step)."""
     optimizer_steps: int
+    model: str
+    """The Hugging Face directory that training began with: configuration and tokenizer are the same."""
+    dtype: str
+    """Of the model, as in `model.dtype`."""
     config_digest: str
     """Of the settings that shape training: a resumed run may say that they changed."""
     watermark: dict[str, Any] | None
@@ -55,9 +59,10 @@ class CheckpointState:
 
 @dataclass(frozen=True)
 class Checkpoint:
+    directory: Path
     state: CheckpointState
-    tensors: dict[str, dict[str, torch.Tensor]]
-    """By file, then by name; on the host."""
+    tensors: dict[str, dict[str, StoredTensor]]
+    """By part, then by name."""
 
 
 class CheckpointStore:
@@ -85,24 +90,31 @@ class CheckpointStore:
                 continue
         return max(epochs)
 
-    def save(self, state: CheckpointState, tensors: Tensors) -> int:
+    def temporary(self, step: int) -> Path:
+        """Where all ranks write a checkpoint of `step` before it has its name."""
+        return temporary_for(self._directory(step))
+
+    def save(self, state: CheckpointState, tensors: Tensors, temporary: Path, group: RankGroup) -> int:
         """Writes, verifies, and removes the oldest beyond `keep_last`. Returns the oldest step that is kept.
+
+        The other ranks of `group` call `write_shards` meanwhile, for the same `temporary` directory.
 
         Raises OSError when the disk refuses, or gives back something else than was written; FencedError when there are
         checkpoints of a later epoch already: a trainer that was superseded replaces none of them. Should a later one
         write this very step between that look and the rename, it is replaced after all, and a resumption starts from
-        the one before, which is kept and not retired, unless `keep_last` is 1.
+        the one before, which is kept and not retired, unless `keep_last` is 1. UnavailableError when a rank is gone.
         """
+        said = write_shards(temporary, tensors, group)
 
         def fill(path: Path) -> None:
-            _write(path, state, tensors)
+            _write_state(path, state, digests(said))
             if (newest := self.newest_epoch()) > state.version.epoch:
                 raise FencedError(f"{state.version.epoch} was superseded by {newest}", field="epoch")
 
         directory = self._directory(state.step)
-        write_directory(directory, fill)
-        if (problem := _problem(directory)) is not None:
-            raise OSError(f"{directory} does not verify after writing: {problem}")
+        write_directory(directory, fill, temporary)
+        if (reason := problem(directory)) is not None:
+            raise OSError(f"{directory} does not verify after writing: {reason}")
         return self._prune(state.step, self._keep_last)
 
     def keep_only(self, step: int) -> None:
@@ -115,10 +127,10 @@ class CheckpointStore:
         """
         for step in reversed(self.steps()):
             directory = self._directory(step)
-            problem = _problem(directory) or _abandoned(directory, forks or {})
-            if problem is None:
-                return _read(directory)
-            log.warning("checkpoint_skipped", step=step, reason=problem)
+            reason = problem(directory) or _abandoned(directory, forks or {})
+            if reason is None:
+                return read(directory)
+            log.warning("checkpoint_skipped", step=step, reason=reason)
         return None
 
     def _prune(self, newest: int, count: int) -> int:
@@ -132,29 +144,32 @@ class CheckpointStore:
         return self._root / f"step_{step:08d}"
 
 
-def _write(directory: Path, state: CheckpointState, tensors: Tensors) -> None:
-    digests = {}
-    for part, named in tensors.items():
-        path = directory / f"{part}.safetensors"
-        save_file(dict(named), path)
-        digests[path.name] = digest(path)
-    document = {"format": FORMAT, **asdict(state), "version": state.version._asdict(), "files": digests}
-    (directory / STATE).write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2))
+def read(directory: Path) -> Checkpoint:
+    """A checkpoint that is known to be whole. Raises OSError, ValueError or KeyError for one that is not."""
+    document = orjson.loads((directory / STATE).read_bytes())
+    return Checkpoint(directory, _state(document), read_shards(directory, document["files"]))
 
 
-def _problem(directory: Path) -> str | None:
+def problem(directory: Path) -> str | None:
     """Why the checkpoint cannot be used; None when it can."""
     try:
         document = orjson.loads((directory / STATE).read_bytes())
         if document["format"] != FORMAT:
             return f"format {document['format']}, expected {FORMAT}"
-        for name, expected in document["files"].items():
-            if digest(directory / name) != expected:
-                return f"{name} is damaged"
         _state(document)
+        with ThreadPoolExecutor(thread_name_prefix="digest") as threads:
+            found = threads.map(lambda name: digest(directory / name), document["files"])
+            for (name, expected), content in zip(document["files"].items(), found, strict=True):
+                if content != expected:
+                    return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _write_state(directory: Path, state: CheckpointState, files: Mapping[str, str]) -> None:
+    document = {"format": FORMAT, **asdict(state), "version": state.version._asdict(), "files": files}
+    (directory / STATE).write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2))
 
 
 def _abandoned(directory: Path, forks: Mapping[int, int]) -> str | None:
@@ -168,17 +183,13 @@ def _abandoned(directory: Path, forks: Mapping[int, int]) -> str | None:
     return None
 
 
-def _read(directory: Path) -> Checkpoint:
-    document = orjson.loads((directory / STATE).read_bytes())
-    tensors = {name.removesuffix(".safetensors"): load_file(directory / name) for name in document["files"]}
-    return Checkpoint(_state(document), tensors)
-
-
 def _state(document: Mapping[str, Any]) -> CheckpointState:
     return CheckpointState(
         step=document["step"],
         version=Version(**document["version"]),
         optimizer_steps=document["optimizer_steps"],
+        model=document["model"],
+        dtype=document["dtype"],
         config_digest=document["config_digest"],
         watermark=document["watermark"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,32 +15,37 @@ TEMPORARY = ".tmp-"
 _CHUNK = 1 << 22
 
 
-def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+def temporary_for(target: Path) -> Path:
+    """A place beside `target`, another one each time, that `remove_temporary` knows."""
+    return target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}-{time.time_ns()}"
+
+
+def write_directory(target: Path, fill: Callable[[Path], None], temporary: Path | None = None) -> None:
     """Makes `target` appear at once, with what `fill` writes into the directory it is given, on disk.
+
+    That directory is `temporary`, a `temporary_for` the target, which may exist and hold files already.
 
     An earlier `target` is replaced. A crash at any point leaves either the earlier one or none, never a part. A disk
     that refuses (OSError) keeps nothing of it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = temporary or temporary_for(target)
     try:
+        temporary.mkdir(parents=True, exist_ok=True)
         fill(temporary)
         for path in temporary.iterdir():
-            _fsync(path)
-        _fsync(temporary)
+            fsync(path)
+        fsync(temporary)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # a part of a checkpoint is what fills the disk
         raise
     if target.exists():
-        replaced = target.parent / f"{TEMPORARY}replaced-{target.name}-{os.getpid()}"
+        replaced = temporary_for(target)
         target.rename(replaced)
         temporary.rename(target)
         shutil.rmtree(replaced)
     else:
         temporary.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 def remove_temporary(parent: Path) -> None:
@@ -57,7 +63,8 @@ def digest(path: Path) -> str:
     return str(state.hexdigest())
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Returns when a file, or the names in a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,6 @@
-"""Checkpoints beside training: the training thread copies, another thread writes, verifies and confirms."""
+"""Checkpoints beside training: on each rank the training thread copies and another one writes; rank 0's also verifies
+and confirms.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ import contextvars
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 from google.protobuf import json_format
@@ -16,8 +20,11 @@ from services.common.buffer_client import BufferClient
 from services.common.errors import PolyheadError, UnavailableError
 from services.common.versions import Version
 from services.trainer.backends.torch.backend import TorchBackend
-from services.trainer.checkpoint import CheckpointState, CheckpointStore, Tensors
+from services.trainer.checkpoint import CheckpointState, CheckpointStore
 from services.trainer.io_thread import Io
+from services.trainer.ranks import commands
+from services.trainer.ranks.group import RankGroup
+from services.trainer.shards import Tensors
 
 log = structlog.get_logger()
 
@@ -27,22 +34,32 @@ RELIEVE_AGAIN_S = 30.0
 BUFFER_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint says of the run that it is of."""
+
+    model: str
+    """The directory that training began with."""
+    dtype: str
+    config_digest: str
+
+
 class Saver:
-    """One checkpoint at a time: the next waits until the last is on disk. Holds one copy of all state meanwhile.
+    """One checkpoint at a time: the next waits until the last is on disk. Each rank holds a copy of its part meanwhile.
 
     A disk that refuses a checkpoint ends nothing: the ones before stay, training goes on, and the next one is tried
     when it is due. Only at the end of the run, `finish` raises it.
     """
 
     def __init__(
-        self, store: CheckpointStore, buffer: BufferClient, io: Io, epoch: int, config_digest: str, last_step: int
+        self, store: CheckpointStore, buffer: BufferClient, io: Io, epoch: int, origin: Origin, last_step: int
     ) -> None:
         """`last_step` is the step of the checkpoint the run starts from; 0 for none."""
         self._store = store
         self._buffer = buffer
         self._io = io
         self._epoch = epoch
-        self._config_digest = config_digest
+        self._origin = origin
         self._saved_step = last_step
         self._failure: PolyheadError | None = None
         """Why the last checkpoint was not written."""
@@ -65,10 +82,15 @@ class Saver:
             step=version.step,
             version=version,
             optimizer_steps=backend.optimizer_steps,
-            config_digest=self._config_digest,
+            model=self._origin.model,
+            dtype=self._origin.dtype,
+            config_digest=self._origin.config_digest,
             watermark=None if watermark is None else json_format.MessageToDict(watermark),
         )
-        self._writing = self._submit(self._write, state, backend.state())
+        temporary = self._store.temporary(version.step)
+        with backend.group.command(commands.SAVE, str(temporary)):
+            tensors = backend.state()
+        self._writing = self._submit(self._write, state, tensors, temporary, backend.group.beside)
 
     def relieve(self, backend: TorchBackend, version: Version) -> None:
         """The buffer's store is filling up: like `save`, and then everything up to this step is given up.
@@ -114,9 +136,9 @@ class Saver:
         log.info("store_relieved", step=step)
         self._io.call(self._confirm(step))
 
-    def _write(self, state: CheckpointState, tensors: Tensors) -> None:
+    def _write(self, state: CheckpointState, tensors: Tensors, temporary: Path, group: RankGroup) -> None:
         try:
-            oldest = self._store.save(state, tensors)
+            oldest = self._store.save(state, tensors, temporary, group)
         except OSError as error:
             failure = PolyheadError(f"the checkpoint of step {state.step} was not written: {error}", field="run.dir")
             log.error("checkpoint_not_written", step=state.step, reason=str(error))

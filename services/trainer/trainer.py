@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import orjson
 import structlog
@@ -16,14 +17,16 @@ from services.trainer import model_dir
 from services.trainer.algorithms.user_function import load_advantage_function
 from services.trainer.algorithms.user_loss import load_reducer
 from services.trainer.backends.torch.backend import TorchBackend
-from services.trainer.checkpoint import Checkpoint, CheckpointStore
+from services.trainer.backends.torch.model import start_directory
+from services.trainer.checkpoint import Checkpoint, CheckpointState, CheckpointStore
 from services.trainer.colocated_loop import ColocatedLoop
 from services.trainer.history import load_forks, record_fork
 from services.trainer.io_thread import Io
 from services.trainer.loop import Loop, Services
+from services.trainer.ranks import commands
 from services.trainer.ranks.group import RankGroup
 from services.trainer.records import JsonLines
-from services.trainer.saver import Saver
+from services.trainer.saver import Origin, Saver
 from services.trainer.status import TrainerStatus
 from services.trainer.turns import Turns
 from services.trainer.weights.publisher import Publisher
@@ -54,19 +57,17 @@ def _train(
 ) -> bool:
     checkpoints = CheckpointStore(config.run.dir, config.trainer.checkpoint.keep_last)
     # A store that lost its data would count epochs from the beginning, below versions that replicas may still serve.
-    known_epoch = max(checkpoints.newest_epoch(), *load_forks(config.run.dir), 0)
+    known_epoch = max(_known_epoch(directory) for directory in _histories(config))
     acquired = io.call_or_stop(buffer.acquire_epoch(holder, known_epoch))
     if acquired is None:
         return False
     # Only now: an earlier trainer may have gone on saving until it was fenced.
     checkpoints.clean()
-    checkpoint = checkpoints.load_newest(load_forks(config.run.dir))
-    if checkpoint is not None:
-        _resume(backend, checkpoint, config)
-    version = checkpoint.state.version if checkpoint is not None else Version(acquired.epoch, 0)
+    start = _resume(backend, config)
+    version = start.version if start is not None else Version(acquired.epoch, 0)
     if version.step < config.run.num_rollout:
         keep_loaded()
-        step = _run_epoch(config, io, buffer, status, holder, backend, checkpoints, checkpoint, acquired.epoch)
+        step = _run_epoch(config, io, buffer, status, holder, backend, checkpoints, start, acquired.epoch)
         version = Version(acquired.epoch, step)
     if version.step < config.run.num_rollout:
         return False
@@ -92,11 +93,11 @@ def _run_epoch(
     holder: str,
     backend: TorchBackend,
     checkpoints: CheckpointStore,
-    checkpoint: Checkpoint | None,
+    start: CheckpointState | None,
     epoch: int,
 ) -> int:
-    step = checkpoint.state.step if checkpoint is not None else 0
-    watermark = checkpoint.state.watermark_message() if checkpoint is not None else None
+    step = start.step if start is not None else 0
+    watermark = start.watermark_message() if start is not None else None
     recovered = io.call_or_stop(buffer.recover(epoch, step, watermark))
     if recovered is None:
         return step
@@ -110,7 +111,7 @@ def _run_epoch(
         publisher = Publisher(buffer, config, epoch, pushes.write)
         stack.callback(lambda: io.call_always(publisher.close()))
         io.call(publisher.start(io.watch))
-        saver = Saver(checkpoints, buffer, io, epoch, _digest(config), step)
+        saver = Saver(checkpoints, buffer, io, epoch, _origin(config), step)
         stack.callback(saver.close)
         services = Services(io, buffer, backend, publisher, saver, status, metrics, samples)
         if config.run.colocate:
@@ -128,12 +129,44 @@ def _run_epoch(
         return Loop(config, services, holder=holder, epoch=epoch, forks=forks).run(step)
 
 
-def _resume(backend: TorchBackend, checkpoint: Checkpoint, config: Config) -> None:
+def _histories(config: Config) -> list[Path]:
+    """The run directories whose checkpoints this run may go on from: its own before any other."""
+    other = config.trainer.checkpoint.load
+    return [config.run.dir, *([] if other is None else [other])]
+
+
+def _known_epoch(run_dir: Path) -> int:
+    return max(CheckpointStore(run_dir, 1).newest_epoch(), *load_forks(run_dir), 0)
+
+
+def _resume(backend: TorchBackend, config: Config) -> CheckpointState | None:
+    """Loads the checkpoint that the run goes on from, on all ranks; None when there is none. Nothing of its tensors is
+    held afterwards.
+    """
+    checkpoint = _newest(config)
+    if checkpoint is None:
+        return None
     state = checkpoint.state
-    backend.load_state(checkpoint.tensors, state.optimizer_steps)
-    log.info("resumed", step=state.step, version=str(state.version))
+    with backend.group.command(commands.LOAD, str(checkpoint.directory)):
+        backend.load_state(checkpoint.tensors, state.optimizer_steps)
+    log.info("resumed", step=state.step, version=str(state.version), directory=str(checkpoint.directory))
     if state.config_digest != _digest(config):
         log.warning("config_changed", step=state.step)
+    return state
+
+
+def _newest(config: Config) -> Checkpoint | None:
+    for run_dir in _histories(config):
+        checkpoint = CheckpointStore(run_dir, 1).load_newest(load_forks(run_dir))
+        if checkpoint is not None:
+            return checkpoint
+    if config.trainer.checkpoint.load is not None:
+        log.warning("nothing_to_load", directory=str(config.trainer.checkpoint.load))
+    return None
+
+
+def _origin(config: Config) -> Origin:
+    return Origin(str(start_directory(config)[0].resolve()), config.model.dtype, _digest(config))
 
 
 def _digest(config: Config) -> str:

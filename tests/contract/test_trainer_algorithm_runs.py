@@ -71,8 +71,8 @@ async def test_steps_of_the_critic_alone_are_steps_of_the_run(model, tmp_path):
     with safe_open(tmp_path / "run" / "hf" / "model.safetensors", "pt") as exported:
         assert not [name for name in exported.keys() if "value_head" in name]  # noqa: SIM118 (no mapping)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_00000003")
-    assert (checkpoint / "critic.safetensors").exists()
-    assert (checkpoint / "critic_optimizer.safetensors").exists()
+    assert (checkpoint / "critic-00000.safetensors").exists()
+    assert (checkpoint / "critic_optimizer-00000.safetensors").exists()
 
 
 async def test_a_function_that_fails_ends_the_run_with_its_name(model, tmp_path):

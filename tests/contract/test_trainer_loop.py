@@ -210,6 +210,26 @@ async def test_a_finished_run_that_is_extended_exports_again(model, tmp_path):
     assert (config.run.dir / "hf" / "model.safetensors").read_bytes() != before
 
 
+async def test_a_run_goes_on_from_the_checkpoint_of_another(model, tmp_path):
+    first = make_config(model, tmp_path / "first", steps=2)
+    async with running_rig(first, tmp_path / "a") as rig:
+        await asyncio.wait_for(rig.train(), 60)
+    saved = CheckpointStore(first.run.dir, 1).load_newest()
+    second = make_config(model, tmp_path / "second", steps=3, trainer={"checkpoint": {"load": first.run.dir}})
+    async with running_rig(second, tmp_path / "b") as rig:
+        await asyncio.wait_for(rig.train(), 60)
+        ledger = await rig.buffer.get_ledger()
+        assert steps_of(rig.lines("metrics")) == [3]
+        # With a checkpoint of its own, that is what it goes on from.
+        second.run.num_rollout = 4
+        await asyncio.wait_for(rig.train(), 60)
+        assert steps_of(rig.lines("metrics")) == [3, 4]
+    assert (ledger.epoch, ledger.step) == (saved.state.version.epoch + 1, 3)
+    went_on = CheckpointStore(second.run.dir, 1).load_newest().state
+    assert (went_on.step, went_on.optimizer_steps) == (4, saved.state.optimizer_steps // 2 * 4)
+    assert CheckpointStore(first.run.dir, 1).steps()[-1] == 2
+
+
 async def test_epochs_go_on_above_those_of_a_lost_store(model, tmp_path):
     config = make_config(model, tmp_path / "run", steps=2)
     async with running_rig(config, tmp_path / "a") as rig:
@@ -349,7 +369,7 @@ async def test_a_full_disk_costs_a_checkpoint_and_a_run_that_ends_so_says_it(mod
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr("services.trainer.checkpoint.save_file", write)
+    monkeypatch.setattr("services.trainer.shards.save_file", write)
     confirmed = spy_on_confirmations(monkeypatch)
     config = make_config(model, tmp_path / "run", steps=7)
     async with running_rig(config, tmp_path) as rig:

@@ -125,7 +125,7 @@ async def test_a_trainer_killed_anywhere_resumes_bit_for_bit(tmp_path: Path) -> 
             assert line[field] == expected[line["step"]][field], (line["step"], line["epoch"], field)
     assert {line["step"] for line in lines(struck)} == set(expected)
     for part in ("model", "optimizer", "rng"):
-        ends = [load_file(newest(config) / f"{part}.safetensors") for config in (struck, calm)]
+        ends = [load_file(newest(config) / f"{part}-00000.safetensors") for config in (struck, calm)]
         assert ends[0].keys() == ends[1].keys()
         assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1]), part
 

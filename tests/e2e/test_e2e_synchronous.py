@@ -203,7 +203,7 @@ def recorded(config: Config, groups: Sequence[pb.LeasedGroup], step: int) -> Ste
         [[_completion(sample) for sample in group.samples] for group in groups],
         line["loss"],
         line["grad_norm"],
-        {part: load_file(directory / f"{part}.safetensors") for part in saved},
+        {part: load_file(directory / f"{part}-00000.safetensors") for part in saved},
     )
 
 

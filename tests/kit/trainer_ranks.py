@@ -7,6 +7,7 @@ with the others, and rank 0 leaves what came of each in ``DIRECTORY/ranks-N.pt``
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,8 @@ from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.sharding import gathered
 from services.trainer.batch.samples import TrainSample
 from services.trainer.batch.staleness import Clock
+from services.trainer.checkpoint import Checkpoint, CheckpointState, CheckpointStore
+from services.trainer.ranks import commands
 from services.trainer.ranks.follow import obey
 from services.trainer.ranks.group import STOP, RankGroup, _context_group
 from services.trainer.step import train_batch
@@ -64,6 +67,7 @@ class Case:
 
     def config(self, directory: Path, ranks: int, port: int) -> Config:
         return Config(
+            run={"dir": directory / f"run-{ranks}"},
             model={"hf_checkpoint": directory / self.model, "ref_checkpoint": directory / "other", "dtype": self.dtype},
             batch={"rollout_batch_size": self.steps, "n_samples_per_prompt": 1, "num_steps_per_rollout": self.steps},
             trainer={
@@ -137,10 +141,68 @@ def run_case(case: Case, backend: TorchBackend, config: Config, gradients: Seque
     return {
         "results": results,
         "gradients": list(gradients),
-        "state": backend.state(),
+        "state": whole(save(backend, config.run.dir)),
         "optimizer_steps": backend.optimizer_steps,
+        "layout": list(backend.layout),
         "pushed": torch.cat(list(snapshot.buckets)),
     }
+
+
+def save(backend: TorchBackend, run_dir: Path) -> Checkpoint:
+    """A checkpoint as a run makes one: on rank 0, while the others obey."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    store = CheckpointStore(run_dir, 1)
+    steps = backend.optimizer_steps
+    state = CheckpointState(steps, Version(1, steps), steps, str(run_dir.parent / "qwen3"), "float32", "", None)
+    temporary = store.temporary(steps)
+    with backend.group.command(commands.SAVE, str(temporary)):
+        tensors = backend.state()
+    store.save(state, tensors, temporary, backend.group.beside)
+    checkpoint = store.load_newest()
+    assert checkpoint is not None
+    assert checkpoint.state == state
+    return checkpoint
+
+
+def start_of(directory: Path, name: str, ranks: int) -> Checkpoint:
+    """What `go_on` began with, of that case on so many ranks."""
+    checkpoint = CheckpointStore(directory / f"start-{name}-{ranks}", 1).load_newest()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def load(backend: TorchBackend, checkpoint: Checkpoint) -> None:
+    """The same for a resumption."""
+    with backend.group.command(commands.LOAD, str(checkpoint.directory)):
+        backend.load_state(checkpoint.tensors, checkpoint.state.optimizer_steps)
+
+
+def whole(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        part: {name: stored[...] for name, stored in tensors.items()} for part, tensors in checkpoint.tensors.items()
+    }
+
+
+def go_on(name: str, backend: TorchBackend, config: Config, directory: Path) -> dict[str, Any]:
+    """Leaves a checkpoint, trains on, goes back to it and trains on again, and from those that other numbers of ranks
+    have left. What each came to, by that number; 0: without going back. Exports the model.
+    """
+    case, ranks = CASES[name], config.trainer.ranks
+    starts = {0: save(backend, directory / f"start-{name}-{ranks}")}
+    starts |= {
+        number: start_of(directory, name, number)
+        for number in (1, 2, 4)
+        if (directory / f"start-{name}-{number}").exists()
+    }
+    went_on = {}
+    for number, start in starts.items():
+        if number:
+            load(backend, start)
+        losses = [result.loss for result in train_batch(backend, case.samples(), CLOCK, config)]
+        went_on[number] = {"losses": losses, "state": whole(save(backend, config.run.dir))}
+    save(backend, directory / f"end-{name}-{ranks}")
+    backend.save_pretrained(directory / f"exported-{name}-{ranks}")
+    return {"went_on": went_on}
 
 
 def noted_gradients() -> list[dict[str, Any]]:
@@ -194,7 +256,8 @@ def spawn(directory: Path, ranks: int, *names: str) -> dict[str, Any]:
 def _main(directory: Path, ranks: int, rank: int, port: int, names: Sequence[str]) -> None:
     config = Case().config(directory, ranks, port)
     group = RankGroup.form(config.trainer, rank)
-    sharing = RankGroup(rank, ranks, group._control, _context_group(ranks, 2, rank, timedelta(seconds=60)), 2)
+    context = _context_group(ranks, 2, rank, timedelta(seconds=60))
+    sharing = RankGroup(rank, ranks, group._control, context, 2, group.beside)
     gradients, outcomes = noted_gradients(), {}
     for name in names:
         case = CASES[name]
@@ -206,25 +269,12 @@ def _main(directory: Path, ranks: int, rank: int, port: int, names: Sequence[str
         gradients.clear()
         outcomes[name] = run_case(case, backend, config, gradients)
         if name in RESUMED:
-            _continue(case, backend, config, directory, outcomes[name])
+            outcomes[name] |= go_on(name, backend, config, directory)
         with backend.group.command(STOP):
             pass
     if rank == 0:
         torch.save(outcomes, directory / f"ranks-{ranks}.pt")
     group.close()
-
-
-def _continue(case: Case, backend: TorchBackend, config: Config, directory: Path, outcome: dict[str, Any]) -> None:
-    """Goes on, goes back to where that began, and goes on again: into `outcome`. Exports the model, if it is the only
-    one.
-    """
-    start, steps = outcome["state"], outcome["optimizer_steps"]
-    for name in ("went_on", "resumed"):
-        backend.load_state(start, steps)
-        train_batch(backend, case.samples(), CLOCK, config)
-        outcome[name] = backend.state()
-    if backend.critic is None:
-        backend.save_pretrained(directory / f"exported-{config.trainer.ranks}")
 
 
 if __name__ == "__main__":

@@ -484,8 +484,11 @@ class RewardConfig(Section):
 
 class CheckpointConfig(Section):
     save_interval: Positive = 100
-    """Steps between checkpoints; the last step always writes one."""
+    """Steps between checkpoints; the last step always writes one (slime: --save-interval)."""
     keep_last: Positive = 2
+    load: Path | None = None
+    """The directory of another run, whose newest checkpoint this run goes on from as long as it has none of its own:
+    weights, optimizer, step and place in the data. Without one there, it begins with the model (slime: --load)."""
     export_hf: bool = True
     """Write run.dir/hf at the end."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import structlog
 
@@ -12,10 +14,12 @@ from services.common.config import Config
 from services.common.process import keep_loaded
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.batch.lease import fetch_all
+from services.trainer.checkpoint import read
 from services.trainer.io_thread import Io
 from services.trainer.ranks import commands
 from services.trainer.ranks.group import STOP, RankGroup
 from services.trainer.ranks.shares import Fetch, clock_of, own_batches
+from services.trainer.shards import write_shards
 from services.trainer.step import follow_batch, masking_of
 
 log = structlog.get_logger()
@@ -38,7 +42,13 @@ def follow(config: Config, io: Io, buffer: BufferClient, rank: int) -> None:
 
 def obey(config: Config, backend: TorchBackend, fetch: Fetch) -> None:
     """The command loop."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") as executor:
+        _obey(config, backend, fetch, executor)
+
+
+def _obey(config: Config, backend: TorchBackend, fetch: Fetch, executor: ThreadPoolExecutor) -> None:
     group = backend.group
+    writing: Future[object] | None = None
     while True:
         name, message = group.receive()
         match name:
@@ -48,14 +58,13 @@ def obey(config: Config, backend: TorchBackend, fetch: Fetch) -> None:
                 follow_batch(backend, batches, config, masking.clock)
             case commands.WEIGHTS:
                 _exhaust(backend.tensors())
-            case commands.OPTIMIZER:
-                _exhaust(backend.optimizer_tensors())
-            case commands.CRITIC | commands.CRITIC_OPTIMIZER:
-                assert backend.critic is not None
-                critic = backend.critic
-                _exhaust(critic.tensors() if name == commands.CRITIC else critic.optimizer_tensors())
+            case commands.SAVE:
+                if writing is not None:
+                    writing.result()
+                writing = executor.submit(write_shards, Path(message), backend.state(), group.beside)
             case commands.LOAD:
-                backend.load_state(*commands.outlined(message))
+                checkpoint = read(Path(message))
+                backend.load_state(checkpoint.tensors, checkpoint.state.optimizer_steps)
             case _:
                 assert name == STOP, name
                 log.info("told_to_stop")

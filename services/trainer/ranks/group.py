@@ -1,7 +1,8 @@
 """The group of a trainer's ranks: how they find each other, and what they say to each other.
 
-There are two process groups over the same ranks. The default one carries tensors (gloo on CPUs, NCCL on GPUs) and is
-FSDP's; the control group, always gloo, carries messages. All calls of a group happen in the same order on every rank.
+There are three process groups over the same ranks. The default one carries tensors (gloo on CPUs, NCCL on GPUs) and is
+FSDP's; the control group, always gloo, carries messages, and another one like it those of the threads that write
+checkpoints. All calls of a group happen in the same order on every rank.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ class RankGroup:
     """One process's place among the ranks. The only rank of a trainer of one has nobody to talk to."""
 
     def __init__(
-        self, rank: int = 0, size: int = 1, control: Any = None, context: Any = None, context_size: int = 1
+        self,
+        rank: int = 0,
+        size: int = 1,
+        control: Any = None,
+        context: Any = None,
+        context_size: int = 1,
+        beside: RankGroup | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
@@ -45,6 +52,8 @@ class RankGroup:
         """The process group of the ranks that share each packed row with this one; None where nobody does."""
         self.context_size = context_size
         """How many share a row: ranks with consecutive numbers."""
+        self.beside = beside or self
+        """The same ranks, for a thread of each that says something while the training threads say something else."""
         self._control = control
         self._turn = threading.RLock()
         self._broken = False
@@ -76,12 +85,13 @@ class RankGroup:
             )
             backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=config.ranks, timeout=timeout)
-            control = dist.new_group(backend="gloo", timeout=timeout)
+            control, beside = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
             context = _context_group(config.ranks, config.context_parallel, rank, timeout)
         except RuntimeError as error:  # torch's DistError is one
             raise UnavailableError(f"they did not all come together: {_line(error)}", field=FIELD) from error
         log.info("ranks_together", rank=rank, ranks=config.ranks)
-        return cls(rank, config.ranks, control, context, config.context_parallel)
+        alike = cls(rank, config.ranks, beside)
+        return cls(rank, config.ranks, control, context, config.context_parallel, alike)
 
     @property
     def context_rank(self) -> int:
@@ -131,10 +141,11 @@ class RankGroup:
 
     def gather(self, message: Any) -> list[Any]:
         """Everybody's messages on rank 0, by rank; nothing on the others."""
-        if self.leads:
-            return [message, *(self._recv(rank) for rank in range(1, self.size))]
-        self._send(encode(message), 0)
-        return []
+        with self._naming_the_lost():
+            if self.leads:
+                return [message, *(self._recv(rank) for rank in range(1, self.size))]
+            self._send(encode(message), 0)
+            return []
 
     def scatter(self, messages: Sequence[Any] = ()) -> Any:
         """This rank's of the `messages` that rank 0 has for each of them."""

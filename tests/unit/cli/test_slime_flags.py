@@ -37,6 +37,14 @@ def test_quickstart_flags_set_our_keys():
     assert str(config.run.dir) == "runs/tiny"
 
 
+def test_checkpoints_have_slimes_flags():
+    flags = "--load runs/a --save runs/a --save-interval 20 --ref-load m"
+    config = load(None, slime_flags.to_overrides(flags.split()))
+    checkpoint = config.trainer.checkpoint
+    assert (str(config.run.dir), str(checkpoint.load), checkpoint.save_interval) == ("runs/a", "runs/a", 20)
+    assert str(config.model.ref_checkpoint) == "m"
+
+
 def test_losses_and_distillation_have_slimes_flags():
     flags = "--loss-type sft_loss --use-opd --opd-type megatron --opd-teacher-load /models/t --opd-kl-coef 0.5"
     config = load(None, slime_flags.to_overrides(flags.split()))

@@ -11,16 +11,18 @@ from google.protobuf import json_format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from polyhead.v1 import buffer_pb2 as pb
+from services.cli.main import main
 from services.common.config import Config
 from services.common.errors import ConfigError, FencedError
 from services.common.versions import Version
-from services.trainer import files
+from services.trainer import checkpoint, files
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.batch.samples import decode_groups
 from services.trainer.batch.staleness import Clock
 from services.trainer.checkpoint import CheckpointState, CheckpointStore
 from services.trainer.history import load_forks, record_fork
 from services.trainer.model_dir import check_model_dir, export, exported_version
+from services.trainer.ranks.group import RankGroup
 from services.trainer.step import train_batch
 from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen3
 from tests.kit.trainer_batch import make_batch
@@ -43,6 +45,8 @@ def state_at(step, backend=None):
         step=step,
         version=Version(2, step),
         optimizer_steps=backend.optimizer_steps if backend else 0,
+        model="/models/m",
+        dtype="float32",
         config_digest="c",
         watermark=json_format.MessageToDict(watermark),
     )
@@ -50,6 +54,10 @@ def state_at(step, backend=None):
 
 def small_tensors(value):
     return {"model": {"w": torch.full((3,), float(value))}, "optimizer": {"step/w": torch.tensor(1.0)}}
+
+
+def put(store, state, tensors):
+    return store.save(state, tensors, store.temporary(state.step), RankGroup())
 
 
 def train_steps(backend, config, first, count):
@@ -66,12 +74,12 @@ def test_three_steps_save_load_three_steps_equal_six_steps_bit_for_bit(model, tm
     before = TorchBackend(config)
     train_steps(before, config, 0, 3)
     store = CheckpointStore(tmp_path, keep_last=2)
-    store.save(state_at(3, before), before.state())
+    put(store, state_at(3, before), before.state())
     torch.rand(5)
 
     resumed = TorchBackend(config)
-    checkpoint = store.load_newest()
-    resumed.load_state(checkpoint.tensors, checkpoint.state.optimizer_steps)
+    newest = store.load_newest()
+    resumed.load_state(newest.tensors, newest.state.optimizer_steps)
     train_steps(resumed, config, 3, 3)
 
     left, right = straight.state(), resumed.state()
@@ -85,7 +93,7 @@ def test_the_random_numbers_go_on_where_they_were(model, tmp_path):
     config = make_config(model)
     backend = TorchBackend(config)
     store = CheckpointStore(tmp_path, keep_last=1)
-    store.save(state_at(1, backend), backend.state())
+    put(store, state_at(1, backend), backend.state())
     expected = torch.rand(4)
     TorchBackend(config).load_state(store.load_newest().tensors, 0)
     assert torch.equal(torch.rand(4), expected)
@@ -93,10 +101,10 @@ def test_the_random_numbers_go_on_where_they_were(model, tmp_path):
 
 def test_the_state_comes_back_as_it_was(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=2)
-    store.save(state_at(20), small_tensors(1))
+    put(store, state_at(20), small_tensors(1))
     assert sorted(path.name for path in (tmp_path / "checkpoints" / "step_00000020").iterdir()) == [
-        "model.safetensors",
-        "optimizer.safetensors",
+        "model-00000.safetensors",
+        "optimizer-00000.safetensors",
         "state.json",
     ]
     loaded = store.load_newest()
@@ -106,7 +114,7 @@ def test_the_state_comes_back_as_it_was(tmp_path):
 
 def test_only_the_last_ones_are_kept(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=2)
-    assert [store.save(state_at(step), small_tensors(step)) for step in (10, 20, 30)] == [10, 10, 20]
+    assert [put(store, state_at(step), small_tensors(step)) for step in (10, 20, 30)] == [10, 10, 20]
     assert store.steps() == [20, 30]
 
 
@@ -114,9 +122,9 @@ def test_only_the_last_ones_are_kept(tmp_path):
 def test_a_damaged_checkpoint_is_skipped(tmp_path, damage):
     store = CheckpointStore(tmp_path, keep_last=3)
     for step in (10, 20):
-        store.save(state_at(step), small_tensors(step))
+        put(store, state_at(step), small_tensors(step))
     newest = tmp_path / "checkpoints" / "step_00000020"
-    weights = newest / "model.safetensors"
+    weights = newest / "model-00000.safetensors"
     if damage == "flip":
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
@@ -132,8 +140,8 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, damage):
         (newest / "state.json").write_bytes(orjson.dumps({**document, "format": 99}))
     assert store.load_newest().state.step == 10
     # The run goes on from there and writes that step again.
-    store.save(state_at(20), small_tensors(5))
-    assert store.load_newest().tensors["model"]["w"].tolist() == [5.0] * 3
+    put(store, state_at(20), small_tensors(5))
+    assert store.load_newest().tensors["model"]["w"][...].tolist() == [5.0] * 3
 
 
 class Crash(BaseException):
@@ -144,42 +152,40 @@ class Crash(BaseException):
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_crash_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch, point, existing):
     store = CheckpointStore(tmp_path, keep_last=3)
-    store.save(state_at(10), small_tensors(10))
+    put(store, state_at(10), small_tensors(10))
     if existing:
-        store.save(state_at(20), small_tensors(20))
+        put(store, state_at(20), small_tensors(20))
 
     def crash(*_):
         raise Crash
 
     targets = {
-        "fill": ("services.trainer.checkpoint.save_file", crash),
-        "fsync": ("services.trainer.files._fsync", crash),
+        "fill": ("services.trainer.shards.save_file", crash),
+        "fsync": ("services.trainer.files.fsync", crash),
         "rename": ("pathlib.Path.rename", crash),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*targets[point])
         with pytest.raises(Crash):
-            store.save(state_at(20), small_tensors(21))
+            put(store, state_at(20), small_tensors(21))
 
     again = CheckpointStore(tmp_path, keep_last=3)
     again.clean()
     loaded = again.load_newest()
     assert loaded.state.step == (20 if existing else 10)
-    assert loaded.tensors["model"]["w"][0] == loaded.state.step
+    assert loaded.tensors["model"]["w"][...][0] == loaded.state.step
     assert not list((tmp_path / "checkpoints").glob(f"{files.TEMPORARY}*"))
 
 
 def test_what_was_written_is_read_back_before_it_counts(tmp_path, monkeypatch):
-    def write_wrong(directory, state, tensors):
-        original(directory, state, tensors)
-        (directory / "model.safetensors").write_bytes(b"rotten")
+    def write_wrong(directory, state, files):
+        original(directory, state, files)
+        (directory / "model-00000.safetensors").write_bytes(b"rotten")
 
-    from services.trainer import checkpoint
-
-    original = checkpoint._write
-    monkeypatch.setattr(checkpoint, "_write", write_wrong)
+    original = checkpoint._write_state
+    monkeypatch.setattr(checkpoint, "_write_state", write_wrong)
     with pytest.raises(OSError, match="does not verify"):
-        CheckpointStore(tmp_path, keep_last=1).save(state_at(1), small_tensors(1))
+        put(CheckpointStore(tmp_path, keep_last=1), state_at(1), small_tensors(1))
 
 
 def test_forks_of_all_epochs_are_remembered(tmp_path):
@@ -207,6 +213,36 @@ def test_an_export_is_a_directory_that_transformers_loads(tmp_path, build):
     assert tokenizer("1+1=")["input_ids"] == AutoTokenizer.from_pretrained(source)("1+1=")["input_ids"]
     assert not (target / "notes.bin").exists()
     assert [path.name for path in target.parent.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("build", [build_tiny_qwen3, build_tiny_llama])
+def test_a_checkpoint_converts_to_what_the_run_exports(tmp_path, build, dtype, capsys):
+    source = build(tmp_path / "source")
+    (source / "notes.bin").write_bytes(b"old weights")
+    config = make_config(source)
+    config.model.dtype = dtype
+    backend = TorchBackend(config)
+    train_steps(backend, config, 0, 2)
+    store, exported, converted = CheckpointStore(tmp_path, keep_last=1), tmp_path / "hf", tmp_path / "converted"
+    put(store, replace(state_at(2, backend), model=str(source), dtype=dtype), backend.state())
+    export(exported, source, Version(2, 2), backend.save_pretrained)
+    directory = store.load_newest().directory
+    assert main(["convert", str(directory), str(converted)]) == 0
+    assert capsys.readouterr().out == f"{converted}: e2.s2, step 2\n"
+    assert sorted(path.name for path in converted.iterdir()) == sorted(path.name for path in exported.iterdir())
+    for path in exported.iterdir():
+        assert (converted / path.name).read_bytes() == path.read_bytes(), path.name
+    assert main(["convert", str(directory), str(converted)]) == 2
+    assert capsys.readouterr().err == f"polyhead: OUT: {converted} exists\n"
+    source.rename(tmp_path / "moved")
+    assert main(["convert", str(directory), str(tmp_path / "again")]) == 2
+    assert "--hf-checkpoint: " in capsys.readouterr().err
+    arguments = ["convert", str(directory), str(tmp_path / "again"), "--hf-checkpoint", str(tmp_path / "moved")]
+    assert main(arguments) == 0
+    (directory / "optimizer-00000.safetensors").unlink()
+    assert main(["convert", str(directory), str(tmp_path / "third")]) == 2
+    assert "CHECKPOINT_DIR: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -242,7 +278,7 @@ def test_checkpoints_of_another_model_are_refused(model, tmp_path):
 def test_earlier_checkpoints_can_be_given_up(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=3)
     for step in (1, 2, 3):
-        store.save(state_at(step), small_tensors(step))
+        put(store, state_at(step), small_tensors(step))
     store.keep_only(2)
     assert store.steps() == [2, 3]
 
@@ -250,27 +286,27 @@ def test_earlier_checkpoints_can_be_given_up(tmp_path):
 def test_the_newest_epoch_is_known_from_damaged_checkpoints_too(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=3)
     assert store.newest_epoch() == 0
-    store.save(state_at(1), small_tensors(1))
-    store.save(state_at(2), small_tensors(2))
-    (tmp_path / "checkpoints" / "step_00000001" / "model.safetensors").unlink()
+    put(store, state_at(1), small_tensors(1))
+    put(store, state_at(2), small_tensors(2))
+    (tmp_path / "checkpoints" / "step_00000001" / "model-00000.safetensors").unlink()
     (tmp_path / "checkpoints" / "step_00000002" / "state.json").write_text("{")
     assert store.newest_epoch() == 2
 
 
 def test_a_superseded_trainer_replaces_no_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=2)
-    store.save(state_at(5), small_tensors(2))
+    put(store, state_at(5), small_tensors(2))
     with pytest.raises(FencedError, match="1 was superseded by 2"):
-        store.save(replace(state_at(5), version=Version(1, 5)), small_tensors(1))
-    assert store.load_newest().tensors["model"]["w"][0] == 2
+        put(store, replace(state_at(5), version=Version(1, 5)), small_tensors(1))
+    assert store.load_newest().tensors["model"]["w"][...][0] == 2
 
 
 def test_what_a_superseded_trainer_wrote_first_is_not_resumed_from(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=3)
     for step in (5, 10, 15):
-        store.save(replace(state_at(step), version=Version(1, step)), small_tensors(step))
+        put(store, replace(state_at(step), version=Version(1, step)), small_tensors(step))
     assert store.load_newest({1: 0}).state.step == 15
     assert store.load_newest({1: 0, 2: 15}).state.step == 15
     assert store.load_newest({1: 0, 2: 10}).state.step == 10
-    store.save(state_at(15), small_tensors(2))
+    put(store, state_at(15), small_tensors(2))
     assert store.load_newest({1: 0, 2: 10}).state.version == Version(2, 15)

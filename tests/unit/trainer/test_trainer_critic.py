@@ -20,6 +20,7 @@ from services.trainer.batch.samples import decode_groups
 from services.trainer.batch.staleness import Clock
 from services.trainer.checkpoint import CheckpointState, CheckpointStore
 from services.trainer.metrics import training_metrics
+from services.trainer.ranks.group import RankGroup
 from services.trainer.step import train_batch
 from tests.kit import reference_critic
 from tests.kit.tiny_model import build_tiny_qwen3
@@ -188,8 +189,9 @@ def test_a_checkpoint_goes_on_bit_for_bit(models, tmp_path, dtype):
     before = TorchBackend(config)
     train(before, 0, 3)
     store = CheckpointStore(tmp_path, keep_last=1)
-    store.save(CheckpointState(3, Version(1, 3), before.optimizer_steps, "c", None), before.state())
-    assert (tmp_path / "checkpoints" / "step_00000003" / "critic.safetensors").exists()
+    state = CheckpointState(3, Version(1, 3), before.optimizer_steps, "/models/m", dtype, "c", None)
+    store.save(state, before.state(), store.temporary(3), RankGroup())
+    assert (tmp_path / "checkpoints" / "step_00000003" / "critic-00000.safetensors").exists()
     resumed, checkpoint = TorchBackend(config), store.load_newest()
     resumed.load_state(checkpoint.tensors, checkpoint.state.optimizer_steps)
     train(resumed, 3, 2)

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.backends.torch.optimizer import Optimizer
+from services.trainer.checkpoint import CheckpointStore
+from services.trainer.convert import convert
 from services.trainer.step import train_batch
 from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
-from tests.kit.trainer_ranks import CASES, CLOCK, RESUMED, noted_gradients, run_case, spawn
+from tests.kit.trainer_ranks import CASES, CLOCK, RESUMED, go_on, noted_gradients, run_case, spawn, start_of
 
 # Four take longer than the lane has: make ranks.
 RANKS = tuple(map(int, os.environ.get("POLYHEAD_RANKS", "2").split(",")))
@@ -43,14 +45,17 @@ def alone(directory):
         for name, case in CASES.items():
             gradients.clear()
             config = case.config(directory, 1, 0)
-            outcomes[name] = run_case(case, TorchBackend(config), config, gradients)
+            backend = TorchBackend(config)
+            outcomes[name] = run_case(case, backend, config, gradients)
+            if name in RESUMED:
+                outcomes[name] |= go_on(name, backend, config, directory)
     finally:
         Optimizer.clip = clip
     return outcomes
 
 
 @pytest.fixture(scope="module")
-def together(directory):
+def together(directory, alone):
     return {ranks: spawn(directory, ranks) for ranks in RANKS}
 
 
@@ -101,34 +106,68 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(together, directory, ra
 @pytest.mark.parametrize("ranks", RANKS)
 def test_what_is_pushed_and_exported_is_what_is_saved(together, directory, ranks):
     outcome = together[ranks]["twice"]
-    flat = np.concatenate([tensor.numpy().ravel() for tensor in outcome["state"]["model"].values()])
+    flat = np.concatenate([outcome["state"]["model"][name].numpy().ravel() for name in outcome["layout"]])
     assert outcome["pushed"].numpy().tobytes() == flat.tobytes()
-    exported = AutoModelForCausalLM.from_pretrained(directory / f"exported-{ranks}", dtype=torch.float32).state_dict()
-    saved = outcome["resumed"]["model"]
+    target = directory / f"exported-twice-{ranks}"
+    exported = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).state_dict()
+    saved = outcome["went_on"][ranks]["state"]["model"]
     assert "lm_head.weight" not in saved
     assert all(torch.equal(tensor, exported[name]) for name, tensor in saved.items())
 
 
 @pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize("ranks", RANKS)
-def test_a_checkpoint_goes_on_bit_for_bit_on_as_many_ranks(together, ranks, name):
-    outcome = together[ranks][name]
-    assert differences(outcome["went_on"], outcome["resumed"], of=PARTS[name]) == 0.0
+@pytest.mark.parametrize("ranks", [1, *RANKS])
+def test_a_checkpoint_converts_to_what_is_exported(together, directory, ranks, name):
+    checkpoint = CheckpointStore(directory / f"end-{name}-{ranks}", 1).load_newest()
+    target, exported = directory / f"converted-{name}-{ranks}", directory / f"exported-{name}-{ranks}"
+    convert(checkpoint.directory, target)
+    for path in exported.iterdir():
+        assert (target / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize("ranks", RANKS)
-def test_a_checkpoint_goes_on_with_another_number_of_ranks(together, directory, ranks, name):
-    case, outcome = CASES[name], together[ranks][name]
-    config = case.config(directory, 1, 0)
-    backend = TorchBackend(config)
-    backend.load_state(outcome["state"], outcome["optimizer_steps"])
-    assert differences(backend.state(), outcome["state"], of=PARTS[name]) == 0.0
-    train_batch(backend, case.samples(), CLOCK, config)
-    assert differences(backend.state(), outcome["went_on"], of=PARTS[name][::2]) < 2e-6
-    assert backend.optimizer_steps == outcome["optimizer_steps"] + case.steps
+@pytest.mark.parametrize("ranks", [1, *RANKS])
+def test_a_checkpoint_goes_on_bit_for_bit_on_as_many_ranks(alone, together, ranks, name):
+    went_on = {1: alone, **together}[ranks][name]["went_on"]
+    assert went_on[ranks]["losses"] == went_on[0]["losses"]
+    assert differences(went_on[0]["state"], went_on[ranks]["state"], of=(*PARTS[name], "rng")) == 0.0
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(("wrote", "ranks"), [(1, 2), (1, 4), (2, 4)])
+def test_a_checkpoint_goes_on_on_more_ranks(alone, together, wrote, ranks, name):
+    before = {1: alone, **together}[wrote][name]["went_on"][wrote]
+    after = together[ranks][name]["went_on"][wrote]
+    assert after["losses"] == pytest.approx(before["losses"], rel=TOLERANCE, abs=1e-6)
+    assert differences(before["state"], after["state"], of=PARTS[name][::2]) < 2e-6
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(("wrote", "ranks"), [(2, 1), (4, 1)])
+def test_a_checkpoint_goes_on_on_fewer_ranks(together, directory, wrote, ranks, name):
+    case, went_on = CASES[name], together[wrote][name]["went_on"][wrote]
+    config = case.config(directory, ranks, 0)
+    backend, start = TorchBackend(config), start_of(directory, name, wrote)
+    for part in PARTS[name]:
+        assert sorted(path.name for path in start.directory.glob(f"{part}-*")) == [
+            f"{part}-{rank:05d}.safetensors" for rank in range(wrote)
+        ]
+    backend.load_state(start.tensors, start.state.optimizer_steps)
+    for part, tensors in backend.state().items():
+        assert all(torch.equal(tensor, start.tensors[part][key][...]) for key, tensor in tensors.items()), part
+    losses = [result.loss for result in train_batch(backend, case.samples(), CLOCK, config)]
+    assert losses == pytest.approx(went_on["losses"], rel=TOLERANCE, abs=1e-6)
+    assert differences(backend.state(), went_on["state"], of=PARTS[name][::2]) < 2e-6
+    assert backend.optimizer_steps == start.state.optimizer_steps + case.steps
     if backend.critic is not None:
         assert backend.critic.optimizer_steps == backend.optimizer_steps
+
+
+def test_a_rank_that_no_rank_was_before_takes_the_generator_of_another(together, directory):
+    kept = start_of(directory, "twice", 1).tensors["rng"]
+    after = together[4]["twice"]["went_on"][1]["state"]["rng"]
+    assert sorted(after) == [f"torch/{rank}" for rank in range(4)]
+    assert all(torch.equal(state, kept["torch/0"][...]) for state in after.values())
 
 
 @pytest.mark.parametrize("ranks", RANKS)

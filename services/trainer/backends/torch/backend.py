@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from services.common.config import Config
 from services.common.errors import ConfigError
@@ -22,19 +23,21 @@ from services.trainer.algorithms.objective import Objective, Tokens
 from services.trainer.algorithms.user_loss import load_loss
 from services.trainer.backends.torch.critic import Critic, CriticResult
 from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, all_logprobs, score, to_device
-from services.trainer.backends.torch.model import context_length, load_model, start_directory
+from services.trainer.backends.torch.model import context_length, load_model, save_pretrained, start_directory
 from services.trainer.backends.torch.offload import Offload
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
-from services.trainer.backends.torch.sharding import Placement, gathered, scattered, unique_tensors
+from services.trainer.backends.torch.sharding import Placement, gathered, local, restore, unique_tensors
 from services.trainer.batch.flops import SequenceFlops, sequence_flops
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.ranks import commands
 from services.trainer.ranks.group import RankGroup
 from services.trainer.schedule import learning_rate
+from services.trainer.shards import Stored
 
 MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
 CRITIC, CRITIC_OPTIMIZER = "critic", "critic_optimizer"
+_HOST_RNG = "torch"
 
 log = structlog.get_logger()
 
@@ -74,8 +77,7 @@ class TorchBackend:
     """A model with its optimizer. Everything runs on the calling thread.
 
     With several ranks each has one, and they compute together: what a method says of all ranks needs all of them to
-    call it, in the same order. Rank 0 leads: there, `tensors`, `optimizer_tensors` and `load_state` tell the others to
-    call them too.
+    call it, in the same order. Rank 0 leads: there, `tensors` tells the others to call it too.
     """
 
     def __init__(self, config: Config, group: RankGroup | None = None) -> None:
@@ -260,54 +262,65 @@ class TorchBackend:
         )
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """All that a checkpoint has to hold besides `optimizer_steps`, copied to the host: one copy of everything.
+        """This rank's part of all that a checkpoint has to hold besides `optimizer_steps`, copied to the host.
 
-        On rank 0 only, which leads the others through `tensors` and `optimizer_tensors`.
+        That is its rows of what is sharded, in the dtypes that `layout` says; of what is whole, all on rank 0 and
+        nothing elsewhere; and its own random number generators.
         """
-        rng = {"torch": torch.get_rng_state()}
+        model = ((name, tensor, self._given(tensor)) for name, tensor in self._tensors.items())
+        optimizer = ((name, tensor, tensor.dtype) for name, tensor in self._optimizer.state_dict().items())
+        rng = {f"{_HOST_RNG}/{self.group.rank}": torch.get_rng_state()}
         if self._device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self._device)
-        parts = {MODEL: self.tensors(), OPTIMIZER: self.optimizer_tensors(), RNG: rng.items()}
+            rng[f"cuda/{self.group.rank}"] = torch.cuda.get_rng_state(self._device)
+        parts = {MODEL: self._own(model), OPTIMIZER: self._own(optimizer), RNG: rng}
         if self.critic is not None:
-            parts |= {CRITIC: self.critic.tensors(), CRITIC_OPTIMIZER: self.critic.optimizer_tensors()}
-        return {part: {name: _on_host(tensor) for name, tensor in tensors} for part, tensors in parts.items()}
+            parts[CRITIC] = self._own(self.critic.tensors())
+            parts[CRITIC_OPTIMIZER] = self._own(self.critic.optimizer_tensors())
+        return parts
 
-    def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `tensors` is for the weights, for the optimizer's state."""
-        with self.group.command(commands.OPTIMIZER):
-            for name, tensor in self._optimizer.state_dict().items():
-                whole = gathered(tensor, tensor.dtype, self._device)
-                if whole is not None:
-                    yield name, whole
+    def _own(self, tensors: Iterable[tuple[str, torch.Tensor, torch.dtype]]) -> dict[str, torch.Tensor]:
+        return {
+            name: _on_host(local(tensor), dtype)
+            for name, tensor, dtype in tensors
+            if self.group.leads or (isinstance(tensor, DTensor) and len(local(tensor)))
+        }
 
-    def load_state(self, state: commands.State, optimizer_steps: int) -> None:
-        """Restores what `state` gave, with however many ranks. Raises ConfigError when it is of another model. A critic
+    def load_state(self, state: Stored, optimizer_steps: int) -> None:
+        """Restores what `state` gave on however many ranks: each reads its part of what they gave together. A critic
         that it does not have begins as it would in a run of its own.
 
-        Elsewhere than on rank 0, tensors without content stand for those that it has.
+        The random number generators go on as those of the rank of the same number, or, where there were fewer ranks, as
+        those of its number modulo theirs. Raises ConfigError when it is of another model.
         """
         shapes = {name: tensor.shape for name, tensor in state[MODEL].items()}
         if shapes != {name: tensor.shape for name, tensor in self._tensors.items()}:
             raise ConfigError("the run's checkpoints are of another model than this one", field="model.hf_checkpoint")
-        with self.group.command(commands.LOAD, commands.outline(state, optimizer_steps)), torch.no_grad():
-            for name, tensor in state[MODEL].items():
-                scattered(tensor, self._tensors[name], self._device)
+        with torch.no_grad():
+            for name, stored in state[MODEL].items():
+                restore(self._tensors[name], stored)
             for name, tensor in self._optimizer.restored(state[OPTIMIZER], optimizer_steps):
-                scattered(state[OPTIMIZER][name], tensor, self._device)
-            if self.critic is not None and CRITIC in state:
-                self.critic.load(state[CRITIC], state[CRITIC_OPTIMIZER])
-            elif self.critic is not None:
-                log.warning("critic_begins", reason="the checkpoint is of a run without one")
-        torch.set_rng_state(state[RNG]["torch"])
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(state[RNG]["cuda"], self._device)
+                restore(tensor, state[OPTIMIZER][name])
+        if self.critic is not None and CRITIC in state:
+            self.critic.load(state[CRITIC], state[CRITIC_OPTIMIZER])
+        elif self.critic is not None:
+            log.warning("critic_begins", reason="the checkpoint is of a run without one")
+        kept = [name.partition("/") for name in state[RNG]]
+        for kind in {kind for kind, _, _ in kept}:
+            rank = self.group.rank % sum(kind == other for other, _, _ in kept)
+            generator = state[RNG][f"{kind}/{rank}"][...]
+            if kind == _HOST_RNG:
+                torch.set_rng_state(generator)
+            elif self._device.type == kind:
+                torch.cuda.set_rng_state(generator, self._device)
 
     def save_pretrained(self, directory: Path) -> None:
-        """Writes config, generation config and weights as transformers does. On rank 0 only, like `state`."""
-        self.model.save_pretrained(directory, state_dict={name: _on_host(tensor) for name, tensor in self.tensors()})
-        # It says what its parameters are, and those of a sharded model are float32.
-        self.model.config.dtype = self._dtype
-        self.model.config.save_pretrained(directory)
+        """Writes config, generation config and weights as transformers does. On rank 0 only, like `tensors`."""
+        save_pretrained(
+            self.model,
+            {name: _on_host(tensor, tensor.dtype) for name, tensor in self.tensors()},
+            self._dtype,
+            directory,
+        )
 
 
 def _placement(config: Config, group: RankGroup, device: torch.device) -> Placement:
@@ -324,8 +337,8 @@ def _placement(config: Config, group: RankGroup, device: torch.device) -> Placem
     )
 
 
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
 
 
 def _total(parts: Sequence[Mapping[str, Any]]) -> StepResult:

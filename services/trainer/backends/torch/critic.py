@@ -17,12 +17,12 @@ from services.trainer.backends.torch.logprobs import to_device
 from services.trainer.backends.torch.model import load_critic, start_directory
 from services.trainer.backends.torch.offload import Offload
 from services.trainer.backends.torch.optimizer import STEP, Optimizer
-from services.trainer.backends.torch.sharding import Placement, gathered, local, scattered, unique_tensors
+from services.trainer.backends.torch.sharding import Placement, local, restore, unique_tensors
 from services.trainer.backends.torch.values import HEAD, all_values
 from services.trainer.batch.packing import PackedBatch
-from services.trainer.ranks import commands
 from services.trainer.ranks.group import RankGroup
 from services.trainer.schedule import critic_learning_rate
+from services.trainer.shards import Rows
 
 FIELD = "model.critic_checkpoint"
 
@@ -131,36 +131,33 @@ class Critic:
             bad = (~torch.isfinite(losses.loss.detach())).cpu().numpy()
             result.offenders += np.unique(micro_batch.sample_rows[bad]).tolist()
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """As `TorchBackend.tensors`; the head is float32."""
-        with self._group.command(commands.CRITIC):
-            for name, tensor in self._tensors.items():
-                master = self._sharded and tensor.requires_grad and not name.startswith(HEAD)
-                whole = gathered(tensor, self._dtype if master else tensor.dtype, self._device)
-                if whole is not None:
-                    yield name, whole
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
+        """What a checkpoint has of the model: the live tensors by name, and the dtype of each there. Master weights are
+        in the model's, but for the head, which is float32.
+        """
+        for name, tensor in self._tensors.items():
+            master = self._sharded and tensor.requires_grad and not name.startswith(HEAD)
+            yield name, tensor, self._dtype if master else tensor.dtype
 
-    def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """As `TorchBackend.optimizer_tensors`."""
-        with self._group.command(commands.CRITIC_OPTIMIZER):
-            for name, tensor in self._optimizer.state_dict().items():
-                whole = gathered(tensor, tensor.dtype, self._device)
-                if whole is not None:
-                    yield name, whole
+    def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
+        """The same of the optimizer's state."""
+        for name, tensor in self._optimizer.state_dict().items():
+            yield name, tensor, tensor.dtype
 
-    def load(self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
-        """Restores what `tensors` and `optimizer_tensors` gave. All ranks; elsewhere than on rank 0, tensors without
-        content stand for those that it has. Raises ConfigError when they are of another model.
+    def load(self, weights: Mapping[str, Rows], optimizer: Mapping[str, Rows]) -> None:
+        """Restores what `tensors` and `optimizer_tensors` gave on however many ranks. Each rank reads its own part.
+
+        Raises ConfigError when they are of another model.
         """
         shapes = {name: tensor.shape for name, tensor in weights.items()}
         if shapes != {name: tensor.shape for name, tensor in self._tensors.items()}:
             raise ConfigError("the run's checkpoints are of another critic than this one", field=FIELD)
         steps = 0
         with torch.no_grad():
-            for name, tensor in weights.items():
-                scattered(tensor, self._tensors[name], self._device)
+            for name, stored in weights.items():
+                restore(self._tensors[name], stored)
             for name, tensor in self._optimizer.restored(optimizer, 0):
-                scattered(optimizer[name], tensor, self._device)
+                restore(tensor, optimizer[name])
                 if name.startswith(f"{STEP}/"):
                     steps = max(steps, int(local(tensor).item()))
         self._optimizer.steps = steps

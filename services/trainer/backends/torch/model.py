@@ -72,6 +72,30 @@ def context_length(config: transformers.PretrainedConfig) -> int | None:
     return max(length, int(rope["factor"] * rope.get("original_max_position_embeddings", length)))
 
 
+def outline(directory: Path, dtype: torch.dtype) -> Any:
+    """The model of a Hugging Face directory without its weights: on the meta device, in `dtype`."""
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(directory, **options)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, **options)
+    return model
+
+
+def save_pretrained(model: Any, weights: dict[str, torch.Tensor], dtype: torch.dtype, directory: Path) -> None:
+    """Writes config, generation config and `weights` as transformers does, tied ones once.
+
+    `model` gives all but the weights: its own may be sharded, or without content.
+    """
+    model.save_pretrained(directory, state_dict=weights)
+    # It says what its parameters are, and those of a sharded model are float32.
+    model.config.dtype = dtype
+    model.config.save_pretrained(directory)
+
+
 def _from_directory(directory: Path, dtype: str, field: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
     options = {"attn_implementation": "sdpa", "output_loading_info": True}

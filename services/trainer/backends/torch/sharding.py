@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from services.common.errors import ConfigError
 from services.trainer.backends.torch.precision import widen_residuals
+from services.trainer.shards import Rows
 
 
 class Placement(NamedTuple):
@@ -140,28 +141,15 @@ def gathered(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> 
     return whole[: tensor.shape[0]]
 
 
-def scattered(whole: torch.Tensor, tensor: torch.Tensor, device: torch.device) -> None:
-    """Sets a tensor to the `whole` that rank 0 has, each rank its part: the reverse of `gathered`.
-
-    Elsewhere than on rank 0 `whole` has no content ("meta").
-    """
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+def restore(tensor: torch.Tensor, stored: Rows) -> None:
+    """Sets a tensor to what is stored. Of a sharded one, only this rank's rows are read."""
     if not isinstance(tensor, DTensor):
-        part = torch.empty_like(whole, device=device) if whole.is_meta else whole.to(device)
-        if ranks > 1:
-            dist.broadcast(part, 0)
-        tensor.copy_(part)
+        tensor.copy_(stored[...])
         return
-    rows = -(-tensor.shape[0] // ranks)
-    part = torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, device=device)
-    if whole.is_meta:
-        dist.scatter(part, None, src=0)
-    else:
-        padded = torch.zeros(ranks * rows, *tensor.shape[1:], dtype=tensor.dtype, device=device)
-        padded[: len(whole)].copy_(whole)
-        dist.scatter(part, list(padded.chunk(ranks)), src=0)
     own = tensor.to_local()
-    own.copy_(part[: len(own)])
+    if len(own):
+        first = tensor.device_mesh.get_local_rank() * -(-tensor.shape[0] // tensor.device_mesh.size())
+        own.copy_(stored[first : first + len(own)])
 
 
 def _layers(model: Any, field: str) -> list[Any]:
