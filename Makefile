@@ -140,7 +140,7 @@ test-static: $(VENV)/dev.installed ## format, lint, types, import rules, contrac
 	$(call lane,$@,$(MAKE) --no-print-directory check)
 
 test-fast: $(VENV)/dev.installed ## unit and contract tests
-	$(call lane,$@,$(PYTEST) -n 4 $(FILES) tests/contract tests/unit/trainer tests/unit/rollout tests/unit)
+	$(call lane,$@,$(PYTEST) -n 3 $(FILES) tests/contract tests/unit/trainer tests/unit/rollout tests/unit)
 
 test-property: $(VENV)/dev.installed ## random histories against a model, and malformed requests
 	$(call lane,$@,$(PYTEST) -n 3 --dist worksteal tests/property)

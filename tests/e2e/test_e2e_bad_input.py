@@ -226,6 +226,7 @@ def test_an_engine_that_ends_at_each_start(tmp_path, flags):
     assert started == 3
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_what_cannot_be_generated_is_closed_counted_and_made_up_for(tmp_path, flags, inputs, nan_engine):
     """A prompt that is too long, and one that the engine has no log-probs for, among six others."""

@@ -42,6 +42,7 @@ def remote_rm() -> Iterator[str]:
         served.server_close()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_slimes_flags_get_rewards_over_http_though_a_fifth_of_the_calls_fail(tmp_path: Path, flags: list[str]):
     run_dir = tmp_path / "run"

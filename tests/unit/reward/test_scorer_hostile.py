@@ -28,29 +28,28 @@ def named(request: pytest.FixtureRequest) -> tuple[str, Scorer]:
     return request.param, build(request.param, paths=[], args={}, options=OPTIONS)
 
 
-def survives(scorer: Scorer, scored: Item) -> None:
+def survives(scorer: Scorer, scored: Item, what: str) -> None:
     begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with suppress(SampleError):
         verdict = scorer(scored)
-        assert all(map(math.isfinite, (verdict.reward, *verdict.parts.values())))
-    assert time.process_time() - begun < SECONDS
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10 < GROWTH_MB
+        assert all(map(math.isfinite, (verdict.reward, *verdict.parts.values()))), what
+    assert time.process_time() - begun < SECONDS, what
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10 < GROWTH_MB, what
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_completion(named: tuple[str, Scorer], text: str) -> None:
+def test_hostile_completions(named: tuple[str, Scorer]) -> None:
     name, scorer = named
     label = LABELS.get(name, "42")
-    survives(scorer, item("</think>" + text if name == "deepscaler" else text, label, metadata_json=METADATA))
+    for what, text in HOSTILE.items():
+        completion = "</think>" + text if name == "deepscaler" else text
+        survives(scorer, item(completion, label, metadata_json=METADATA), what)
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_label(named: tuple[str, Scorer], text: str) -> None:
+def test_hostile_labels(named: tuple[str, Scorer]) -> None:
     name, scorer = named
     answer = "</think>\\boxed{42}" if name == "deepscaler" else "Answer: 42"
-    survives(scorer, item(answer, text, metadata_json=METADATA))
+    for what, text in HOSTILE.items():
+        survives(scorer, item(answer, text, metadata_json=METADATA), what)
 
 
 @pytest.mark.parametrize(
@@ -58,4 +57,4 @@ def test_a_hostile_label(named: tuple[str, Scorer], text: str) -> None:
 )
 def test_hostile_metadata(named: tuple[str, Scorer], metadata: str) -> None:
     name, scorer = named
-    survives(scorer, item("</think>\\boxed{42}", LABELS.get(name, "42"), metadata_json=metadata))
+    survives(scorer, item("</think>\\boxed{42}", LABELS.get(name, "42"), metadata_json=metadata), metadata)
