@@ -148,13 +148,13 @@ test-property: $(VENV)/dev.installed ## random histories against a model, and ma
 test-e2e: $(VENV)/dev.installed ## whole runs, and what is killed during them
 	$(call lane,$@,$(PYTEST) -n 3 $(FILES) tests/chaos tests/e2e)
 
-test-long: $(VENV)/dev.installed ## what the lanes have no time for
-	$(call lane,$@,$(PYTEST) -n 2 --dist loadfile -m long tests)
-
-# One after the other: each engine would take a core from the other.
-test-sglang: $(VENV)/dev.installed ## the engine suite and the demo over real SGLang
+test-long: $(VENV)/dev.installed ## what the lanes have no time for, the demo over real SGLang too
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
-	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) tests/e2e/test_e2e_sglang.py tests/contract/test_engine_conformance.py \
+	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) -m long tests)
+
+test-sglang: $(VENV)/dev.installed ## the engine suite over real SGLang
+	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
+	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) tests/contract/test_engine_conformance.py \
 		tests/contract/test_engine_record.py -k sglang)
 
 conformance: $(VENV)/dev.installed ## one suite over every kind of engine, real SGLang included

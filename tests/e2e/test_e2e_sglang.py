@@ -11,14 +11,17 @@ import pytest
 
 from tests.kit.runs import Run, surviving
 
-pytestmark = pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make test-sglang")
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get("POLYHEAD_SGLANG"), reason="make test-long"),
+    pytest.mark.long,
+]
 
 # By the number of engines. The engine first: SGLang needs half of the run to start again.
 STEPS = {1: 120, 2: 200}
 KILLS = {1: {}, 2: {"engine-0": 10, "router": 30}}
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)], ids=["one", "two"])
+@pytest.fixture(scope="module", params=STEPS, ids=["one", "two"])
 def engines(request: pytest.FixtureRequest) -> int:
     return request.param
 
