@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import aiohttp
+import uvloop
 from aiohttp import web
 
 from services.common.process import free_port
@@ -108,6 +109,6 @@ async def _judge(port: int) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        asyncio.run(_judge(int(sys.argv[1])))
+        uvloop.run(_judge(int(sys.argv[1])))
     else:
-        print(json.dumps(asyncio.run(measure_judge()), indent=2))
+        print(json.dumps(uvloop.run(measure_judge()), indent=2))  # as the service does
