@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 
+import pytest
+
 from services.common.process import keep_loaded
 
 
-def pytest_configure() -> None:
-    gc.disable()
+def pytest_configure(config: pytest.Config) -> None:
+    # Where workers collect, this process does not, and is never told that they are done.
+    if config.getoption("numprocesses", None) is None:
+        gc.disable()
 
 
 def pytest_collection_finish() -> None:

@@ -74,6 +74,7 @@ def _leave_torch_out() -> None:
     """transformers imports torch wherever it finds it, which is most of the time of a start, and 180 MB. A replica
     itself only tokenizes.
     """
+    # None is how Python marks what is not to be imported; its stubs know of modules only.
     sys.modules["torch"] = None  # type: ignore[assignment]
     # It warns that there are no models then.
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())

@@ -111,6 +111,6 @@ def read_shards(directory: Path, files: Iterable[str]) -> dict[str, dict[str, St
     for name in sorted(files):
         part = parts.setdefault(name.rpartition("-")[0], {})
         file = safe_open(directory / name, framework="pt")
-        for key in file.keys():  # noqa: SIM118
+        for key in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated)
             part.setdefault(key, StoredTensor(key)).add(file)
     return parts

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from services.rollout.engines.client import PauseModeName
-from tests.kit.engine_process import EngineApi
+from tests.kit.engine_process import EngineApi, EngineProcess
 from tests.kit.engine_push import Channel
 from tests.kit.record_rig import RecordRig, recording, versions
 
@@ -31,6 +31,7 @@ UPDATES = 4
 @pytest.mark.parametrize("interval", [1, 8])
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 async def test_each_token_is_of_the_version_that_its_record_names(
+    engine: EngineProcess,
     api: EngineApi,
     models: dict[str, Path],
     references: dict[str, Any],
@@ -60,11 +61,12 @@ async def test_each_token_is_of_the_version_that_its_record_names(
         assert [version.step for version, _ in itertools.groupby(stamped)] == [1, 2, 3, 4, 5]
         assert rig.worst_error(writing) < TOLERANCE
         # What is saved before the engine tells is never stamped newer than it is. Token by token it is exact, but for
-        # one that comes while an update ends.
+        # one that SGLang sends while an update ends: it comes before the engine says that there was one.
         early = [writing.early[at] for at in range(len(stamped))]
         assert all(said <= true for said, true in zip(early, stamped, strict=True))
         if interval == 1:
-            assert sum(said != true for said, true in zip(early, stamped, strict=True)) <= UPDATES
+            late = sum(said != true for said, true in zip(early, stamped, strict=True))
+            assert late <= (UPDATES if engine.kind == "sglang" else 0)
 
 
 async def _all_have(rig: RecordRig, more: int) -> None:

@@ -29,7 +29,7 @@ ADMIN_KEY = "an-admin-key"
 CONTEXT = 4096
 STREAM_INTERVAL = 4
 SGLANG_WANTED = "POLYHEAD_SGLANG"
-"""Set by `make test-sglang` and `make conformance`: without it nothing is run over SGLang."""
+"""Set by `make test-sglang`, `make conformance` and `make test-long`: without it nothing is run over SGLang."""
 
 
 @dataclass(frozen=True)
