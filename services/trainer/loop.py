@@ -40,6 +40,8 @@ RELIEVE_EVERY = 5
 # What the buffer says it waits for when its memory is used up.
 STORE_MEMORY = "store memory"
 SAMPLES_RECORDED = 2
+# Of `mismatch_kl_fresh`: far beyond what rounding explains, in fp8 too.
+DISAGREE_KL = 0.2
 # How long the last version is pushed before the run ends without it.
 LAST_PUSH_S = 5.0
 
@@ -210,7 +212,11 @@ class Loop:
     ) -> None:
         batch = batch_metrics(groups, samples, clock, mask_above(self._config))
         overlap = self._intervals.overlap_tokens(samples)
-        line = step_line(version.step, version, batch, training_metrics(results), overlap, times)
+        training = training_metrics(results)
+        if (training["mismatch_kl_fresh"] or 0.0) > DISAGREE_KL:
+            reason = "with the same weights the engines compute something else than the trainer"
+            log.warning("engines_disagree", step=version.step, kl=training["mismatch_kl_fresh"], reason=reason)
+        line = step_line(version.step, version, batch, training, overlap, times)
         self._s.metrics.write(line)
         for sample in samples[:: max(len(samples) // SAMPLES_RECORDED, 1)][:SAMPLES_RECORDED]:
             self._s.samples.write(sample_line(version.step, sample, clock))

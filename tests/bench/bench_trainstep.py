@@ -118,23 +118,36 @@ def make_spec(device: str, directory: Path, *, threads: int, recompute: bool, se
 
 
 def measure(spec: dict[str, Any], directory: Path, trl_python: Path, steps: int) -> dict[str, Any]:
-    """Steps of all sides in turn; the first of each is left out of the times."""
+    """Steps of all sides in turn on a CPU, which has other work at times; one side after the other on a GPU, whose
+    memory they do not share. The first of each is left out of the times.
+    """
+    script = str(Path(__file__).with_name("trainstep_trl.py"))
+    ours = ([sys.executable, "-m", "tests.bench.trainstep_ours"], [ROOT, ROOT / "protos"], {})
+    theirs = {name: ([str(trl_python), script], [], {"trim": name != "trl"}) for name in ("trl", "trl_trimmed")}
     sides: dict[str, Side] = {}
 
-    def start(name: str, command: Sequence[str], paths: Sequence[Path], **more: Any) -> None:
+    def start(name: str, command: Sequence[str], paths: Sequence[Path], more: dict[str, Any]) -> None:
         file = directory / f"{name}.json"
         file.write_text(json.dumps(spec | more))
         sides[name] = Side([*command, str(file)], paths)
 
+    def step(name: str, number: int) -> None:
+        sides[name].step()
+        print(f"step {number} {name}: {sides[name].steps[-1]}", file=sys.stderr, flush=True)
+
     try:
-        start("ours", [sys.executable, "-m", "tests.bench.trainstep_ours"], [ROOT, ROOT / "protos"])
-        script = str(Path(__file__).with_name("trainstep_trl.py"))
-        start("trl", [str(trl_python), script], [], trim=False)
-        start("trl_trimmed", [str(trl_python), script], [], trim=True)
-        for number in range(steps + 1):
-            for name, side in sides.items():
-                side.step()
-                print(f"step {number} {name}: {side.steps[-1]}", file=sys.stderr, flush=True)
+        if spec["device"] == "cpu":
+            for name, how in {"ours": ours, **theirs}.items():
+                start(name, *how)
+            for number in range(steps + 1):
+                for name in sides:
+                    step(name, number)
+        else:
+            for name, how in {"ours": ours, **theirs}.items():
+                start(name, *how)
+                for number in range(steps + 1):
+                    step(name, number)
+                sides[name].close()
         return figures(spec, sides)
     finally:
         for side in sides.values():

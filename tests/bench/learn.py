@@ -42,7 +42,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr_grpo": {f"{TRAIN}.name": "dr_grpo", f"{TRAIN}.loss_reduction": "constant"},
     "gspo": {f"{TRAIN}.name": "gspo", **PER_SAMPLE},
-    "cispo": {f"{TRAIN}.name": "cispo"},
+    # Weights up to 5, and no lower bound, as in arXiv:2510.13786.
+    "cispo": {f"{TRAIN}.name": "cispo", f"{TRAIN}.eps_clip": 1.0, f"{TRAIN}.eps_clip_high": 4.0},
     "rloo": {f"{TRAIN}.name": "rloo"},
     "reinforce_plus_plus": {f"{TRAIN}.name": "reinforce_plus_plus"},
     "reinforce_plus_plus_baseline": {f"{TRAIN}.name": "reinforce_plus_plus_baseline"},

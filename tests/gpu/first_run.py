@@ -1,8 +1,8 @@
 """The whole system on two GPUs: GRPO on SmolLM2-135M-Instruct, asynchronous and synchronous, for docs/benchmarks.
 
 The trainer has the first GPU and SGLang the second; weights go over NCCL. `python -m tests.gpu.first_run --gguf FILE
---work DIR --out first-run.json`. Both modes train the same prompts with the same settings; only `max_staleness`
-differs.
+--work DIR --out first-run.json`. All modes train the same prompts with the same settings; `max_staleness` differs, and
+in what form the engine has the weights: bf16 or block-wise fp8 (block_model.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from typing import Any
 
 from services.cli.demo.smollm2 import convert_file
 from services.common.config import Config, dump
+from tests.gpu.block_model import write_fp8
 from tests.gpu.rollout import ENGINE_ARGS, ROOT, engine_settings, host
 
-MODES = {"async": 4, "sync": 0}
+FP8 = "fp8"
+# max_staleness.
+MODES = {"async": 4, "sync": 0, f"{FP8}-async": 4, f"{FP8}-sync": 0}
 GROUPS, GROUP_SIZE, LENGTH = 32, 8, 256
 
 
@@ -32,7 +35,7 @@ def train(directory: Path, model: Path, prompts: Path, max_staleness: int, steps
         base_gpu=1,
         stream_interval=1,
         context_length=1024,
-        args=ENGINE_ARGS | {"mem-fraction-static": 0.6},
+        args=ENGINE_ARGS | {"mem-fraction-static": 0.6, "fp8-gemm-backend": "triton"},
     )
     config = {
         "run": {"name": "first", "dir": str(directory), "num_rollout": steps},
@@ -118,19 +121,20 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True, help="SmolLM2-135M-Instruct")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON; the other mode's figures are kept")
-    parser.add_argument("--modes", nargs="+", choices=sorted(MODES), default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=sorted(MODES), default=["async", "sync"])
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     model = options.work / "model"
     convert_file(options.gguf, model)
+    fp8_model = write_fp8(model, options.work / "model-fp8")
     prompts = write_prompts(options.work / "prompts.jsonl")
     merged = json.loads(options.out.read_bytes()) if options.out.exists() else {}
     for mode in options.modes:
         began = time.monotonic()
         directory = options.work / mode
         shutil.rmtree(directory, ignore_errors=True)
-        row = train(directory, model, prompts, MODES[mode], options.steps)
+        row = train(directory, fp8_model if mode.startswith(FP8) else model, prompts, MODES[mode], options.steps)
         merged[mode] = {**row, "wall_s": round(time.monotonic() - began, 1), "host": host()}
         options.out.write_text(json.dumps(merged) + "\n")
         print(f"{mode}: {time.monotonic() - began:.0f} s, {row['samples_per_s']} samples/s", flush=True)

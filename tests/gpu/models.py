@@ -85,7 +85,7 @@ def write_model(
     config.save_pretrained(directory)
     weights = random_weights(shape, seed, dtype, device)
     if fp8:
-        weights = _quantised(weights)
+        weights = quantised(weights)
         path = directory / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": QUANTIZATION}))
     shards: list[dict[str, torch.Tensor]] = [{}]
@@ -108,10 +108,11 @@ def write_model(
 
 def projections(weights: Mapping[str, torch.Tensor]) -> frozenset[str]:
     """Those that an fp8 model has in fp8."""
-    return frozenset(name for name in weights if "_proj" in name)
+    return frozenset(name for name in weights if name.endswith("_proj.weight"))
 
 
-def _quantised(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def quantised(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Its projections in block-wise fp8, with their scales; the rest as it is."""
     form = EngineForm(fp8=projections(weights))
     snapshot = Snapshot(build_manifest(weights, 1 << 40, form), next(iter(weights.values())).device, form)
     snapshot.fill(weights.items())

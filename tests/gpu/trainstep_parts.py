@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from services.common.config import Config
 from services.trainer.algorithms.policy_loss import clipped_surrogate
 from services.trainer.backends.torch import attention as packed
+from services.trainer.backends.torch import linear_logprobs as linear
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.backends.torch.linear_logprobs import linear_logprobs
 from services.trainer.backends.torch.logprobs import MAX_LOGITS, to_device
@@ -78,49 +80,80 @@ def packed_row(rng: np.random.Generator, lengths: tuple[int, ...], vocabulary: i
     return pack(items)
 
 
-def mfu(spec: dict[str, Any]) -> dict[str, Any]:
-    """Whole optimizer steps of `ROWS` packed rows of 8,192 tokens.
+class Steps:
+    """Optimizer steps of `ROWS` packed rows of 8,192 tokens of a random model."""
 
-    ``mfu = FLOPs of the model / seconds / 989e12``. FLOPs of a sequence of n tokens, m of them trained, are three times
-    (forward and backward) ``2 p n + 2 H V m + 2 L h d n^2``: p parameters of the linear layers without the head, which
-    runs for trained tokens only, and causal attention as half of the square. Recomputation counts nothing.
+    def __init__(self, spec: dict[str, Any]) -> None:
+        gpu = spec["device"] == "cuda"
+        self.shape = SHAPES[spec["model"]] if gpu else TINY
+        self.lengths = LENGTHS if gpu else tuple(length // 32 + PROMPT for length in LENGTHS)
+        directory = Path(spec["work"]) / f"model-{spec['model']}-{spec['device']}"
+        if not (directory / "config.json").exists():
+            write_model(directory, self.shape, 0, torch.bfloat16, spec["device"])
+        layers = spec["recompute"]
+        recompute = {"recompute": layers != 0, "recompute_layers": layers or None}
+        algorithm = {"entropy_coef": 0.0}
+        config = Config(
+            model={"hf_checkpoint": directory, "dtype": "bfloat16"},
+            trainer={"device": spec["device"], "compile": spec["compile"], "algorithm": algorithm, **recompute},
+        )
+        if gpu:
+            torch.cuda.empty_cache()
+        self.backend = TorchBackend(config)
+        rng = np.random.default_rng(0)
+        self.rows = [packed_row(rng, self.lengths, self.shape["vocab_size"]) for _ in range(ROWS)]
+        for row in self.rows:
+            row.advantages[:] = rng.normal(size=len(row.advantages))
+
+    def run(self) -> None:
+        self.backend.train(self.rows)
+
+
+def mfu(spec: dict[str, Any]) -> dict[str, Any]:
+    """``mfu = FLOPs of the model / seconds / 989e12`` of whole optimizer steps.
+
+    FLOPs of a sequence of n tokens, m of them trained, are three times (forward and backward)
+    ``2 p n + 2 H V m + 2 L h d n^2``: p parameters of the linear layers without the head, which runs for trained tokens
+    only, and causal attention as half of the square. Recomputation counts nothing.
     """
-    gpu = spec["device"] == "cuda"
-    shape = SHAPES[spec["model"]] if gpu else TINY
-    lengths = LENGTHS if gpu else tuple(length // 32 + PROMPT for length in LENGTHS)
-    directory = Path(spec["work"]) / f"model-{spec['model']}-{spec['device']}"
-    if not (directory / "config.json").exists():
-        write_model(directory, shape, 0, torch.bfloat16, spec["device"])
-    layers = spec["recompute"]
-    recompute = {"recompute": layers != 0, "recompute_layers": layers or None}
-    config = Config(
-        model={"hf_checkpoint": directory, "dtype": "bfloat16"},
-        trainer={"device": spec["device"], "compile": spec["compile"], "algorithm": {"entropy_coef": 0.0}, **recompute},
-    )
-    if gpu:
-        torch.cuda.empty_cache()
-    backend = TorchBackend(config)
-    rng = np.random.default_rng(0)
-    rows = [packed_row(rng, lengths, shape["vocab_size"]) for _ in range(ROWS)]
-    for row in rows:
-        row.advantages[:] = rng.normal(size=len(row.advantages))
-    flops = sequence_flops(shape)
+    steps = Steps(spec)
+    flops, lengths = sequence_flops(steps.shape), steps.lengths
     total = 3 * sum(flops(length, length - PROMPT + 1) for length in lengths) * ROWS
     began = time.perf_counter()
-    backend.train(rows)
+    steps.run()
     first_s = time.perf_counter() - began
-    seconds, peak = timed(lambda: backend.train(rows), gpu)
-    tokens = sum(lengths) * ROWS
+    seconds, peak = timed(steps.run, spec["device"] == "cuda")
     return {
         "mfu": round(total / seconds / PEAK_FLOPS, 4),
         "peak_bytes": peak,
-        "tokens_per_s": round(tokens / seconds, 1),
+        "tokens_per_s": round(sum(lengths) * ROWS / seconds, 1),
         "step_s": round(seconds, 4),
         "first_step_s": round(first_s, 1),
         "model_flops": total,
-        "parameters": sum(weight.numel() for weight in backend.weights().values()),
+        "parameters": sum(weight.numel() for weight in steps.backend.weights().values()),
         "tokens": f"{ROWS} x {sum(lengths)}",
         "lengths": lengths,
+    }
+
+
+def profile(spec: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of the GPU by kernel, of one step, and how long it was idle."""
+    steps = Steps(spec)
+    for _ in range(2):
+        steps.run()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        steps.run()
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    kernels = {each.key: each.self_device_time_total / 1e3 for each in recorded.key_averages()}
+    busy = sum(kernels.values())
+    longest = sorted(kernels.items(), key=lambda item: -item[1])[:40]
+    return {
+        "step_ms": round(seconds * 1e3, 1),
+        "busy_ms": round(busy, 1),
+        "kernels_ms": {name[:120]: round(value, 2) for name, value in longest},
     }
 
 
@@ -219,6 +252,56 @@ def attention(spec: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def exact(spec: dict[str, Any]) -> dict[str, Any]:
+    """Of log-probs, entropies and their gradients: the distance from float64 as a share of its size, by the vocabulary,
+    and the size of the logits; with the kernel and with torch's own operations.
+    """
+    device = spec["device"]
+    figures: dict[str, Any] = {}
+    for vocabulary in (151_936, 50_257, 7) if device == "cuda" else (1009, 7):
+        for scale in (0.3, 30.0):
+            generator = torch.Generator(device).manual_seed(0)
+            hidden = torch.randn(300, 64, generator=generator, device=device) * scale
+            weight = torch.randn(vocabulary, 64, generator=generator, device=device) * 0.125
+            targets = torch.randint(0, vocabulary, (300,), generator=generator, device=device)
+            temperatures = torch.rand(300, generator=generator, device=device) + 0.5
+            factors = torch.randn(2, 300, generator=generator, device=device)
+            inputs = (targets, temperatures, factors)
+            wanted = _scored(_plain_scores, hidden.double(), weight.double(), *inputs)
+            row: dict[str, Any] = {}
+            for name, kernel in (("kernel", True), ("plain", False)):
+                with mock.patch.object(linear, "_has_kernel", lambda logits, on=kernel: on and logits.is_cuda):
+                    found = _scored(_chunked_scores, hidden, weight, *inputs)
+                row[name] = [float(f"{_distance(*pair):.3g}") for pair in zip(found, wanted, strict=True)]
+            figures[f"vocabulary {vocabulary}, logits of {scale}"] = row
+    return {"errors_of": ["logprobs", "entropy", "gradient of hidden", "gradient of weight"], **figures}
+
+
+def _scored(
+    way: Any,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperatures: torch.Tensor,
+    factors: torch.Tensor,
+) -> list[torch.Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight)]
+    values = way(*leaves, targets, temperatures.to(hidden.dtype))
+    sum((each * factor).sum() for each, factor in zip(values, factors, strict=True)).backward()
+    return [*(each.detach() for each in values), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def _chunked_scores(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, weight, targets, temperatures = inputs
+    return linear_logprobs(hidden, weight, None, targets, temperatures, 128)
+
+
+def _plain_scores(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, weight, targets, temperatures = inputs
+    distribution = torch.log_softmax(hidden @ weight.t() / temperatures.unsqueeze(1), dim=-1)
+    return distribution.gather(1, targets.unsqueeze(1)).squeeze(1), -(distribution.exp() * distribution).sum(dim=1)
+
+
 def _attended(
     way: Any, inputs: list[torch.Tensor], grad: torch.Tensor, layout: Any, window: int | None
 ) -> list[torch.Tensor]:
@@ -251,4 +334,5 @@ def timed(work: Callable[[], Any], gpu: bool) -> tuple[float, int]:
 
 if __name__ == "__main__":
     SPEC = json.loads(sys.argv[1])
-    print(json.dumps({"attention": attention, "mfu": mfu, "logprobs": logprobs}[SPEC["what"]](SPEC)))
+    PARTS = {"attention": attention, "mfu": mfu, "logprobs": logprobs, "exact": exact, "profile": profile}
+    print(json.dumps(PARTS[SPEC["what"]](SPEC)))

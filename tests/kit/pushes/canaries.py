@@ -257,17 +257,20 @@ class Judge:
         return "spanning" if any(self._models.turned_once(answer.tokens, old, new) for old in others) else "mixed"
 
     def _a_token_early(self, tokens: Sequence[int], turns: Sequence[tuple[str, int, int]]) -> bool:
-        """Whether the last version came one token earlier than stamped, at the end perhaps to none.
+        """Whether versions came one token earlier than stamped, at the end perhaps one that no token is stamped by.
 
         A replica counts on the pass that ran when SGLang was paused to have been a decode of all that ran. It sees to
         that for its own requests; what the witness asks the engine itself, it knows nothing of.
         """
-        *_, (last, start, _) = turns
-        new = {self._of[last]} if len(turns) > 1 else set(self._of.values())
-        old = self._of[turns[-2][0] if len(turns) > 1 else last]
-        at = start - 1 if len(turns) > 1 else len(tokens) - 1
-        parts = [[Turn(old, 0, at), Turn(model, at, len(tokens))] for model in new - {old}]
-        return len(turns) <= 2 and any(self._models.explained(tokens, each) for each in parts)
+        models, end = [self._of[version] for version, _, _ in turns], len(tokens)
+        for early in itertools.product((0, 1), repeat=len(turns) - 1):
+            starts = [0, *(start - shift for (_, start, _), shift in zip(turns[1:], early, strict=True))]
+            for last in {*self._of.values()}:
+                # The last token by the last of the models, or by one after it.
+                spans = [*zip(models, starts, [*starts[1:], end - 1], strict=True), (last, end - 1, end)]
+                if self._models.explained(tokens, [Turn(*span) for span in spans]):
+                    return True
+        return False
 
     def _spans(self, tokens: Sequence[int], turns: Sequence[tuple[str, int, int]]) -> str:
         if any(version not in self._of for version, _, _ in turns):

@@ -228,12 +228,10 @@ class TorchBackend:
         if not len(micro_batch.targets):
             # Nothing to train for this rank; the others wait for it to take part.
             tokens.logprobs.sum().backward()
-            self._optimizer.accumulate()
             return
         losses = self._loss(self._inputs(batch, tokens))
         loss = (losses.loss * batch.weights).sum()
         loss.backward()
-        self._optimizer.accumulate()
         _add(result, batch, loss.detach(), tokens, losses)
         result.tokens += len(micro_batch.targets)
         result.fresh_tokens += int(micro_batch.fresh.sum())

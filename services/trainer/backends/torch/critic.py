@@ -115,14 +115,12 @@ class Critic:
         if not len(micro_batch.targets):
             # Nothing to train for this rank; the others wait for it to take part.
             values.sum().backward()
-            self._optimizer.accumulate()
             return
         assert batch.old_values is not None
         assert batch.returns is not None
         losses = value_loss(values, batch.old_values, batch.returns, value_clip=self._value_clip)
         loss = (losses.loss * batch.weights).sum()
         loss.backward()
-        self._optimizer.accumulate()
         read = torch.stack([loss.detach(), losses.clipped.sum()]).tolist()
         result.loss += read[0]
         result.clipped += read[1]

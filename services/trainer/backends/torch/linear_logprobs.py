@@ -1,13 +1,13 @@
 """Log-probabilities straight from hidden states, with the logits of one chunk of tokens in memory at a time.
 
 The gradient of a policy loss is known only when all log-probs are, so that it cannot be taken on the way (as fused
-linear cross-entropies do): the backward pass computes each chunk's logits once more, makes them their own gradient in
-place, and adds up the gradient of the weight in float32.
+linear cross-entropies do): the backward pass computes each chunk's logits once more, turns them into their gradient,
+and adds up that of the weight in float32. On a GPU a kernel goes over the logits of a chunk once each way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,15 @@ def linear_logprobs(
     return logprobs, entropy
 
 
+class _Figures(NamedTuple):
+    """Of each token's distribution [n]."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    normalizer: torch.Tensor
+    """log Σ exp(logit / temperature)."""
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -45,15 +54,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         parts = []
         for h, t, temperature in zip(*(each.split(chunk) for each in (hidden, targets, temperatures)), strict=True):
-            logits = _logits(h, weight, bias, temperature)
-            largest = logits.amax(dim=1)
-            shifted = logits.sub_(largest.unsqueeze(1))
-            chosen = shifted.gather(1, t.unsqueeze(1)).squeeze(1)
-            powers = shifted.exp()
-            total = powers.sum(dim=1)
-            mean = powers.mul_(shifted).sum(dim=1) / total
-            log_total = total.log()
-            parts.append((chosen - log_total, log_total - mean, largest + log_total))
+            parts.append(_figures(_logits(h, weight, bias), t, temperature))
         logprobs, entropy, normalizer = (torch.cat(each) for each in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, bias, targets, temperatures, normalizer, entropy)
         ctx.chunk = chunk
@@ -73,19 +74,15 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             targets, temperatures, normalizer, entropy = (tensor[part] for tensor in per_token)
-            logits = _logits(hidden[part], weight, bias, temperatures).sub_(normalizer.unsqueeze(1))
-            grad = logits.exp()
-            of_logprobs = grad_logprobs[part].unsqueeze(1)
-            if grad_entropy is None:
-                grad.mul_(-of_logprobs)
-            else:
-                of_entropy = grad_entropy[part].unsqueeze(1)
-                grad.mul_(logits.add_(entropy.unsqueeze(1)).mul_(-of_entropy).sub_(of_logprobs))
-            del logits
-            grad.scatter_add_(1, targets.unsqueeze(1), of_logprobs).div_(temperatures.unsqueeze(1))
+            grad = _gradient(
+                _logits(hidden[part], weight, bias),
+                *(targets, temperatures, normalizer, entropy, grad_logprobs[part]),
+                None if grad_entropy is None else grad_entropy[part].contiguous(),
+                weight.dtype if grad_bias is None else grad_bias.dtype,
+            )
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
-            grad = grad.to(weight.dtype)
+                grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -98,14 +95,60 @@ class _LinearLogprobs(torch.autograd.Function):
         )
 
 
-def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperatures: torch.Tensor
-) -> torch.Tensor:
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[chunk, vocabulary], of its own memory."""
     logits = _wide_product(hidden, weight)
-    if bias is not None:
-        logits += bias
-    return logits.div_(temperatures.unsqueeze(1))
+    return logits if bias is None else logits.add_(bias)
+
+
+def _figures(logits: torch.Tensor, targets: torch.Tensor, temperatures: torch.Tensor) -> _Figures:
+    """Uses up `logits`."""
+    if _has_kernel(logits):
+        from services.trainer.backends.torch.linear_logprobs_kernel import row_figures
+
+        return _Figures(*row_figures(logits, targets, temperatures))
+    logits.div_(temperatures.unsqueeze(1))
+    largest = logits.amax(dim=1)
+    shifted = logits.sub_(largest.unsqueeze(1))
+    chosen = shifted.gather(1, targets.unsqueeze(1)).squeeze(1)
+    powers = shifted.exp()
+    total = powers.sum(dim=1)
+    mean = powers.mul_(shifted).sum(dim=1) / total
+    log_total = total.log()
+    return _Figures(chosen - log_total, log_total - mean, largest + log_total)
+
+
+def _gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperatures: torch.Tensor,
+    normalizer: torch.Tensor,
+    entropy: torch.Tensor,
+    of_logprobs: torch.Tensor,
+    of_entropy: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Of the logits [chunk, vocabulary], in `dtype`, from those of log-probs and entropies. Uses up `logits`."""
+    if _has_kernel(logits):
+        from services.trainer.backends.torch.linear_logprobs_kernel import logit_gradient
+
+        return logit_gradient(
+            *(logits, targets, temperatures, normalizer, entropy), of_logprobs.contiguous(), of_entropy, dtype
+        )
+    logits.div_(temperatures.unsqueeze(1)).sub_(normalizer.unsqueeze(1))
+    grad = logits.exp()
+    if of_entropy is None:
+        grad.mul_(-of_logprobs.unsqueeze(1))
+    else:
+        factor = logits.add_(entropy.unsqueeze(1)).mul_(-of_entropy.unsqueeze(1))
+        grad.mul_(factor.sub_(of_logprobs.unsqueeze(1)))
+    del logits
+    grad.scatter_add_(1, targets.unsqueeze(1), of_logprobs.unsqueeze(1)).div_(temperatures.unsqueeze(1))
+    return grad.to(dtype)
+
+
+def _has_kernel(logits: torch.Tensor) -> bool:
+    return logits.is_cuda and logits.dtype == torch.float32
 
 
 def _wide_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

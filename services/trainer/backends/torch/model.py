@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from services.trainer.backends.torch.values import ValueModel
 from services.trainer.batch.packing import PackItem, pack
 
 FIELD, REFERENCE_FIELD = "model.hf_checkpoint", "model.ref_checkpoint"
-# Largest difference between the packed and the plain forward pass that rounding explains: of a log-probability, or of
-# a hidden state as a share of it.
+# Largest difference between the packed and the plain forward pass that rounding explains: of a log-probability, where
+# logits vary by more than 1 as a share of their standard deviation, or of a hidden state as a share of it.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 _PROBE_PROMPT = 3
 
@@ -131,9 +131,8 @@ def _check_packing(root: Root, device: torch.device, tolerance: float, field: st
     sequences = [np.array(row, dtype=np.int32) % vocab for row in rows]
     model.set_attn_implementation(attention.PLAIN)
     with torch.no_grad():
-        plain = torch.cat(
-            [root.run(_plain_states if critic else _plain_logprobs, sequence, device) for sequence in sequences]
-        )
+        found = [root.run(_plain_states if critic else _plain_logprobs, sequence, device) for sequence in sequences]
+    plain, spread = (torch.cat(part) for part in zip(*found, strict=True))
     model.set_attn_implementation(attention.NAME)
     try:
         batch = to_device(pack([_probe(sequence, row) for row, sequence in enumerate(sequences)]), device)
@@ -143,29 +142,37 @@ def _check_packing(root: Root, device: torch.device, tolerance: float, field: st
         raise ConfigError(
             f"{name.__name__} cannot be trained packed: {type(error).__name__}: {error}", field=field
         ) from error
-    difference = torch.linalg.vector_norm((plain - packed).reshape(len(plain), -1), dim=1).max().item()
+    difference = (torch.linalg.vector_norm((plain - packed).reshape(len(plain), -1), dim=1) / spread).max().item()
     if not difference <= tolerance:
         raise ConfigError(f"{name.__name__} cannot be trained packed: {what} differ by {difference:.2g}", field=field)
 
 
-def _plain_logprobs(model: Any, sequence: Tokens, device: torch.device) -> torch.Tensor:
+class _Plain(NamedTuple):
+    """Of each token that is compared: what is compared, and what its difference is a share of, [n]."""
+
+    values: torch.Tensor
+    spread: torch.Tensor
+
+
+def _plain_logprobs(model: Any, sequence: Tokens, device: torch.device) -> _Plain:
     token_ids = torch.as_tensor(sequence, dtype=torch.int64, device=device)
-    logits = model(input_ids=token_ids[None], use_cache=False).logits[0, :-1].float()
-    chosen = torch.log_softmax(logits, dim=-1).gather(1, token_ids[1:, None]).squeeze(1)
-    return chosen[_PROBE_PROMPT - 1 :]
+    logits = model(input_ids=token_ids[None], use_cache=False).logits[0, _PROBE_PROMPT - 1 : -1].float()
+    chosen = torch.log_softmax(logits, dim=-1).gather(1, token_ids[_PROBE_PROMPT:, None]).squeeze(1)
+    return _Plain(chosen, logits.std(dim=1).clamp_min(1.0))
 
 
 def _packed_logprobs(model: Any, batch: DeviceBatch) -> torch.Tensor:
     return token_logprobs(model, batch).logprobs
 
 
-def _plain_states(model: Any, sequence: Tokens, device: torch.device) -> torch.Tensor:
+def _plain_states(model: Any, sequence: Tokens, device: torch.device) -> _Plain:
     """Hidden states of norm 1: how far they are apart is a share of them, where rounding makes no more of it than of
     log-probs.
     """
     token_ids = torch.as_tensor(sequence, dtype=torch.int64, device=device)
     states = model.base_model(input_ids=token_ids[None], use_cache=False).last_hidden_state[0]
-    return torch.nn.functional.normalize(states[_PROBE_PROMPT - 1 : -1].float(), dim=1)
+    values = torch.nn.functional.normalize(states[_PROBE_PROMPT - 1 : -1].float(), dim=1)
+    return _Plain(values, torch.ones_like(values[:, 0]))
 
 
 def _packed_states(model: Any, batch: DeviceBatch) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -21,7 +22,8 @@ class Optimizer:
 
     Parameters that are not float32 get a float32 master copy, which takes the step and is rounded back: at the
     learning rates of reinforcement learning an update would otherwise vanish in bfloat16's 8 bits. Gradients then
-    accumulate in the master copy. One-dimensional parameters (norms, biases) take no weight decay.
+    accumulate in the master copy: each goes there, and is freed, as soon as the backward pass has it. One-dimensional
+    parameters (norms, biases) take no weight decay.
 
     Sharded parameters are DTensors, and so is their state: each rank steps its part.
     """
@@ -45,6 +47,9 @@ class Optimizer:
         self._schedule = schedule
         self._group = group
         self._are_masters = are_masters
+        for name, parameter in self._parameters.items():
+            if (master := self._masters[name]) is not parameter:
+                parameter.register_post_accumulate_grad_hook(partial(_into_master, master))
         self.steps = 0
         """Optimizer steps taken."""
         decayed = [master for master in self._masters.values() if master.ndim > 1]
@@ -64,16 +69,6 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
-
-    def accumulate(self) -> None:
-        """Moves the gradients of one micro-batch into the master copies. Nothing to do where there are none."""
-        for name, parameter in self._parameters.items():
-            master = self._masters[name]
-            if master is parameter or parameter.grad is None:
-                continue
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            parameter.grad = None
 
     def clip(self) -> float:
         """Scales the gradient to a norm of at most `clip_grad`, unless that is 0.
@@ -143,6 +138,13 @@ class Optimizer:
                 value = torch.zeros((), device=local(master).device) if scalar else torch.zeros_like(master.detach())
                 self._adamw.state[master][kind] = value
                 yield key, value
+
+
+def _into_master(master: torch.nn.Parameter, parameter: torch.nn.Parameter) -> None:
+    if parameter.grad is not None:
+        # In place, the sum takes the gradient as it is, exactly.
+        master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+        parameter.grad = None
 
 
 def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
