@@ -11,7 +11,7 @@ from tests.kit.pushes import campaign
 from tests.kit.pushes.campaign import PARTS, Campaign, Result
 
 SEED = 5
-FAULTS = 5
+FAULTS = 10
 
 
 @pytest.fixture(scope="module")
