@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
@@ -71,6 +71,21 @@ class StepResult:
     """Of the critic's optimizer step on the same tokens; None where there is no critic."""
     critic_only: bool = False
     """The policy was not trained: what is not of the critic is 0, and `applied` is the critic's."""
+
+
+# Of StepResult, in the order of `_figures`.
+_SUMS = ("loss", "entropy", "ratio", "clipped", "mismatch_kl", "mismatch_kl_fresh")
+
+
+class _Figures(NamedTuple):
+    """Of one micro-batch, where it was computed."""
+
+    names: Sequence[str]
+    maxima: int
+    """How many of them are maxima, the last ones; the others are sums."""
+    values: torch.Tensor
+    losses: torch.Tensor
+    """Of each trained token."""
 
 
 class TorchBackend:
@@ -215,29 +230,29 @@ class TorchBackend:
         """
         result = StepResult(micro_batches=len(micro_batches))
         self._optimizer.zero_grad()
+        done = []
         for number, micro_batch in enumerate(micro_batches, 1):
             self._root.reduce_gradients(self._reduce_each or number == len(micro_batches))
-            self._accumulate(micro_batch, result)
+            done.append(self._accumulate(micro_batch))
+        # Read only here: a GPU that had to answer in between would wait for the next micro-batch each time.
+        for micro_batch, figures in zip(micro_batches, done, strict=True):
+            if figures is not None:
+                _add(result, micro_batch, figures)
         total = _total(self.group.of_parts(self.group.all_gather(asdict(result))))
         total.lr = self._optimizer.lr
         return total
 
-    def _accumulate(self, micro_batch: PackedBatch, result: StepResult) -> None:
+    def _accumulate(self, micro_batch: PackedBatch) -> _Figures | None:
         batch = to_device(micro_batch, self._device, self.group)
         tokens = all_logprobs(self._root, batch, entropy_gradient=self._entropy_in_loss)
         if not len(micro_batch.targets):
             # Nothing to train for this rank; the others wait for it to take part.
             tokens.logprobs.sum().backward()
-            return
+            return None
         losses = self._loss(self._inputs(batch, tokens))
         loss = (losses.loss * batch.weights).sum()
         loss.backward()
-        _add(result, batch, loss.detach(), tokens, losses)
-        result.tokens += len(micro_batch.targets)
-        result.fresh_tokens += int(micro_batch.fresh.sum())
-        if not math.isfinite(result.loss):
-            bad = (~torch.isfinite(losses.loss.detach())).cpu().numpy()
-            result.offenders += np.unique(micro_batch.sample_rows[bad]).tolist()
+        return _figures(batch, loss.detach(), tokens, losses)
 
     def _inputs(self, batch: DeviceBatch, tokens: TokenLogprobs) -> Tokens:
         old = batch.old_logprobs
@@ -355,8 +370,7 @@ def _total(parts: Sequence[Mapping[str, Any]]) -> StepResult:
     return total
 
 
-def _add(result: StepResult, batch: DeviceBatch, loss: torch.Tensor, tokens: TokenLogprobs, losses: Objective) -> None:
-    """Adds one micro-batch's sums and maxima, read from the device at once."""
+def _figures(batch: DeviceBatch, loss: torch.Tensor, tokens: TokenLogprobs, losses: Objective) -> _Figures:
     mismatch = k3(batch.rollout_logprobs, tokens.logprobs.detach())
     sums = [
         *(loss, tokens.entropy.detach().sum(), losses.ratio.sum(), losses.clipped.sum()),
@@ -364,14 +378,22 @@ def _add(result: StepResult, batch: DeviceBatch, loss: torch.Tensor, tokens: Tok
         *(values.sum() for values in losses.figures.values()),
     ]
     maxima = [values.max() for values in losses.maxima.values()]
-    read = torch.stack([*sums, *maxima]).tolist()
-    result.loss += read[0]
-    result.entropy += read[1]
-    result.ratio += read[2]
-    result.clipped += read[3]
-    result.mismatch_kl += read[4]
-    result.mismatch_kl_fresh += read[5]
-    for name, value in zip(losses.figures, read[6:], strict=False):
-        result.figures[name] = result.figures.get(name, 0.0) + value
-    for name, value in zip(losses.maxima, read[len(sums) :], strict=True):
-        result.maxima[name] = max(result.maxima.get(name, value), value)
+    names = [*_SUMS, *losses.figures, *losses.maxima]
+    return _Figures(names, len(maxima), torch.stack([*sums, *maxima]), losses.loss.detach())
+
+
+def _add(result: StepResult, micro_batch: PackedBatch, figures: _Figures) -> None:
+    values = figures.values.tolist()
+    first_maximum = len(values) - figures.maxima
+    for place, (name, value) in enumerate(zip(figures.names, values, strict=True)):
+        if place < len(_SUMS):
+            setattr(result, name, getattr(result, name) + value)
+        elif place < first_maximum:
+            result.figures[name] = result.figures.get(name, 0.0) + value
+        else:
+            result.maxima[name] = max(result.maxima.get(name, value), value)
+    result.tokens += len(micro_batch.targets)
+    result.fresh_tokens += int(micro_batch.fresh.sum())
+    if not math.isfinite(values[0]):
+        bad = (~torch.isfinite(figures.losses)).cpu().numpy()
+        result.offenders += np.unique(micro_batch.sample_rows[bad]).tolist()
