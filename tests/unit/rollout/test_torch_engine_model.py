@@ -17,7 +17,13 @@ from services.rollout.engines.torch_engine.decoder import Decoder
 from services.rollout.engines.torch_engine.decoder_config import read_config
 from services.rollout.engines.torch_engine.parameters import Parameters
 from tests.kit.hf_reference import load_reference
-from tests.kit.tiny_model import VOCAB_SIZE, build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
+from tests.kit.tiny_model import (
+    VOCAB_SIZE,
+    build_tiny_llama,
+    build_tiny_qwen2,
+    build_tiny_qwen3,
+    build_tiny_qwen3_moe,
+)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -35,6 +41,11 @@ MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "llama": (build_tiny_llama, {"num_key_value_heads": 2}),
     "llama with bias": (build_tiny_llama, {"attention_bias": True}),
     "llama3 rope": (build_tiny_llama, {"rope_parameters": LLAMA3}),
+    "qwen3 moe": (build_tiny_qwen3_moe, {}),
+    "qwen3 moe, some layers dense": (
+        build_tiny_qwen3_moe,
+        {"layers": 4, "mlp_only_layers": [1], "decoder_sparse_step": 2, "norm_topk_prob": False, "num_experts": 16},
+    ),
     "linear rope": (build_tiny_llama, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
 }
 
@@ -113,7 +124,7 @@ def test_a_prefill_without_logits_fills_the_same_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
