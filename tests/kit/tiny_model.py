@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
@@ -97,6 +99,16 @@ def build_tiny_qwen3_moe(directory: Path, seed: int = 0, hidden: int = 64, layer
     moe = {"moe_intermediate_size": 24, "num_experts": 7, "num_experts_per_tok": 2, "norm_topk_prob": True}
     fields = {**_common(hidden, layers), "head_dim": 32, "tie_word_embeddings": False, **moe, **overrides}
     return _save(Qwen3MoeForCausalLM, Qwen3MoeConfig(**fields), directory, seed)
+
+
+def build_tiny_qwen2_moe(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **overrides: Any) -> Path:
+    """Writes a random Qwen2-MoE (untied embeddings, 6 experts of which a token has 2, one that all tokens share) and
+    returns `directory`. Its tokenizer: see `build_tiny_qwen2`.
+    """
+    moe = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 56, "num_experts": 6}
+    moe |= {"num_experts_per_tok": 2}
+    fields = {**_common(hidden, layers), "tie_word_embeddings": False, **moe, **overrides}
+    return _save(Qwen2MoeForCausalLM, Qwen2MoeConfig(**fields), directory, seed)
 
 
 def build_tiny_mixtral(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **overrides: Any) -> Path:

@@ -124,7 +124,10 @@ def test_a_prefill_without_logits_fills_the_same_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, ",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
