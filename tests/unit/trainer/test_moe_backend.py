@@ -4,14 +4,16 @@ after the other."""
 import numpy as np
 import pytest
 import torch
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from services.common.config import Config
 from services.common.errors import ConfigError
 from services.common.versions import Version
 from services.trainer.algorithms.advantages import group_advantages
+from services.trainer.backends.torch.attention import PackedLayout, Varlen
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.backends.torch.logprobs import to_device, token_logprobs
-from services.trainer.backends.torch.routing import Routers
+from services.trainer.backends.torch.routing import Routers, routing
 from services.trainer.batch.plan import Batching
 from services.trainer.batch.prepare import prepare_step
 from services.trainer.batch.samples import decode_groups
@@ -140,6 +142,42 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero(tmp_path, dtype):
             assert layer == 1 or with_gradient == chosen[layer]
 
 
+class _Leaving(torch.autograd.Function):
+    """A product whose gradient is whatever was in memory where an expert has no tokens."""
+
+    @staticmethod
+    def forward(ctx, rows, weights, ends):
+        ctx.save_for_backward(rows, weights, ends)
+        starts = [0, *ends.tolist()]
+        return torch.cat([rows[starts[n] : starts[n + 1]] @ weights[n] for n in range(len(weights))])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, weights, ends = ctx.saved_tensors
+        starts, left = [0, *ends.tolist()], torch.full_like(weights, torch.nan)
+        for n in range(len(weights)):
+            part = slice(starts[n], starts[n + 1])
+            if part.start < part.stop:
+                left[n] = rows[part].T @ gradient[part]
+        return None, left, None
+
+
+def _refusing(*_, **__):
+    raise RuntimeError("strides should be multiple of 16 bytes\nand more")
+
+
+@pytest.mark.parametrize("kernel", [lambda rows, weights, *, offs: _Leaving.apply(rows, weights, offs), _refusing])
+def test_a_kernel_that_does_not_do_it_right_is_not_used(models, monkeypatch, kernel):
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "grouped_mm", kernel)
+        backend = TorchBackend(make_config(models["qwen3_moe"]))
+        assert backend.model.config._experts_implementation == "eager"
+        _, gradients = gradients_of(backend, prepare(ragged_samples(0)))
+    _, wanted = gradients_of(TorchBackend(make_config(models["qwen3_moe"])), prepare(ragged_samples(0)))
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7)
+
+
 def experts_of(model, samples):
     """By layer, the experts that any token has."""
     found = [set() for _ in model.model.layers]
@@ -148,6 +186,17 @@ def experts_of(model, samples):
         for layer, logits in zip(found, output.router_logits, strict=True):
             layer |= set(logits.topk(model.config.num_experts_per_tok).indices.flatten().tolist())
     return found
+
+
+def test_the_balance_loss_of_one_sequence_is_switch_transformers_as_transformers_has_it(models):
+    """By layer, over the experts of a token: theirs is as many where tokens are spread evenly."""
+    model = load_reference(models["olmoe"])
+    tokens = torch.arange(3, 60)[None]
+    logits = model(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
+    theirs = [load_balancing_loss_func((layer,), num_experts=6, top_k=3).item() / 3 for layer in logits]
+    layout = PackedLayout((), torch.empty(0), Varlen(None, torch.arange(57), torch.tensor([0, 57]), 57))
+    ours = routing(logits, layout, Routers(6, 3), wanted=True).balance()
+    assert ours.item() == pytest.approx(sum(theirs), rel=1e-6)
 
 
 def test_the_balance_loss_moves_nothing_that_only_logprobs_see(models):

@@ -13,6 +13,7 @@ from services.common.config import Config
 from services.common.errors import ConfigError
 from services.common.model_files import fp8_weights
 from services.trainer.backends.torch import attention
+from services.trainer.backends.torch.experts import choose_experts
 from services.trainer.backends.torch.fp8_directory import load_dequantised
 from services.trainer.backends.torch.logprobs import DeviceBatch, predicting_states, to_device, token_logprobs
 from services.trainer.backends.torch.sharding import Placement, Root, place
@@ -47,6 +48,7 @@ def load_model(directory: Path, dtype: str, placement: Placement, field: str = F
     """
     model = _from_directory(directory, dtype, field).eval().requires_grad_(trained)
     attention.register()
+    choose_experts(model, placement.device, getattr(torch, dtype))
     root = place(model, getattr(torch, dtype), placement, field)
     _check_packing(root, placement.device, TOLERANCE[dtype], field)
     return root
@@ -56,6 +58,7 @@ def load_critic(directory: Path, dtype: str, placement: Placement, field: str) -
     """A `ValueModel` on the body of the model that `load_model` would give, and refused like it."""
     model = ValueModel(_from_directory(directory, dtype, field).eval().base_model).requires_grad_(True)
     attention.register()
+    choose_experts(model.base_model, placement.device, getattr(torch, dtype))
     root = place(model, getattr(torch, dtype), placement, field, [model.value_head])
     _check_packing(root, placement.device, TOLERANCE[dtype], field)
     return root
@@ -98,11 +101,6 @@ def save_pretrained(model: Any, weights: dict[str, torch.Tensor], dtype: torch.d
 
 def _from_directory(directory: Path, dtype: str, field: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
-    # A mixture of experts is computed as transformers does by default, on every device: "grouped_mm", one product over
-    # all experts whose rows are the tokens of each in turn. It is exact, and an expert without tokens has a gradient of
-    # 0. On CUDA in bfloat16 it is one kernel, elsewhere a loop within torch. Of the others, "eager" makes a gradient of
-    # the whole stack for each expert (three times the time of a step, with 64 experts in float32 on a CPU), and
-    # "batched_mm" copies the weights of an expert for each of its tokens.
     options = {"attn_implementation": "sdpa", "output_loading_info": True}
     try:
         if fp8_weights(directory):
