@@ -14,7 +14,7 @@ import torch
 from services.common.errors import ConfigError
 from services.rollout.engines.torch_engine.checkpoint import load_checkpoint
 from services.rollout.engines.torch_engine.decoder import Decoder
-from services.rollout.engines.torch_engine.decoder_config import read_config
+from services.rollout.engines.torch_engine.decoder_config import ExpertsConfig, read_config
 from services.rollout.engines.torch_engine.parameters import Parameters
 from tests.kit.hf_reference import load_reference
 from tests.kit.tiny_model import (
@@ -97,6 +97,19 @@ def test_older_rope_keys_mean_the_same(tmp_path: Path) -> None:
     config["rope_scaling"] = rope
     (path / "config.json").write_text(json.dumps(config))
     assert torch.equal(run_tokens(load(path), ids, 20, 40), expected)
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+def test_experts_are_counted_under_either_name(tmp_path: Path, key: str) -> None:
+    path = build_tiny_qwen3_moe(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    for known in ("num_experts", "num_local_experts"):
+        config.pop(known, None)
+    (path / "config.json").write_text(json.dumps(config | {key: 7}))
+    assert read_config(path).experts == ExpertsConfig(7, 2, 24, True, frozenset({0, 1}))
+    (path / "config.json").write_text(json.dumps(config | {key: 1}))
+    with pytest.raises(ConfigError, match="num_experts_per_tok: 2 of 1 experts"):
+        read_config(path)
 
 
 def test_bfloat16_is_close_to_hugging_faces_bfloat16(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.checkpoint import CheckpointStore
 from services.trainer.convert import convert
 from services.trainer.step import train_batch
+from services.trainer.weights.form import EngineForm
 from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3, build_tiny_qwen3_moe
 from tests.kit.trainer_ranks import CASES, CLOCK, RESUMED, go_on, noted_gradients, run_case, spawn, start_of
 
@@ -115,6 +116,17 @@ def test_what_is_pushed_and_exported_is_what_is_saved(together, directory, ranks
     saved = outcome["went_on"][ranks]["state"]["model"]
     assert "lm_head.weight" not in saved
     assert all(torch.equal(tensor, exported[name]) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_stacks_of_experts_that_are_sharded_unevenly_are_saved_and_pushed_whole(alone, together, ranks):
+    one, several = (outcomes["experts"] for outcomes in (alone, together[ranks]))
+    # The first step of Adam is a learning rate long, whichever way it goes.
+    assert differences(one["state"], several["state"], of=("model",)) < 2.1e-5
+    weights = {name: several["state"]["model"][name] for name in several["layout"]}
+    named = [tensor.numpy().ravel() for _, tensor in EngineForm().named(weights.items())]
+    assert len(named) == len(weights) + 2 * (3 * 7 - 2)
+    assert several["pushed"].numpy().tobytes() == np.concatenate(named).tobytes()
 
 
 @pytest.mark.parametrize("name", RESUMED)

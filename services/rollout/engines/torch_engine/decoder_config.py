@@ -105,7 +105,7 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
 
 
 def _experts(raw: Mapping[str, Any]) -> ExpertsConfig:
-    # transformers writes the newer name since 5.16.
+    # Qwen's own directories have the second name, and what newer versions of transformers write the first.
     count = int(raw.get("num_local_experts") or _need(raw, "num_experts"))
     per_token = int(_need(raw, "num_experts_per_tok"))
     if not 0 < per_token <= count:
