@@ -160,7 +160,8 @@ test-sglang: $(VENV)/dev.installed ## the engine suite over real SGLang
 conformance: $(VENV)/dev.installed ## one suite over every kind of engine, real SGLang included
 	@$(MAKE) --no-print-directory engine-env ENGINE=cpu
 	$(call lane,$@,POLYHEAD_SGLANG=1 $(PYTEST) tests/contract/test_engine_conformance.py tests/contract/test_engine_record.py \
-		tests/contract/test_push_ipc.py tests/contract/test_push_fp8.py tests/contract/test_reward_sglang.py)
+		tests/contract/test_push_ipc.py tests/contract/test_push_fp8.py tests/contract/test_push_moe.py \
+		tests/contract/test_reward_sglang.py)
 
 ranks: $(VENV)/dev.installed ## one loss and one gradient over 1, 2 and 4 ranks of the trainer, and their checkpoints
 	@POLYHEAD_RANKS=2,4 $(PYTEST) tests/unit/trainer/test_trainer_ranks.py

@@ -67,6 +67,7 @@ VALUE_FLAGS: dict[str, str] = {
     "--kl-loss-type": "trainer.algorithm.kl_type",
     "--kl-coef": "trainer.algorithm.kl_coef",
     "--entropy-coef": "trainer.algorithm.entropy_coef",
+    "--moe-aux-loss-coeff": "trainer.algorithm.router_aux_loss_coef",
     "--context-parallel-size": "trainer.context_parallel",
     "--max-tokens-per-gpu": "trainer.max_tokens_per_gpu",
     "--micro-batch-size": "trainer.micro_batch_size",

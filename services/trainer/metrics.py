@@ -88,6 +88,7 @@ def training_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
     steps = max(len(results), 1)
     names = sorted({name for result in applied for name in result.figures})
     largest = sorted({name for result in applied for name in result.maxima})
+    loads = [result.expert_load_max for result in applied if result.expert_load_max is not None]
     critic = [result.critic for result in results if result.critic is not None]
     return {
         "loss": sum(result.loss for result in results) / steps,
@@ -100,6 +101,7 @@ def training_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
         "mismatch_kl_fresh": sum(result.mismatch_kl_fresh for result in applied) / fresh if fresh else None,
         **{name: sum(result.figures.get(name, 0.0) for result in applied) / tokens for name in names},
         **{name: max(result.maxima[name] for result in applied if name in result.maxima) for name in largest},
+        **({"expert_load_max": sum(loads) / len(loads)} if loads else {}),
         "trained_tokens": sum(result.tokens for result in applied),
         "micro_batches": sum(result.micro_batches for result in results),
         "optimizer_steps_skipped": sum(not result.applied for result in results),

@@ -23,6 +23,7 @@ from services.trainer.backends.torch.optimizer import Optimizer
 from tests.kit import late_functions, valkey
 from tests.kit.in_process import Services
 from tests.kit.plain_loop import Completion, Step, plain_loop
+from tests.kit.tiny_model import build_tiny_qwen3_moe
 
 STEPS = 6
 Leased = dict[int, Sequence[pb.LeasedGroup]]
@@ -122,23 +123,29 @@ def varied(_texts: Sequence[str], rewards: Sequence[float]) -> bool:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("batch", "keeps", "late_s", "disturb"),
+    ("batch", "keeps", "late_s", "disturb", "experts"),
     [
-        ({}, lambda texts, rewards: True, 0.3, engine_frozen_and_killed),
-        (
+        pytest.param({}, lambda texts, rewards: True, 0.3, engine_frozen_and_killed, False, id="grpo"),
+        pytest.param(
             {"over_sampling_batch_size": 6, "dynamic_sampling_filter": "nonzero_std"},
             varied,
             0.5,
             rollout_replaced,
+            False,
+            id="over-sampling",
         ),
-        (
+        pytest.param(
             {"over_sampling_batch_size": 5, "dynamic_sampling_filter": "tests.kit.late_functions:keep"},
             lambda texts, rewards: late_functions.keeps(texts),
             0.5,
             trainer_crashes,
+            False,
+            id="users-filter",
+        ),
+        pytest.param(
+            {}, lambda texts, rewards: True, 0.3, engine_frozen_and_killed, True, id="experts", marks=pytest.mark.long
         ),
     ],
-    ids=["grpo", "over-sampling", "users-filter"],
 )
 async def test_the_services_are_the_plain_loop_bit_for_bit(
     inputs: Path,
@@ -148,6 +155,7 @@ async def test_the_services_are_the_plain_loop_bit_for_bit(
     keeps: Callable[[Sequence[str], Sequence[float]], bool],
     late_s: float,
     disturb: Callable[[Services, pytest.MonkeyPatch], Awaitable[None]],
+    experts: bool,
 ) -> None:
     monkeypatch.setenv(late_functions.LATE_S, str(late_s))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -155,6 +163,8 @@ async def test_the_services_are_the_plain_loop_bit_for_bit(
     monkeypatch.setattr(loop, "lease_batch", spy(loop.lease_batch, leased))
     with valkey.running(appendfsync="always") as store:
         config = configured(inputs, tmp_path / "run", store.url, **batch)
+        if experts:
+            config.model.hf_checkpoint = build_tiny_qwen3_moe(tmp_path / "model")
         async with Services(config) as services:
             disturbing = asyncio.create_task(disturb(services, monkeypatch))
             assert await trained(services) == (2 if disturb is trainer_crashes else 0)

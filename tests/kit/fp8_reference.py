@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,13 @@ def quantise_reference(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], 
     return codes, scales
 
 
-def write_fp8_model(directory: Path, **config: Any) -> Path:
-    """Turns the plain model in `directory` into one whose projections are fp8; `config` goes to quantization_config."""
+def write_fp8_model(directory: Path, marks: Sequence[str] = ("_proj",), **config: Any) -> Path:
+    """Turns the plain model in `directory` into one whose projections, matrices with one of the `marks` in their name,
+    are fp8; `config` goes to quantization_config.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(directory / "model.safetensors").items():
-        if tensor.dim() == 2 and "_proj" in name:
+        if tensor.dim() == 2 and any(mark in name for mark in marks):
             codes, scales = quantise_reference(tensor.float().numpy())
             tensors[name] = torch.from_numpy(codes).view(torch.float8_e4m3fn)
             tensors[name + "_scale_inv"] = torch.from_numpy(scales)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 
 def load_reference(model_path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
+    """Of a mixture of experts, one expert after the other: what else there is takes no float64."""
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, experts_implementation="eager").eval()
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.batch.samples import Span, TrainSample, TrainSegment
 from services.trainer.batch.staleness import Clock
 from services.trainer.step import train_batch
+from services.trainer.weights.form import EngineForm
 
 State = dict[str, dict[str, torch.Tensor]]
 
@@ -56,7 +57,7 @@ def plain_loop(
     prompts = [json.loads(line) for line in Path(config.data.prompt_data).read_text().splitlines()]
     ordinal = 0
     for step in range(1, config.run.num_rollout + 1):
-        engine.parameters.load(backend.weights())
+        engine.parameters.load(dict(EngineForm().named(backend.weights().items())))
         ordinals, groups, rewards = [], [], []
         while len(groups) < config.batch.rollout_batch_size:
             prompt = tokenizer(prompts[ordinal % len(prompts)][config.data.input_key], add_special_tokens=False)

@@ -14,13 +14,21 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB_SIZE = 128
@@ -82,6 +90,41 @@ def build_tiny_llama(directory: Path, seed: int = 0, hidden: int = 64, layers: i
     """Writes a random Llama (untied embeddings) and returns `directory`."""
     fields = {**_common(hidden, layers), "tie_word_embeddings": False, **overrides}
     return _save(LlamaForCausalLM, LlamaConfig(**fields), directory, seed)
+
+
+def build_tiny_qwen3_moe(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **overrides: Any) -> Path:
+    """Writes a random Qwen3-MoE (untied embeddings, 7 experts of which a token has 2, with weights that add up to 1)
+    and returns `directory`.
+    """
+    moe = {"moe_intermediate_size": 24, "num_experts": 7, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    fields = {**_common(hidden, layers), "head_dim": 32, "tie_word_embeddings": False, **moe, **overrides}
+    return _save(Qwen3MoeForCausalLM, Qwen3MoeConfig(**fields), directory, seed)
+
+
+def build_tiny_qwen2_moe(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **overrides: Any) -> Path:
+    """Writes a random Qwen2-MoE (untied embeddings, 6 experts of which a token has 2, one that all tokens share) and
+    returns `directory`. Its tokenizer: see `build_tiny_qwen2`.
+    """
+    moe = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 56, "num_experts": 6}
+    moe |= {"num_experts_per_tok": 2}
+    fields = {**_common(hidden, layers), "tie_word_embeddings": False, **moe, **overrides}
+    return _save(Qwen2MoeForCausalLM, Qwen2MoeConfig(**fields), directory, seed)
+
+
+def build_tiny_mixtral(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **overrides: Any) -> Path:
+    """Writes a random Mixtral (untied embeddings, 5 experts of which a token has 2) and returns `directory`."""
+    moe = {"intermediate_size": 40, "num_local_experts": 5, "num_experts_per_tok": 2}
+    fields = {**_common(hidden, layers), "tie_word_embeddings": False, **moe, **overrides}
+    return _save(MixtralForCausalLM, MixtralConfig(**fields), directory, seed)
+
+
+def build_tiny_olmoe(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **overrides: Any) -> Path:
+    """Writes a random OLMoE (norms over all query and key heads, 6 experts of which a token has 3, with weights that do
+    not add up to 1) and returns `directory`.
+    """
+    moe = {"intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False}
+    fields = {**_common(hidden, layers), "tie_word_embeddings": False, **moe, **overrides}
+    return _save(OlmoeForCausalLM, OlmoeConfig(**fields), directory, seed)
 
 
 def _common(hidden: int, layers: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,3 +43,27 @@ def plain_logprobs(model: Any, sample: TrainSample, segment: int = 0) -> tuple[t
     scaled = torch.log_softmax(logits / sample.temperature, dim=-1)
     positions = torch.arange(trained.prompt_length, len(token_ids))
     return scaled[positions - 1, token_ids[positions]], scaled[positions - 1]
+
+
+def reference_loss(model: Any, samples: Sequence[TrainSample], reduction: str) -> torch.Tensor:
+    """The definition of the clipped loss of GRPO, one token at a time, in float64: of first segments, with clips of 0.2
+    and 0.3.
+    """
+    rewards = np.array([sample.reward for sample in samples])
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for sample in samples:
+        group = [r for r, other in zip(rewards, samples, strict=True) if other.group_id == sample.group_id]
+        advantage = 0.0
+        if len(group) > 1:
+            advantage = (sample.reward - np.mean(group)) / (np.std(group, ddof=1) + 1e-6)
+        segment = sample.segments[0]
+        logprobs, _ = plain_logprobs(model, sample)
+        terms = []
+        for index in np.flatnonzero(segment.loss_mask):
+            ratio = torch.exp(logprobs[index] - float(segment.rollout_logprobs[index]))
+            terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage))
+        tokens += len(terms)
+        if terms:
+            mean = 1 if reduction == "per_token" else len(terms)
+            total = total + torch.stack(terms).sum() / mean
+    return total / (max(tokens, 1) if reduction == "per_token" else len(samples))

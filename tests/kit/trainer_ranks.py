@@ -88,6 +88,7 @@ def fields(sample: TrainSample) -> dict[str, Any]:
 
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.1}
 PPO = {"name": "ppo", "gamma": 0.97, "lambd": 0.9, "kl_coef": 0.1, "old_logprobs": "recomputed"}
+SPREAD = {"router_aux_loss_coef": 0.1}
 # These also go on from a checkpoint of theirs.
 RESUMED = ("twice", "ppo")
 CASES: dict[str, Case] = {
@@ -121,6 +122,17 @@ CASES: dict[str, Case] = {
         algorithm={"name": "gspo", **KL, "entropy_coef": 0.1, "old_logprobs": "recomputed"},
         steps=2,
     ),
+    # Seven experts: neither 2 nor 4 ranks have as many each, and a filler of one token leaves most of them idle.
+    "experts": Case(model="experts", trainer={"max_tokens_per_gpu": 120, "balance_data": True}, algorithm=SPREAD),
+    "experts, one token": Case(model="experts", only=1, seed=3, algorithm=SPREAD),
+    "experts, recomputed and reduced each time": Case(
+        model="experts",
+        trainer={"max_tokens_per_gpu": 60, "recompute": True, "reduce_each_micro_batch": True},
+        algorithm=SPREAD,
+        seed=1,
+    ),
+    "experts, shared rows": Case(context=2, model="experts", trainer={"max_tokens_per_gpu": 60}, algorithm=SPREAD),
+    "experts, bfloat16": Case(model="experts", dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, times=2),
     "ppo": Case(trainer={"max_tokens_per_gpu": 120}, algorithm=PPO, steps=2, times=2),
     "shared rows, ppo": Case(context=2, trainer={"max_tokens_per_gpu": 60}, algorithm=PPO, steps=2, times=2, seed=1),
     "not finite": Case(trainer={"max_tokens_per_gpu": 120}, rewards={5: float("inf")}),

@@ -119,6 +119,9 @@ class AlgorithmConfig(Section):
     """slime: --opd-kl-coef"""
     entropy_coef: float = 0.0
     """Of the entropy bonus (slime: --entropy-coef)."""
+    router_aux_loss_coef: NotNegative = 0.0
+    """Of the loss that spreads each sequence's tokens evenly over the experts of each layer, for mixtures of experts
+    (slime: --moe-aux-loss-coeff)."""
     loss_reduction: Literal["per_sample", "per_token", "constant"] = "per_sample"
     """per_sample: mean over samples of the token mean. per_token: mean over all tokens of the batch. constant: the sum
     over tokens, divided by samples × loss_constant."""
@@ -209,6 +212,7 @@ class AlgorithmConfig(Section):
             )
         if self.kl_unbiased and not self.use_kl_loss:
             raise ValueError("kl_unbiased is of the KL in the loss: it needs use_kl_loss = true")
-        if not all(map(math.isfinite, (self.kl_loss_coef, self.kl_coef, self.entropy_coef))):
-            raise ValueError("kl_loss_coef, kl_coef and entropy_coef must be finite")
+        coefficients = (self.kl_loss_coef, self.kl_coef, self.entropy_coef, self.router_aux_loss_coef)
+        if not all(map(math.isfinite, coefficients)):
+            raise ValueError("kl_loss_coef, kl_coef, entropy_coef and router_aux_loss_coef must be finite")
         return self

@@ -40,6 +40,10 @@ class ContextShare:
     """[m]"""
     order: NDArray[np.int64]
     """[n]: where each trained token of the row is among those of all ranks, m of each."""
+    member_tokens: NDArray[np.int64]
+    """[M]: one of the rank's tokens, for each sequence that it is in."""
+    member_sequences: NDArray[np.int64]
+    """[M]: that sequence, by its number in the row."""
 
 
 def context_share(batch: PackedBatch, ranks: int, rank: int) -> ContextShare:
@@ -62,6 +66,7 @@ def context_share(batch: PackedBatch, ranks: int, rank: int) -> ContextShare:
             start += width
         blocks.append(queries)
         places.append(positions)
+    members = batch.order % ranks == rank
     owners = batch.predict % ranks
     most = max(int(np.bincount(owners, minlength=ranks).max()), 1) if len(owners) else 0
     mine = owners == rank
@@ -76,6 +81,8 @@ def context_share(batch: PackedBatch, ranks: int, rank: int) -> ContextShare:
         targets=_filled(batch.targets[mine], most),
         temperatures=_filled(batch.temperatures[mine], most, 1),
         order=_order(owners, ranks, most),
+        member_tokens=batch.order[members] // ranks,
+        member_sequences=np.repeat(np.arange(len(batch.lengths)), batch.lengths)[members],
     )
 
 

@@ -14,10 +14,16 @@ import torch
 from services.common.errors import ConfigError
 from services.rollout.engines.torch_engine.checkpoint import load_checkpoint
 from services.rollout.engines.torch_engine.decoder import Decoder
-from services.rollout.engines.torch_engine.decoder_config import read_config
+from services.rollout.engines.torch_engine.decoder_config import ExpertsConfig, read_config
 from services.rollout.engines.torch_engine.parameters import Parameters
 from tests.kit.hf_reference import load_reference
-from tests.kit.tiny_model import VOCAB_SIZE, build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
+from tests.kit.tiny_model import (
+    VOCAB_SIZE,
+    build_tiny_llama,
+    build_tiny_qwen2,
+    build_tiny_qwen3,
+    build_tiny_qwen3_moe,
+)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -35,6 +41,11 @@ MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "llama": (build_tiny_llama, {"num_key_value_heads": 2}),
     "llama with bias": (build_tiny_llama, {"attention_bias": True}),
     "llama3 rope": (build_tiny_llama, {"rope_parameters": LLAMA3}),
+    "qwen3 moe": (build_tiny_qwen3_moe, {}),
+    "qwen3 moe, some layers dense": (
+        build_tiny_qwen3_moe,
+        {"layers": 4, "mlp_only_layers": [1], "decoder_sparse_step": 2, "norm_topk_prob": False, "num_experts": 16},
+    ),
     "linear rope": (build_tiny_llama, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
 }
 
@@ -88,6 +99,19 @@ def test_older_rope_keys_mean_the_same(tmp_path: Path) -> None:
     assert torch.equal(run_tokens(load(path), ids, 20, 40), expected)
 
 
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+def test_experts_are_counted_under_either_name(tmp_path: Path, key: str) -> None:
+    path = build_tiny_qwen3_moe(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    for known in ("num_experts", "num_local_experts"):
+        config.pop(known, None)
+    (path / "config.json").write_text(json.dumps(config | {key: 7}))
+    assert read_config(path).experts == ExpertsConfig(7, 2, 24, True, frozenset({0, 1}))
+    (path / "config.json").write_text(json.dumps(config | {key: 1}))
+    with pytest.raises(ConfigError, match="num_experts_per_tok: 2 of 1 experts"):
+        read_config(path)
+
+
 def test_bfloat16_is_close_to_hugging_faces_bfloat16(tmp_path: Path) -> None:
     path = build_tiny_qwen3(tmp_path, seed=2)
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 40))
@@ -113,7 +137,10 @@ def test_a_prefill_without_logits_fills_the_same_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "supported are LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, ",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -23,7 +23,7 @@ from services.trainer.batch.staleness import Clock
 from services.trainer.step import train_batch
 from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
 from tests.kit.trainer_batch import make_batch
-from tests.kit.trainer_ragged import plain_logprobs, ragged_samples
+from tests.kit.trainer_ragged import plain_logprobs, ragged_samples, reference_loss
 
 CLOCK = Clock(Version(1, 0), {1: 0})
 ONE = Batching(4096)
@@ -82,28 +82,6 @@ def test_a_sliding_window_is_kept_when_packed(tmp_path):
         plain = plain_logprobs(reference, samples[1])[0]
     trained = np.flatnonzero(samples[1].segments[0].loss_mask)
     np.testing.assert_allclose(packed[batch.sample_rows == 1], plain[trained], atol=2e-5)
-
-
-def reference_loss(model, samples, reduction):
-    """The definition of the loss, one token at a time, in float64."""
-    rewards = np.array([sample.reward for sample in samples])
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for sample in samples:
-        group = [r for r, other in zip(rewards, samples, strict=True) if other.group_id == sample.group_id]
-        advantage = 0.0
-        if len(group) > 1:
-            advantage = (sample.reward - np.mean(group)) / (np.std(group, ddof=1) + 1e-6)
-        segment = sample.segments[0]
-        logprobs, _ = plain_logprobs(model, sample)
-        terms = []
-        for index in np.flatnonzero(segment.loss_mask):
-            ratio = torch.exp(logprobs[index] - float(segment.rollout_logprobs[index]))
-            terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage))
-        tokens += len(terms)
-        if terms:
-            mean = 1 if reduction == "per_token" else len(terms)
-            total = total + torch.stack(terms).sum() / mean
-    return total / (max(tokens, 1) if reduction == "per_token" else len(samples))
 
 
 @pytest.mark.parametrize("reduction", ["per_sample", "per_token"])

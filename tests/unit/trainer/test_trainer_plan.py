@@ -179,7 +179,8 @@ def test_flops_are_those_that_torch_counts(tmp_path, build, tokens):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_experts": 8}, "trainer.balance_data: is for dense models, and this one has num_experts = 8"),
+        ({"num_experts": 8}, "trainer.balance_data: needs num_experts_per_tok in the model's config.json"),
+        ({"kv_lora_rank": 8}, "trainer.balance_data: is not for latent attention: kv_lora_rank = 8"),
         ({"hidden_size": None}, "trainer.balance_data: needs hidden_size in the model's config.json"),
     ],
 )

@@ -13,7 +13,8 @@ from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.checkpoint import CheckpointStore
 from services.trainer.convert import convert
 from services.trainer.step import train_batch
-from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
+from services.trainer.weights.form import EngineForm
+from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3, build_tiny_qwen3_moe
 from tests.kit.trainer_ranks import CASES, CLOCK, RESUMED, go_on, noted_gradients, run_case, spawn, start_of
 
 # Four take longer than the lane has: make ranks.
@@ -34,6 +35,7 @@ def directory(tmp_path_factory):
     build_tiny_qwen3(root / "other", seed=1)
     build_tiny_llama(root / "llama", intermediate_size=101)
     build_tiny_qwen2(root / "window", use_sliding_window=True, sliding_window=5, max_window_layers=0)
+    build_tiny_qwen3_moe(root / "experts")
     return root
 
 
@@ -72,6 +74,7 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(alone, together,
         for key in ("loss", "grad_norm", "entropy", "ratio", "mismatch_kl"):
             assert right[key] == pytest.approx(left[key], rel=TOLERANCE, abs=1e-6), key
         assert right["figures"] == pytest.approx(left["figures"], rel=TOLERANCE, abs=1e-6)
+        assert (right["expert_load_max"] or 0.0) == pytest.approx(left["expert_load_max"] or 0.0, rel=1e-9)
         assert right["maxima"] == pytest.approx(left["maxima"], rel=TOLERANCE, abs=1e-6)
         assert {key: right[key] for key in ("tokens", "fresh_tokens", "clipped", "applied", "lr")} == {
             key: left[key] for key in ("tokens", "fresh_tokens", "clipped", "applied", "lr")
@@ -113,6 +116,17 @@ def test_what_is_pushed_and_exported_is_what_is_saved(together, directory, ranks
     saved = outcome["went_on"][ranks]["state"]["model"]
     assert "lm_head.weight" not in saved
     assert all(torch.equal(tensor, exported[name]) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_stacks_of_experts_that_are_sharded_unevenly_are_saved_and_pushed_whole(alone, together, ranks):
+    one, several = (outcomes["experts"] for outcomes in (alone, together[ranks]))
+    # The first step of Adam is a learning rate long, whichever way it goes.
+    assert differences(one["state"], several["state"], of=("model",)) < 2.1e-5
+    weights = {name: several["state"]["model"][name] for name in several["layout"]}
+    named = [tensor.numpy().ravel() for _, tensor in EngineForm().named(weights.items())]
+    assert len(named) == len(weights) + 2 * (3 * 7 - 2)
+    assert several["pushed"].numpy().tobytes() == np.concatenate(named).tobytes()
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -1,4 +1,4 @@
-"""The forward pass of dense Llama, Qwen2 and Qwen3 decoders over a static KV cache."""
+"""The forward pass of Llama, Qwen2, Qwen3 and Qwen3-MoE decoders over a static KV cache."""
 
 from __future__ import annotations
 
@@ -122,9 +122,29 @@ class Decoder:
             if layer.o_bias is not None:
                 hidden = hidden + layer.o_bias
             hidden = torch.addmm(hidden, attended, layer.o.t())
-            gate, up = functional.linear(self._norm(hidden, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
+            x = self._norm(hidden, layer.post_norm)
+            if layer.router is not None:
+                hidden = hidden + self._experts(x, layer.router, layer)
+                continue
+            gate, up = functional.linear(x, layer.gate_up).chunk(2, dim=-1)
             hidden = torch.addmm(hidden, functional.silu(gate).mul_(up), layer.down.t())
         return hidden
+
+    def _experts(self, x: torch.Tensor, router: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """A mixture of experts, [N, hidden] to [N, hidden]: softmax over all, the first few of each token.
+
+        Each expert computes every token, with a weight of 0 where it was not chosen. Were only its own tokens given to
+        it, shapes would depend on what else is in the batch, and so would the rounding of a token's result (I9).
+        """
+        c = self.config.experts
+        assert c is not None
+        weights, chosen = functional.linear(x, router).softmax(-1, dtype=torch.float32).topk(c.per_token)
+        if c.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        routed = x.new_zeros(len(x), c.count).scatter_(1, chosen, weights.to(x.dtype))
+        gate, up = torch.matmul(x, layer.gate_up.transpose(1, 2)).chunk(2, dim=-1)
+        outputs = torch.bmm(functional.silu(gate).mul_(up), layer.down.transpose(1, 2))
+        return outputs.mul_(routed.t().unsqueeze(2)).sum(dim=0)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return functional.linear(self._norm(hidden, self.parameters.norm), self.parameters.head).float()

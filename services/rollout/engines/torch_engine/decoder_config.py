@@ -1,4 +1,4 @@
-"""Shapes and constants of a dense decoder, read from a Hugging Face config.json."""
+"""Shapes and constants of a decoder, read from a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,26 @@ from typing import Any
 from services.common.errors import ConfigError
 from services.common.model_files import check_quantisation
 
-SUPPORTED = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+SUPPORTED = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Of the layers whose feed-forward part is a mixture of experts."""
+
+    count: int
+    per_token: int
+    """Experts that a token goes through."""
+    intermediate_size: int
+    normalised: bool
+    """The weights of a token's experts add up to 1."""
+    layers: frozenset[int]
+    """Which layers have them; the others are dense."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,8 @@ class DecoderConfig:
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
+    experts: ExpertsConfig | None
+    """None in a dense model."""
     rope: Mapping[str, Any]
     """`rope_type`, `rope_theta` and the parameters of that type."""
     eos_token_ids: frozenset[int]
@@ -65,7 +86,8 @@ def read_config(model_path: Path) -> DecoderConfig:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=family != "qwen2" and attention_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        experts=_experts(raw) if family == "qwen3_moe" else None,
         rope=_rope(raw),
         eos_token_ids=_eos_ids(raw, model_path),
     )
@@ -80,6 +102,23 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
             raise ConfigError("is not supported by this engine", field=field)
     if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
         raise ConfigError("only 'full_attention' is supported", field="layer_types")
+
+
+def _experts(raw: Mapping[str, Any]) -> ExpertsConfig:
+    # Qwen's own directories have the second name, and what newer versions of transformers write the first.
+    count = int(raw.get("num_local_experts") or _need(raw, "num_experts"))
+    per_token = int(_need(raw, "num_experts_per_tok"))
+    if not 0 < per_token <= count:
+        raise ConfigError(f"{per_token} of {count} experts", field="num_experts_per_tok")
+    step, dense = int(raw.get("decoder_sparse_step") or 1), raw.get("mlp_only_layers") or ()
+    layers = range(int(_need(raw, "num_hidden_layers")))
+    return ExpertsConfig(
+        count=count,
+        per_token=per_token,
+        intermediate_size=int(_need(raw, "moe_intermediate_size")),
+        normalised=bool(raw.get("norm_topk_prob", False)),
+        layers=frozenset(layer for layer in layers if layer not in dense and (layer + 1) % step == 0),
+    )
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -32,6 +33,16 @@ class Layer:
     o: torch.Tensor
     o_bias: torch.Tensor | None
     post_norm: torch.Tensor
+    router: torch.Tensor | None
+    """[experts, hidden]; None in a dense layer."""
+    gate_up: torch.Tensor
+    """With experts, [experts, 2 * intermediate, hidden]."""
+    down: torch.Tensor
+    """With experts, [experts, hidden, intermediate]."""
+
+
+class _FeedForward(TypedDict):
+    router: torch.Tensor | None
     gate_up: torch.Tensor
     down: torch.Tensor
 
@@ -52,7 +63,7 @@ class Parameters:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._ignored: dict[str, tuple[int, ...]] = {}
         self.embedding = self._named("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        self.layers = [self._layer(f"model.layers.{index}.") for index in range(config.num_layers)]
+        self.layers = [self._layer(index) for index in range(config.num_layers)]
         self.norm = self._named("model.norm.weight", config.hidden_size)
         if config.tie_word_embeddings:
             self.head = self.embedding
@@ -120,10 +131,11 @@ class Parameters:
         """As it is stored, and comes."""
         return self._stored[name] if name in self._stored else self._views[name]
 
-    def _layer(self, prefix: str) -> Layer:
-        c = self._config
+    def _layer(self, index: int) -> Layer:
+        c, prefix = self._config, f"model.layers.{index}."
         q_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        attention = prefix + "self_attn."
+        feed_forward = self._experts if c.experts is not None and index in c.experts.layers else self._dense
         parts = {f"{attention}q_proj": q_rows, f"{attention}k_proj": kv_rows, f"{attention}v_proj": kv_rows}
         return Layer(
             input_norm=self._named(prefix + "input_layernorm.weight", c.hidden_size),
@@ -133,12 +145,31 @@ class Parameters:
             o=self._named(attention + "o_proj.weight", c.hidden_size, q_rows),
             o_bias=self._named(attention + "o_proj.bias", c.hidden_size) if c.o_bias else None,
             post_norm=self._named(prefix + "post_attention_layernorm.weight", c.hidden_size),
-            gate_up=self._fused(
-                {f"{mlp}gate_proj.weight": c.intermediate_size, f"{mlp}up_proj.weight": c.intermediate_size},
-                c.hidden_size,
-            ),
-            down=self._named(mlp + "down_proj.weight", c.hidden_size, c.intermediate_size),
+            **feed_forward(prefix + "mlp."),
         )
+
+    def _dense(self, prefix: str) -> _FeedForward:
+        hidden, intermediate = self._config.hidden_size, self._config.intermediate_size
+        gate_up, down = self._empty(2 * intermediate, hidden), self._empty(hidden, intermediate)
+        self._projections(prefix, gate_up, down)
+        return {"router": None, "gate_up": gate_up, "down": down}
+
+    def _experts(self, prefix: str) -> _FeedForward:
+        c = self._config.experts
+        assert c is not None
+        hidden = self._config.hidden_size
+        router = self._named(prefix + "gate.weight", c.count, hidden)
+        gate_up = self._empty(c.count, 2 * c.intermediate_size, hidden)
+        down = self._empty(c.count, hidden, c.intermediate_size)
+        for number in range(c.count):
+            self._projections(f"{prefix}experts.{number}.", gate_up[number], down[number])
+        return {"router": router, "gate_up": gate_up, "down": down}
+
+    def _projections(self, prefix: str, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Of one gated feed-forward network."""
+        for name, view in zip(("gate_proj", "up_proj"), gate_up.chunk(2), strict=True):
+            self._register(f"{prefix}{name}.weight", view, tuple(view.shape))
+        self._register(prefix + "down_proj.weight", down, tuple(down.shape))
 
     def _qk_norm(self, prefix: str) -> torch.Tensor:
         c = self._config

@@ -22,11 +22,19 @@ from services.trainer.algorithms.kl import k3
 from services.trainer.algorithms.objective import Objective, Tokens
 from services.trainer.algorithms.user_loss import load_loss
 from services.trainer.backends.torch.critic import Critic, CriticResult
-from services.trainer.backends.torch.logprobs import DeviceBatch, TokenLogprobs, all_logprobs, score, to_device
+from services.trainer.backends.torch.logprobs import (
+    DeviceBatch,
+    TokenLogprobs,
+    all_logprobs,
+    all_routed,
+    score,
+    to_device,
+)
 from services.trainer.backends.torch.model import context_length, load_model, save_pretrained, start_directory
 from services.trainer.backends.torch.offload import Offload
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
+from services.trainer.backends.torch.routing import Routers, Routing, expert_load_max
 from services.trainer.backends.torch.sharding import Placement, gathered, local, restore, unique_tensors
 from services.trainer.batch.flops import SequenceFlops, sequence_flops
 from services.trainer.batch.packing import PackedBatch
@@ -65,6 +73,8 @@ class StepResult:
     """Sums of what the algorithm reports besides, by the name of the metric that their mean is."""
     maxima: dict[str, float] = field(default_factory=dict)
     """Over trained tokens, by the name of the metric."""
+    expert_load_max: float | None = None
+    """Of the expert with most tokens, its share times the experts, mean over layers; None where that is not known."""
     offenders: list[int] = field(default_factory=list)
     """Rows of samples whose tokens gave a loss that is not finite."""
     critic: CriticResult | None = None
@@ -116,6 +126,10 @@ class TorchBackend:
         """What balances micro-batches, where that is wanted."""
         if config.trainer.balance_data:
             self.flops = sequence_flops(self.model.config.get_text_config().to_dict())
+        self._routers = Routers.of(self.model)
+        if self._algorithm.router_aux_loss_coef and self._routers is None:
+            reason = f"is for mixtures of experts that choose by a softmax, and not for {type(self.model).__name__}"
+            raise ConfigError(reason, field="trainer.algorithm.router_aux_loss_coef")
         self._tensors = unique_tensors(self.model)
         masters = self._sharded and self._dtype != torch.float32
         settings, schedule = config.trainer.optimizer, learning_rate(config)
@@ -229,30 +243,48 @@ class TorchBackend:
         The result is of all ranks.
         """
         result = StepResult(micro_batches=len(micro_batches))
+        loads: list[torch.Tensor] = []
         self._optimizer.zero_grad()
         done = []
         for number, micro_batch in enumerate(micro_batches, 1):
             self._root.reduce_gradients(self._reduce_each or number == len(micro_batches))
-            done.append(self._accumulate(micro_batch))
+            done.append(self._accumulate(micro_batch, loads))
         # Read only here: a GPU that had to answer in between would wait for the next micro-batch each time.
         for micro_batch, figures in zip(micro_batches, done, strict=True):
             if figures is not None:
                 _add(result, micro_batch, figures)
         total = _total(self.group.of_parts(self.group.all_gather(asdict(result))))
         total.lr = self._optimizer.lr
+        if self._routers is not None and total.tokens:
+            total.expert_load_max = expert_load_max(loads, self.group)
         return total
 
-    def _accumulate(self, micro_batch: PackedBatch) -> _Figures | None:
+    def _accumulate(self, micro_batch: PackedBatch, loads: list[torch.Tensor]) -> _Figures | None:
         batch = to_device(micro_batch, self._device, self.group)
-        tokens = all_logprobs(self._root, batch, entropy_gradient=self._entropy_in_loss)
+        tokens, routed = self._forward(batch)
         if not len(micro_batch.targets):
             # Nothing to train for this rank; the others wait for it to take part.
             tokens.logprobs.sum().backward()
             return None
         losses = self._loss(self._inputs(batch, tokens))
         loss = (losses.loss * batch.weights).sum()
+        if routed is not None:
+            loads.append(routed.tokens.sum(dim=1))
+            if self._algorithm.router_aux_loss_coef:
+                balance = routed.balance().index_select(0, batch.sequences)
+                # A sequence weighs what its trained tokens weigh together.
+                loss = loss + self._algorithm.router_aux_loss_coef * (balance * batch.weights).sum()
+                losses.figures["router_aux_loss"] = balance.detach() / len(routed.tokens)
         loss.backward()
         return _figures(batch, loss.detach(), tokens, losses)
+
+    def _forward(self, batch: DeviceBatch) -> tuple[TokenLogprobs, Routing | None]:
+        if self._routers is None:
+            return all_logprobs(self._root, batch, entropy_gradient=self._entropy_in_loss), None
+        wanted = self._algorithm.router_aux_loss_coef > 0
+        return all_routed(
+            self._root, batch, self._routers, probabilities=wanted, entropy_gradient=self._entropy_in_loss
+        )
 
     def _inputs(self, batch: DeviceBatch, tokens: TokenLogprobs) -> Tokens:
         old = batch.old_logprobs
@@ -365,7 +397,7 @@ def _total(parts: Sequence[Mapping[str, Any]]) -> StepResult:
                 before.update(
                     {key: combine(before[key], each) if key in before else each for key, each in value.items()}
                 )
-            elif name not in ("applied", "critic", "critic_only"):
+            elif name not in ("applied", "critic", "critic_only", "expert_load_max"):
                 setattr(total, name, before + value)
     return total
 

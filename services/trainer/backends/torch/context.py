@@ -19,11 +19,19 @@ class Context(NamedTuple):
     """Each [sequences, longest]: the sequence, as indices into the keys of all ranks."""
     order: torch.Tensor
     """[n]: where each trained token of the row is among those of all ranks."""
+    member_tokens: torch.Tensor
+    """[M]: a token of the rank's, for each sequence that it is in."""
+    member_sequences: torch.Tensor
+    """[M]: that sequence, by its number in the row."""
+    sequences: int
+    """How many the row has."""
 
 
-def with_those_of_all(rows: torch.Tensor, group: Any) -> torch.Tensor:
-    """[ranks * L, ...] of each rank's [L, ...], rank after rank. Its gradient is the sum over the ranks' uses of it."""
-    gathered: torch.Tensor = _AllGather.apply(rows, group, True)
+def with_those_of_all(rows: torch.Tensor, group: Any, *, summed: bool = True) -> torch.Tensor:
+    """[ranks * L, ...] of each rank's [L, ...], rank after rank. Its gradient is the sum over the ranks' uses of it;
+    not `summed`, that of this rank's own use, where each makes the same loss of the whole.
+    """
+    gathered: torch.Tensor = _AllGather.apply(rows, group, summed)
     return gathered
 
 
@@ -32,8 +40,7 @@ def tokens_of_all(values: torch.Tensor, context: Context) -> torch.Tensor:
 
     Each computes the same loss of them, so that the gradient of a rank's own is that of its own loss, and of no other.
     """
-    gathered: torch.Tensor = _AllGather.apply(values, context.group, False)
-    return gathered.index_select(0, context.order)
+    return with_those_of_all(values, context.group, summed=False).index_select(0, context.order)
 
 
 class _AllGather(torch.autograd.Function):

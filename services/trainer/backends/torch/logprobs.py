@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from services.trainer.backends.torch.attention import PackedLayout, Varlen
 from services.trainer.backends.torch.context import Context, tokens_of_all
 from services.trainer.backends.torch.linear_logprobs import linear_logprobs
 from services.trainer.backends.torch.precision import HALF
+from services.trainer.backends.torch.routing import Routers, Routing, routing, routing_of_all
 from services.trainer.backends.torch.sharding import Root
 from services.trainer.batch.context import ContextShare, context_share
 from services.trainer.batch.packing import PackedBatch
@@ -55,6 +56,15 @@ class TokenLogprobs(NamedTuple):
     """Of the distribution it was drawn from, in nats. With gradient only where that is asked for."""
 
 
+class RoutedLogprobs(NamedTuple):
+    """The same, and what the routers did with the row: the parts of a `Routing`."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    tokens: torch.Tensor
+    probabilities: torch.Tensor
+
+
 def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None = None) -> DeviceBatch:
     """Of a `group` whose ranks share rows, the part of this one: of what is fed, and of what is predicted from it."""
 
@@ -73,7 +83,15 @@ def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None 
     context, varlen = None, None
     if group is not None and group.context is not None:
         row = share = context_share(batch, group.context_size, group.context_rank)
-        context = Context(group.context, move_all(share.places), move_all(share.keys), move(share.order))
+        context = Context(
+            group.context,
+            move_all(share.places),
+            move_all(share.keys),
+            move(share.order),
+            move(share.member_tokens),
+            move(share.member_sequences),
+            len(batch.lengths),
+        )
     else:
         shared = len(batch.order) > len(batch.token_ids)
         varlen = Varlen(
@@ -106,13 +124,21 @@ def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None 
 
 def predicting_states(model: torch.nn.Module, batch: DeviceBatch) -> torch.Tensor:
     """Runs the model on the packed row: [n, width], its last hidden states where a trained token is predicted."""
-    hidden = model.base_model(
+    return _wanted(_run(model, batch), batch)
+
+
+def _run(model: torch.nn.Module, batch: DeviceBatch, **options: bool) -> Any:
+    return model.base_model(
         input_ids=batch.token_ids.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(0),
         use_cache=False,
         packed_layout=batch.layout,
-    ).last_hidden_state[0]
-    wanted: torch.Tensor = hidden.index_select(0, batch.predict)
+        **options,
+    )
+
+
+def _wanted(output: Any, batch: DeviceBatch) -> torch.Tensor:
+    wanted: torch.Tensor = output.last_hidden_state[0].index_select(0, batch.predict)
     return wanted
 
 
@@ -124,7 +150,26 @@ def token_logprobs(
     The softmax is in float32. Logits exist only where a trained token is predicted, and at most `max_logits` of them
     (default: `MAX_LOGITS`) at a time: beyond that they are computed in chunks, and once more for the gradient.
     """
-    wanted = predicting_states(model, batch)
+    return _scored(model, predicting_states(model, batch), batch, max_logits, entropy_gradient)
+
+
+def routed_logprobs(
+    model: torch.nn.Module,
+    batch: DeviceBatch,
+    routers: Routers,
+    *,
+    probabilities: bool,
+    entropy_gradient: bool = False,
+) -> RoutedLogprobs:
+    """`token_logprobs` of a mixture of experts, and what its routers did; with `probabilities` these too."""
+    output = _run(model, batch, output_router_logits=True)
+    scored = _scored(model, _wanted(output, batch), batch, None, entropy_gradient)
+    return RoutedLogprobs(*scored, *routing(output.router_logits, batch.layout, routers, wanted=probabilities))
+
+
+def _scored(
+    model: Any, wanted: torch.Tensor, batch: DeviceBatch, max_logits: int | None, entropy_gradient: bool
+) -> TokenLogprobs:
     head = model.get_output_embeddings()
     chunk = max(1, (max_logits or MAX_LOGITS[wanted.device.type]) // head.weight.shape[0])
     if len(wanted) <= chunk and wanted.dtype not in HALF:
@@ -135,7 +180,20 @@ def token_logprobs(
 
 def all_logprobs(root: Root, batch: DeviceBatch, *, entropy_gradient: bool = False) -> TokenLogprobs:
     """`token_logprobs` of all the row's trained tokens, also where ranks share it."""
-    own: TokenLogprobs = root.run(token_logprobs, batch, entropy_gradient=entropy_gradient)
+    return _of_all(root.run(token_logprobs, batch, entropy_gradient=entropy_gradient), batch)
+
+
+def all_routed(
+    root: Root, batch: DeviceBatch, routers: Routers, *, probabilities: bool, entropy_gradient: bool = False
+) -> tuple[TokenLogprobs, Routing]:
+    """The same of `routed_logprobs`."""
+    logprobs, entropy, *own = root.run(
+        routed_logprobs, batch, routers, probabilities=probabilities, entropy_gradient=entropy_gradient
+    )
+    return _of_all(TokenLogprobs(logprobs, entropy), batch), routing_of_all(Routing(*own), batch.layout)
+
+
+def _of_all(own: TokenLogprobs, batch: DeviceBatch) -> TokenLogprobs:
     context = batch.layout.context
     if context is None or not len(context.order):
         return own

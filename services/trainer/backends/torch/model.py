@@ -13,6 +13,7 @@ from services.common.config import Config
 from services.common.errors import ConfigError
 from services.common.model_files import fp8_weights
 from services.trainer.backends.torch import attention
+from services.trainer.backends.torch.experts import choose_experts
 from services.trainer.backends.torch.fp8_directory import load_dequantised
 from services.trainer.backends.torch.logprobs import DeviceBatch, predicting_states, to_device, token_logprobs
 from services.trainer.backends.torch.sharding import Placement, Root, place
@@ -47,6 +48,7 @@ def load_model(directory: Path, dtype: str, placement: Placement, field: str = F
     """
     model = _from_directory(directory, dtype, field).eval().requires_grad_(trained)
     attention.register()
+    choose_experts(model, placement.device, getattr(torch, dtype))
     root = place(model, getattr(torch, dtype), placement, field)
     _check_packing(root, placement.device, TOLERANCE[dtype], field)
     return root
@@ -56,6 +58,7 @@ def load_critic(directory: Path, dtype: str, placement: Placement, field: str) -
     """A `ValueModel` on the body of the model that `load_model` would give, and refused like it."""
     model = ValueModel(_from_directory(directory, dtype, field).eval().base_model).requires_grad_(True)
     attention.register()
+    choose_experts(model.base_model, placement.device, getattr(torch, dtype))
     root = place(model, getattr(torch, dtype), placement, field, [model.value_head])
     _check_packing(root, placement.device, TOLERANCE[dtype], field)
     return root

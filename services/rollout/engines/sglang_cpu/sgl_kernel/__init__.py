@@ -1,7 +1,8 @@
 """Stands in for SGLang's compiled kernels, of which no CPU build is published.
 
 SGLang imports some of them by name when it starts (speculative decoding, copies of the KV cache), and calls none for a
-dense model with torch's own attention. Every name can be imported here; calling it is an error that says so.
+dense model, or for Qwen3-MoE and Mixtral, with torch's own attention. Every name can be imported here; calling it is an
+error that says so.
 """
 
 from __future__ import annotations
