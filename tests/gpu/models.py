@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from services.common.model_files import BLOCK
 from services.trainer.weights.form import EngineForm
@@ -102,6 +108,16 @@ def write_model(
         places = {name: _shard_name(number, len(shards)) for number, shard in enumerate(shards) for name in shard}
         index = {"metadata": {}, "weight_map": places}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    _tokenizer(shape["vocab_size"]).save_pretrained(directory)
+    return directory
+
+
+def write_mixture(directory: Path, shape: Mapping[str, Any], seed: int, dtype: torch.dtype, device: str) -> Path:
+    """A random Qwen3-MoE of this shape, as transformers draws and saves it. Returns `directory`."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, eos_token_id=None, bos_token_id=None)).to(dtype)
+    model.save_pretrained(directory)
     _tokenizer(shape["vocab_size"]).save_pretrained(directory)
     return directory
 

@@ -20,8 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 OUT_OF_MEMORY = "out of memory"
-# From what keeps all activations to what keeps none: the first that fits is the row's figure.
-LAYERS_4B = (0, 12, 24, 30, None)
+WAYS = ("eager", "compiled")
+# Layers whose activations are computed again, from none to all: the first that fits is the row's figure.
+KEPT = (0, 12, 24, 30, None)
 
 
 def attention(options: argparse.Namespace) -> dict[str, Any]:
@@ -29,21 +30,19 @@ def attention(options: argparse.Namespace) -> dict[str, Any]:
     return one("attention", options)
 
 
-def mfu_small(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        name: one("mfu", options, model="0.6b", compile=compiled, recompute=0)
-        for name, compiled in (("eager", False), ("compiled", True))
-    }
+def mfu(model: str, **settings: Any) -> Callable[[argparse.Namespace], dict[str, Any]]:
+    """Eager and compiled, as far as that is asked for."""
 
+    def measured(options: argparse.Namespace) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for way in options.ways:
+            for layers in KEPT:
+                found[way] = one("mfu", options, model=model, compile=way == "compiled", recompute=layers, **settings)
+                if OUT_OF_MEMORY not in found[way].get("error", ""):
+                    break
+        return found
 
-def mfu_large(options: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, compiled in (("eager", False), ("compiled", True)):
-        for layers in LAYERS_4B:
-            found[name] = one("mfu", options, model="4b", compile=compiled, recompute=layers)
-            if OUT_OF_MEMORY not in found[name].get("error", ""):
-                break
-    return found
+    return measured
 
 
 def profiles(options: argparse.Namespace) -> dict[str, Any]:
@@ -79,8 +78,10 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
 
 ROWS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "attention": attention,
-    "mfu-0.6b": mfu_small,
-    "mfu-4b": mfu_large,
+    "mfu-0.6b": mfu("0.6b"),
+    "mfu-4b": mfu("4b"),
+    "mfu-4b-lora": mfu("4b", lora={"rank": 32, "alpha": 64}),
+    "mfu-moe": mfu("moe"),
     "logprobs-32k": logprobs,
     "logprobs-exact": exact,
     "trl": trl,
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON; rows that are there already are kept")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--work", type=Path, required=True, help="for models: 9 GB, best in memory")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of the rows mfu-*")
     parser.add_argument("--trl-python", type=Path, help="an interpreter that has TRL")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()

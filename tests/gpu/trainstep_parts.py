@@ -25,7 +25,7 @@ from services.trainer.backends.torch.linear_logprobs import linear_logprobs
 from services.trainer.backends.torch.logprobs import MAX_LOGITS, to_device
 from services.trainer.batch.flops import sequence_flops
 from services.trainer.batch.packing import PackedBatch, PackItem, pack
-from tests.gpu.models import QWEN3_0_6B, write_model
+from tests.gpu.models import QWEN3_0_6B, write_mixture, write_model
 
 QWEN3_4B = {
     "vocab_size": 151_936,
@@ -49,7 +49,24 @@ TINY = {
     "max_position_embeddings": 40_960,
     "tie_word_embeddings": True,
 }
-SHAPES = {"0.6b": QWEN3_0_6B, "4b": QWEN3_4B}
+# Half of Qwen3-30B-A3B's experts, and a quarter of its layers: 4.1 B parameters, 1.0 B of them for each token.
+QWEN3_MOE = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True,
+}
+TINY_MOE = {**TINY, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+SHAPES = {"0.6b": QWEN3_0_6B, "4b": QWEN3_4B, "moe": QWEN3_MOE}
 # Dense bfloat16 of an H100 or H200 SXM.
 PEAK_FLOPS = 989e12
 # Sequences of each packed row of 8,192 tokens: a long tail, with prompts of 128.
@@ -85,17 +102,25 @@ class Steps:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         gpu = spec["device"] == "cuda"
-        self.shape = SHAPES[spec["model"]] if gpu else TINY
+        mixture = spec["model"] == "moe"
+        self.shape = SHAPES[spec["model"]] if gpu else TINY_MOE if mixture else TINY
         self.lengths = LENGTHS if gpu else tuple(length // 32 + PROMPT for length in LENGTHS)
         directory = Path(spec["work"]) / f"model-{spec['model']}-{spec['device']}"
         if not (directory / "config.json").exists():
-            write_model(directory, self.shape, 0, torch.bfloat16, spec["device"])
+            write = write_mixture if mixture else write_model
+            write(directory, self.shape, 0, torch.bfloat16, spec["device"])
         layers = spec["recompute"]
         recompute = {"recompute": layers != 0, "recompute_layers": layers or None}
         algorithm = {"entropy_coef": 0.0}
         config = Config(
             model={"hf_checkpoint": directory, "dtype": "bfloat16"},
-            trainer={"device": spec["device"], "compile": spec["compile"], "algorithm": algorithm, **recompute},
+            trainer={
+                "device": spec["device"],
+                "compile": spec["compile"],
+                "algorithm": algorithm,
+                "lora": spec.get("lora", {}),
+                **recompute,
+            },
         )
         if gpu:
             torch.cuda.empty_cache()
