@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from services.common.config import Config
@@ -48,11 +47,19 @@ def draw_b(tensors: dict[str, torch.Tensor], seed: int = 0) -> None:
 
 
 def begin_filled() -> None:
-    """From here on in this process, models are given adapters whose every B is random: before they are sharded."""
+    """From here on in this process, models are given adapters whose every B is random: before they are sharded. They
+    are seen to compute in float32.
+    """
+
+    def is_wide(_: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        assert inputs[0].dtype == output.dtype == torch.float32
 
     def add(model: Any, settings: Any) -> None:
         _add_adapters(model, settings)
         draw_b(dict(model.named_parameters()))
+        for name, module in model.named_modules():
+            if name.endswith(("lora_A.default", "lora_B.default")):
+                module.register_forward_hook(is_wide)
 
     model_module.add_adapters = add
 
@@ -63,6 +70,8 @@ def begin_plain() -> None:
 
 def peft_model(directory: Path, backend: TorchBackend, dtype: torch.dtype, targets: Any = "all-linear") -> Any:
     """peft's own, on the model that transformers loads, with the backend's adapters in `dtype`."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # seconds, which not every rank has to take
+
     assert backend.adapters is not None
     settings = backend.adapters.settings
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()

@@ -82,16 +82,17 @@ def test_three_steps_save_load_three_steps_equal_six_steps_bit_for_bit(model, tm
 
 
 def test_a_run_goes_on_from_the_same_base_and_settings_only(model, tmp_path):
-    own = lora_state(filled(make_config(model)).adapters, model)
+    backend = filled(make_config(model))
+    own = lora_state(backend.adapters, model)
     check_same(own, replace(own), "model.hf_checkpoint")
     check_same(None, None, "model.hf_checkpoint")
     named = {"rank": 4, "alpha": 8, "target_modules": [*reversed(own.target_modules)]}
     assert lora_state(filled(make_config(model, named)).adapters, model) == own
     moved = build_tiny_qwen3(tmp_path / "moved")
-    assert lora_state(filled(make_config(moved)).adapters, moved) == own
+    assert lora_state(backend.adapters, moved) == own
     other = build_tiny_qwen3(tmp_path / "other", seed=1)
     for saved_state, reason in (
-        (lora_state(filled(make_config(other)).adapters, other), r"^model\.hf_checkpoint: holds other weights than"),
+        (lora_state(backend.adapters, other), r"^model\.hf_checkpoint: holds other weights than"),
         (replace(own, rank=8), r"^trainer\.lora\.rank: the run's checkpoints have 8, and this run 4"),
         (replace(own, alpha=9), r"^trainer\.lora\.alpha: .* 9, and this run 8"),
         (replace(own, use_rslora=True), r"^trainer\.lora\.use_rslora: "),
@@ -103,9 +104,9 @@ def test_a_run_goes_on_from_the_same_base_and_settings_only(model, tmp_path):
     with pytest.raises(ConfigError, match=r"are of adapters of rank 4, and this run trains all weights"):
         check_same(None, own, "model.hf_checkpoint")
     whole = TorchBackend(Config(model={"hf_checkpoint": model}))
-    for backend, state in ((whole, filled(make_config(model)).state()), (filled(make_config(model)), whole.state())):
+    for one, other_one in ((whole, backend), (backend, whole)):
         with pytest.raises(ConfigError, match="another model"):
-            backend.load_state(state, 0)
+            one.load_state(other_one.state(), 0)
 
 
 @pytest.mark.parametrize(("build", "dtype"), [(build_tiny_qwen3, "float32"), (build_tiny_llama, "bfloat16")])
