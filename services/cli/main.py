@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--hf-checkpoint", type=Path, metavar="DIR", help="the model that the run began with, if it has moved"
     )
+    convert.add_argument("--adapter", action="store_true", help="only the adapters (trainer.lora), as peft's directory")
     convert.set_defaults(verb=_convert)
 
     demo = verbs.add_parser("demo", help="a language model learns addition on this machine, in two minutes")
@@ -150,7 +151,7 @@ def _convert(arguments: argparse.Namespace, rest: list[str]) -> int:
     from services.trainer.convert import convert
 
     _refuse_rest(rest)
-    state = convert(arguments.checkpoint, arguments.out, arguments.hf_checkpoint)
+    state = convert(arguments.checkpoint, arguments.out, arguments.hf_checkpoint, adapter=arguments.adapter)
     print(f"{arguments.out}: {state.version}, step {state.step}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import operator
 import socket
@@ -16,6 +17,8 @@ import redis
 from services.buffer.prompts import PromptSource
 from services.cli.reward_engine import reward_engine
 from services.common.config import Config, load
+from services.common.config.lora import FIELD as LORA
+from services.common.config.lora import NEEDS_PEFT
 from services.common.errors import ConfigError, PolyheadError, UnavailableError
 from services.common.process import free_port
 
@@ -23,6 +26,8 @@ from services.common.process import free_port
 def check(config: Config) -> None:
     """Raises the ConfigError or UnavailableError of the first thing that is wrong."""
     _check_model(config.model.hf_checkpoint)
+    if config.trainer.lora.rank and importlib.util.find_spec("peft") is None:
+        raise ConfigError(NEEDS_PEFT, field=f"{LORA}.rank")
     PromptSource(config.data, config.buffer.limits)
     _check_addresses(config)
     _check_resumable(config)

@@ -4,6 +4,7 @@ model-00000.safetensors      weights by Hugging Face name, in the model's dtype:
 optimizer-00000.safetensors  ``<kind>/<parameter name>``: moments, step counters, float32 master weights where there are
 critic-00000.safetensors, critic_optimizer-00000.safetensors
                              the same of PPO's critic, where there is one; its head is float32
+adapter-00000.safetensors    instead of model-*, where adapters are trained: theirs, float32; the model is not in it
 rng-00000.safetensors        ``<generator>/<rank>``: states of the random number generators, uint8
 ...                          the same of the other ranks
 state.json                   `CheckpointState`, and the digest of each file above
@@ -26,6 +27,7 @@ from polyhead.v1 import buffer_pb2 as pb
 from services.common.errors import FencedError
 from services.common.versions import Version
 from services.trainer.files import digest, remove_temporary, temporary_for, write_directory
+from services.trainer.lora import LoraState
 from services.trainer.ranks.group import RankGroup
 from services.trainer.shards import StoredTensor, Tensors, digests, read_shards, write_shards
 
@@ -52,6 +54,8 @@ class CheckpointState:
     """Of the settings that shape training: a resumed run may say that they changed."""
     watermark: dict[str, Any] | None
     """A Watermark in protobuf's JSON form; None when the buffer could not be asked before the process had to leave."""
+    lora: LoraState | None = None
+    """Of adapters; None: all weights are in it."""
 
     def watermark_message(self) -> pb.Watermark | None:
         return None if self.watermark is None else json_format.ParseDict(self.watermark, pb.Watermark())
@@ -192,4 +196,5 @@ def _state(document: Mapping[str, Any]) -> CheckpointState:
         dtype=document["dtype"],
         config_digest=document["config_digest"],
         watermark=document["watermark"],
+        lora=None if (lora := document.get("lora")) is None else LoraState(**lora),
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import orjson
+import xxhash
 
 from services.common.errors import ConfigError
 from services.common.versions import Version
-from services.trainer.files import write_directory
+from services.trainer.files import digest, write_directory
 
 FIELD = "model.hf_checkpoint"
 EXPORT_RECORD = "polyhead.json"
@@ -34,6 +36,15 @@ def check_model_dir(directory: Path) -> None:
         raise ConfigError(f"{directory} holds no *.safetensors", field=FIELD)
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(f"{directory} holds no tokenizer ({', '.join(_TOKENIZER_FILES)})", field=FIELD)
+
+
+def weights_digest(directory: Path) -> str:
+    """Of the names and the content of a directory's safetensors: against another model, not against an adversary."""
+    paths = sorted(directory.glob("*.safetensors"))
+    with ThreadPoolExecutor(thread_name_prefix="digest") as threads:
+        found = threads.map(digest, paths)
+        lines = [f"{path.name} {content}\n" for path, content in zip(paths, found, strict=True)]
+    return str(xxhash.xxh3_128_hexdigest("".join(lines).encode()))
 
 
 def exported_version(target: Path) -> Version | None:

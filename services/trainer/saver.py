@@ -22,6 +22,7 @@ from services.common.versions import Version
 from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.checkpoint import CheckpointState, CheckpointStore
 from services.trainer.io_thread import Io
+from services.trainer.lora import LoraState
 from services.trainer.ranks import commands
 from services.trainer.ranks.group import RankGroup
 from services.trainer.shards import Tensors
@@ -42,6 +43,7 @@ class Origin:
     """The directory that training began with."""
     dtype: str
     config_digest: str
+    lora: LoraState | None = None
 
 
 class Saver:
@@ -86,6 +88,7 @@ class Saver:
             dtype=self._origin.dtype,
             config_digest=self._origin.config_digest,
             watermark=None if watermark is None else json_format.MessageToDict(watermark),
+            lora=self._origin.lora,
         )
         temporary = self._store.temporary(version.step)
         with backend.group.command(commands.SAVE, str(temporary)):

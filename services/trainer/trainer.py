@@ -23,6 +23,7 @@ from services.trainer.colocated_loop import ColocatedLoop
 from services.trainer.history import load_forks, record_fork
 from services.trainer.io_thread import Io
 from services.trainer.loop import Loop, Services
+from services.trainer.lora import check_same, lora_state
 from services.trainer.ranks import commands
 from services.trainer.ranks.group import RankGroup
 from services.trainer.records import JsonLines
@@ -63,11 +64,12 @@ def _train(
         return False
     # Only now: an earlier trainer may have gone on saving until it was fenced.
     checkpoints.clean()
-    start = _resume(backend, config)
+    origin = _origin(config, backend)
+    start = _resume(backend, config, origin)
     version = start.version if start is not None else Version(acquired.epoch, 0)
     if version.step < config.run.num_rollout:
         keep_loaded()
-        step = _run_epoch(config, io, buffer, status, holder, backend, checkpoints, start, acquired.epoch)
+        step = _run_epoch(config, io, buffer, status, holder, backend, checkpoints, origin, start, acquired.epoch)
         version = Version(acquired.epoch, step)
     if version.step < config.run.num_rollout:
         return False
@@ -93,6 +95,7 @@ def _run_epoch(
     holder: str,
     backend: TorchBackend,
     checkpoints: CheckpointStore,
+    origin: Origin,
     start: CheckpointState | None,
     epoch: int,
 ) -> int:
@@ -111,7 +114,7 @@ def _run_epoch(
         publisher = Publisher(buffer, config, epoch, pushes.write)
         stack.callback(lambda: io.call_always(publisher.close()))
         io.call(publisher.start(io.watch))
-        saver = Saver(checkpoints, buffer, io, epoch, _origin(config), step)
+        saver = Saver(checkpoints, buffer, io, epoch, origin, step)
         stack.callback(saver.close)
         services = Services(io, buffer, backend, publisher, saver, status, metrics, samples)
         if config.run.colocate:
@@ -139,18 +142,19 @@ def _known_epoch(run_dir: Path) -> int:
     return max(CheckpointStore(run_dir, 1).newest_epoch(), *load_forks(run_dir), 0)
 
 
-def _resume(backend: TorchBackend, config: Config) -> CheckpointState | None:
+def _resume(backend: TorchBackend, config: Config, origin: Origin) -> CheckpointState | None:
     """Loads the checkpoint that the run goes on from, on all ranks; None when there is none. Nothing of its tensors is
-    held afterwards.
+    held afterwards. Raises ConfigError for one of something else than this run trains.
     """
     checkpoint = _newest(config)
     if checkpoint is None:
         return None
     state = checkpoint.state
+    check_same(origin.lora, state.lora, start_directory(config)[1])
     with backend.group.command(commands.LOAD, str(checkpoint.directory)):
         backend.load_state(checkpoint.tensors, state.optimizer_steps)
     log.info("resumed", step=state.step, version=str(state.version), directory=str(checkpoint.directory))
-    if state.config_digest != _digest(config):
+    if state.config_digest != origin.config_digest:
         log.warning("config_changed", step=state.step)
     return state
 
@@ -165,8 +169,9 @@ def _newest(config: Config) -> Checkpoint | None:
     return None
 
 
-def _origin(config: Config) -> Origin:
-    return Origin(str(start_directory(config)[0].resolve()), config.model.dtype, _digest(config))
+def _origin(config: Config, backend: TorchBackend) -> Origin:
+    base = start_directory(config)[0].resolve()
+    return Origin(str(base), config.model.dtype, _digest(config), lora_state(backend.adapters, base))
 
 
 def _digest(config: Config) -> str:

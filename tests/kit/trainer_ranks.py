@@ -26,12 +26,14 @@ from services.trainer.backends.torch.sharding import gathered
 from services.trainer.batch.samples import TrainSample
 from services.trainer.batch.staleness import Clock
 from services.trainer.checkpoint import Checkpoint, CheckpointState, CheckpointStore
+from services.trainer.lora import lora_state
 from services.trainer.ranks import commands
 from services.trainer.ranks.follow import obey
 from services.trainer.ranks.group import STOP, RankGroup, _context_group
 from services.trainer.step import train_batch
 from services.trainer.weights.snapshot import Snapshot, build_manifest
 from tests.kit.in_process import free_port
+from tests.kit.lora import begin_filled
 from tests.kit.trainer_ragged import ragged_samples
 from tests.kit.warm import warm
 
@@ -57,6 +59,8 @@ class Case:
     """How often the batch is trained."""
     context: int = 1
     """So many ranks share each row."""
+    reference: str | None = "other"
+    """None: what training begins with."""
 
     def samples(self) -> list[TrainSample]:
         samples = ragged_samples(self.seed, segments=True)[: self.only]
@@ -68,7 +72,11 @@ class Case:
     def config(self, directory: Path, ranks: int, port: int) -> Config:
         return Config(
             run={"dir": directory / f"run-{ranks}"},
-            model={"hf_checkpoint": directory / self.model, "ref_checkpoint": directory / "other", "dtype": self.dtype},
+            model={
+                "hf_checkpoint": directory / self.model,
+                "ref_checkpoint": self.reference and directory / self.reference,
+                "dtype": self.dtype,
+            },
             batch={"rollout_batch_size": self.steps, "n_samples_per_prompt": 1, "num_steps_per_rollout": self.steps},
             trainer={
                 "ranks": ranks,
@@ -90,7 +98,7 @@ KL = {"use_kl_loss": True, "kl_loss_coef": 0.1}
 PPO = {"name": "ppo", "gamma": 0.97, "lambd": 0.9, "kl_coef": 0.1, "old_logprobs": "recomputed"}
 SPREAD = {"router_aux_loss_coef": 0.1}
 # These also go on from a checkpoint of theirs.
-RESUMED = ("twice", "ppo")
+RESUMED = ("twice", "ppo", "adapters")
 CASES: dict[str, Case] = {
     "one sequence a micro-batch": Case(trainer={"max_tokens_per_gpu": 1}),
     "packed": Case(trainer={"max_tokens_per_gpu": 120}),
@@ -138,9 +146,33 @@ CASES: dict[str, Case] = {
     "not finite": Case(trainer={"max_tokens_per_gpu": 120}, rewards={5: float("inf")}),
     "twice": Case(trainer={"max_tokens_per_gpu": 120}, times=2),
     "again": Case(trainer={"max_tokens_per_gpu": 120}, times=2),
+    "adapters": Case(
+        trainer={"max_tokens_per_gpu": 120, "lora": {"rank": 3}},
+        algorithm={**KL, "kl_type": "k3", "old_logprobs": "recomputed"},
+        reference=None,
+        steps=2,
+        times=2,
+    ),
+    "adapters, bfloat16": Case(dtype="bfloat16", trainer={"max_tokens_per_gpu": 120, "lora": {"rank": 3}}, times=2),
     "bfloat16": Case(dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, times=2),
     "ppo, bfloat16": Case(dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, algorithm=PPO, times=2),
 }
+if "POLYHEAD_RANKS" in os.environ:  # make ranks
+    LAYERS = ["q_proj", "layers.0.mlp.up_proj"]
+    CASES |= {
+        "adapters, some": Case(
+            trainer={"max_tokens_per_gpu": 60, "lora": {"rank": 5, "target_modules": LAYERS}}, algorithm=KL, steps=3
+        ),
+        "adapters, shared rows": Case(
+            model="llama",
+            context=2,
+            trainer={"max_tokens_per_gpu": 60, "recompute": True, "lora": {"rank": 1, "use_rslora": True}},
+            seed=1,
+        ),
+        "adapters, reduced each time": Case(
+            trainer={"max_tokens_per_gpu": 60, "reduce_each_micro_batch": True, "lora": {"rank": 3}}
+        ),
+    }
 
 
 def run_case(case: Case, backend: TorchBackend, config: Config, gradients: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -165,7 +197,9 @@ def save(backend: TorchBackend, run_dir: Path) -> Checkpoint:
     shutil.rmtree(run_dir, ignore_errors=True)
     store = CheckpointStore(run_dir, 1)
     steps = backend.optimizer_steps
-    state = CheckpointState(steps, Version(1, steps), steps, str(run_dir.parent / "qwen3"), "float32", "", None)
+    base = run_dir.parent / "qwen3"
+    lora = lora_state(backend.adapters, base)
+    state = CheckpointState(steps, Version(1, steps), steps, str(base), "float32", "", None, lora)
     temporary = store.temporary(steps)
     with backend.group.command(commands.SAVE, str(temporary)):
         tensors = backend.state()
@@ -266,6 +300,7 @@ def spawn(directory: Path, ranks: int, *names: str) -> dict[str, Any]:
 
 
 def _main(directory: Path, ranks: int, rank: int, port: int, names: Sequence[str]) -> None:
+    begin_filled()
     config = Case().config(directory, ranks, port)
     group = RankGroup.form(config.trainer, rank)
     context = _context_group(ranks, 2, rank, timedelta(seconds=60))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 IMPORT_ALL = """
 import importlib, importlib.abc, pkgutil, sys
 
-HEAVY = {"torch", "transformers", "sglang", "megatron", "ray", "safetensors", "accelerate"}
+HEAVY = {"torch", "transformers", "sglang", "megatron", "ray", "safetensors", "accelerate", "peft"}
 # The collective itself: only trainer and engine import it.
 EXCEPT = {"services.common.fp8", "services.common.weight_group", "services.common.weight_memory"}
 

@@ -14,6 +14,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from services.common.config.algorithm import AlgorithmConfig
 from services.common.config.critic import CriticConfig
+from services.common.config.lora import LoraConfig
 from services.common.config.optimizer import OptimizerConfig
 from services.common.config.remote import RemoteConfig
 from services.common.config.section import Positive, Seconds, Section
@@ -566,6 +567,8 @@ class TrainerConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     critic: CriticConfig = Field(default_factory=CriticConfig)
     """Of algorithm.name = "ppo"."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """Adapters on a frozen model; a critic is trained whole."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
 
@@ -579,6 +582,12 @@ class TrainerConfig(Section):
     def _critic_is_wanted(self) -> TrainerConfig:
         if self.critic != CriticConfig() and not self.algorithm.has_critic:
             raise ValueError(f"critic is for algorithm.name = ppo, not {self.algorithm.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_wanted(self) -> TrainerConfig:
+        if self.lora != LoraConfig() and not self.lora.rank:
+            raise ValueError("lora says what adapters are like, and lora.rank = 0 that there are none")
         return self
 
     @model_validator(mode="after")

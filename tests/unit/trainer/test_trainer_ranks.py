@@ -14,13 +14,18 @@ from services.trainer.checkpoint import CheckpointStore
 from services.trainer.convert import convert
 from services.trainer.step import train_batch
 from services.trainer.weights.form import EngineForm
+from tests.kit.lora import begin_filled, begin_plain
 from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3, build_tiny_qwen3_moe
 from tests.kit.trainer_ranks import CASES, CLOCK, RESUMED, go_on, noted_gradients, run_case, spawn, start_of
 
 # Four take longer than the lane has: make ranks.
 RANKS = tuple(map(int, os.environ.get("POLYHEAD_RANKS", "2").split(",")))
 # Of a state: what is compared.
-PARTS = {"twice": ("model", "optimizer"), "ppo": ("model", "optimizer", "critic", "critic_optimizer")}
+PARTS = {
+    "twice": ("model", "optimizer"),
+    "adapters": ("adapter", "optimizer"),
+    "ppo": ("model", "optimizer", "critic", "critic_optimizer"),
+}
 # Of a critic's results: sums of terms of both signs, none of which is much larger than a return.
 SIGNED = ("values", "returns", "errors")
 # Of the largest component of a tensor's gradient, and of the loss.
@@ -43,6 +48,7 @@ def directory(tmp_path_factory):
 def alone(directory):
     """What every case comes to on one rank, in this process."""
     clip, gradients, outcomes = Optimizer.clip, noted_gradients(), {}
+    begin_filled()
     try:
         for name, case in CASES.items():
             gradients.clear()
@@ -53,6 +59,7 @@ def alone(directory):
                 outcomes[name] |= go_on(name, backend, config, directory)
     finally:
         Optimizer.clip = clip
+        begin_plain()
     return outcomes
 
 
@@ -199,6 +206,24 @@ def test_master_weights_are_float32_and_what_leaves_is_rounded(alone, together, 
     assert critic["value_head.weight"].dtype == torch.float32
     left, right = (each["bfloat16"]["results"] for each in (alone, together[ranks]))
     assert [each["loss"] for each in right] == pytest.approx([each["loss"] for each in left], rel=2e-2, abs=2e-2)
+
+
+@pytest.mark.parametrize("name", ["adapters", "adapters, bfloat16"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_what_is_pushed_is_the_base_and_the_adapters_that_are_saved(together, directory, ranks, name):
+    outcome, dtype = together[ranks][name], getattr(torch, CASES[name].dtype)
+    base = AutoModelForCausalLM.from_pretrained(directory / "qwen3", dtype=dtype).state_dict()
+    assert outcome["state"].keys() == {"adapter", "optimizer", "rng"}
+    factors = outcome["state"]["adapter"]
+    assert {tensor.dtype for tensor in factors.values()} == {torch.float32}
+    flat = []
+    for key in outcome["layout"]:
+        layer, weight = key.removesuffix(".weight"), base[key].float()
+        if f"{layer}.lora_A.weight" in factors:
+            a, b = (factors[f"{layer}.lora_{factor}.weight"] for factor in "AB")
+            weight = torch.addmm(weight, b, a, alpha=32 / 3)
+        flat.append(weight.to(dtype).ravel())
+    assert torch.equal(outcome["pushed"].view(dtype), torch.cat(flat))
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -30,6 +30,7 @@ from services.trainer.backends.torch.logprobs import (
     score,
     to_device,
 )
+from services.trainer.backends.torch.lora import Adapters
 from services.trainer.backends.torch.model import context_length, load_model, save_pretrained, start_directory
 from services.trainer.backends.torch.offload import Offload
 from services.trainer.backends.torch.optimizer import Optimizer
@@ -43,7 +44,7 @@ from services.trainer.ranks.group import RankGroup
 from services.trainer.schedule import learning_rate
 from services.trainer.shards import Stored
 
-MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
+MODEL, ADAPTER, OPTIMIZER, RNG = "model", "adapter", "optimizer", "rng"
 CRITIC, CRITIC_OPTIMIZER = "critic", "critic_optimizer"
 _HOST_RNG = "torch"
 
@@ -120,7 +121,7 @@ class TorchBackend:
         placement = _placement(config, self.group, self._device)
         self._sharded = placement.mesh is not None
         directory, field = start_directory(config)
-        self._root = load_model(directory, config.model.dtype, placement, field)
+        self._root = load_model(directory, config.model.dtype, placement, field, lora=config.trainer.lora)
         self.model: Any = self._root.model
         self.flops: SequenceFlops | None = None
         """What balances micro-batches, where that is wanted."""
@@ -130,17 +131,25 @@ class TorchBackend:
         if self._algorithm.router_aux_loss_coef and self._routers is None:
             reason = f"is for mixtures of experts that choose by a softmax, and not for {type(self.model).__name__}"
             raise ConfigError(reason, field="trainer.algorithm.router_aux_loss_coef")
-        self._tensors = unique_tensors(self.model)
-        masters = self._sharded and self._dtype != torch.float32
+        self._tensors = self._saved = unique_tensors(self.model)
+        self._part, trained = MODEL, self.model.named_parameters()
+        self.adapters: Adapters | None = None
+        """What is trained, and saved, where the model is frozen."""
+        if config.trainer.lora.rank:
+            self.adapters = Adapters(self.model, config.trainer.lora, self._tensors)
+            self._tensors, self._saved = self.adapters.base, self.adapters.tensors
+            self._part, trained = ADAPTER, self._saved.items()
+        self._masters = self._sharded and self._dtype != torch.float32 and self.adapters is None
         settings, schedule = config.trainer.optimizer, learning_rate(config)
-        self._optimizer = Optimizer(self.model.named_parameters(), settings, schedule, self.group, are_masters=masters)
+        self._optimizer = Optimizer(trained, settings, schedule, self.group, are_masters=self._masters)
         self._offload = Offload(self.model, self._optimizer.tensors, self._device)
         self._loss = load_loss(config)
         self._entropy_in_loss = bool(self._algorithm.entropy_coef) or self._algorithm.policy_loss == "custom"
         self._reference = self._teacher = None
         if self._algorithm.needs_reference:
-            directory = config.model.ref_checkpoint or config.model.hf_checkpoint
-            self._reference = self._frozen(directory, "model.ref_checkpoint", config, placement)
+            reference = config.model.ref_checkpoint or config.model.hf_checkpoint
+            if self.adapters is None or reference.resolve() != directory.resolve():
+                self._reference = self._frozen(reference, "model.ref_checkpoint", config, placement)
         if config.model.teacher_checkpoint is not None:
             teacher = config.model.teacher_checkpoint
             self._teacher = self._frozen(teacher, "model.teacher_checkpoint", config, placement)
@@ -165,9 +174,10 @@ class TorchBackend:
         return self._optimizer.steps
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The live parameters by Hugging Face name; tied ones once, under the first (the embedding's) name.
+        """The live parameters by Hugging Face name, without what adapters add; tied ones once, under the first (the
+        embedding's) name.
 
-        Those of a sharded model are DTensors, and float32.
+        Those of a sharded model are DTensors, and float32 where they are trained.
         """
         return {name: tensor.detach() for name, tensor in self._tensors.items()}
 
@@ -180,7 +190,8 @@ class TorchBackend:
         }
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights in the model's dtype, one after the other and whole: gathered from all ranks, on rank 0.
+        """The weights in the model's dtype, adapters merged, one after the other and whole: gathered from all ranks, on
+        rank 0.
 
         Each is to be used before the next one is asked for, and all of them are to be asked for. Elsewhere than on
         rank 0 it gives nothing, and takes part.
@@ -188,12 +199,14 @@ class TorchBackend:
         with self.group.command(commands.WEIGHTS):
             for name, tensor in self._tensors.items():
                 whole = gathered(tensor, self._given(tensor), self._device)
+                if self.adapters is not None:
+                    whole = self.adapters.merged(name, whole, self._device)
                 if whole is not None:
                     yield name, whole
 
     def _given(self, tensor: torch.Tensor) -> torch.dtype:
         """The dtype in which a weight leaves the trainer: master weights do so in the model's."""
-        return self._dtype if self._sharded and tensor.dtype == torch.float32 and tensor.requires_grad else tensor.dtype
+        return self._dtype if self._masters and tensor.dtype == torch.float32 and tensor.requires_grad else tensor.dtype
 
     def sleep(self) -> None:
         """Leaves the GPU: until `wake`, everything but training works, out of host memory."""
@@ -213,8 +226,16 @@ class TorchBackend:
         return score(self._root, micro_batches, self._device, self.group)
 
     def ref_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]] | None:
-        """The same under the reference model; None when the algorithm has none."""
-        return None if self._reference is None else self._reference.logprobs(micro_batches)
+        """The same under the reference model; None when the algorithm has none. It is the model without its adapters
+        where that is what it was given as.
+        """
+        if not self._algorithm.needs_reference:
+            return None
+        if self._reference is not None:
+            return self._reference.logprobs(micro_batches)
+        assert self.adapters is not None
+        with self.adapters.disabled():
+            return self.logprobs(micro_batches)
 
     def teacher_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]] | None:
         """The same under the teacher; None without one."""
@@ -310,14 +331,14 @@ class TorchBackend:
         """This rank's part of all that a checkpoint has to hold besides `optimizer_steps`, copied to the host.
 
         That is its rows of what is sharded, in the dtypes that `layout` says; of what is whole, all on rank 0 and
-        nothing elsewhere; and its own random number generators.
+        nothing elsewhere; and its own random number generators. Of a frozen model, the adapters.
         """
-        model = ((name, tensor, self._given(tensor)) for name, tensor in self._tensors.items())
+        model = ((name, tensor, self._given(tensor)) for name, tensor in self._saved.items())
         optimizer = ((name, tensor, tensor.dtype) for name, tensor in self._optimizer.state_dict().items())
         rng = {f"{_HOST_RNG}/{self.group.rank}": torch.get_rng_state()}
         if self._device.type == "cuda":
             rng[f"cuda/{self.group.rank}"] = torch.cuda.get_rng_state(self._device)
-        parts = {MODEL: self._own(model), OPTIMIZER: self._own(optimizer), RNG: rng}
+        parts = {self._part: self._own(model), OPTIMIZER: self._own(optimizer), RNG: rng}
         if self.critic is not None:
             parts[CRITIC] = self._own(self.critic.tensors())
             parts[CRITIC_OPTIMIZER] = self._own(self.critic.optimizer_tensors())
@@ -337,12 +358,13 @@ class TorchBackend:
         The random number generators go on as those of the rank of the same number, or, where there were fewer ranks, as
         those of its number modulo theirs. Raises ConfigError when it is of another model.
         """
-        shapes = {name: tensor.shape for name, tensor in state[MODEL].items()}
-        if shapes != {name: tensor.shape for name, tensor in self._tensors.items()}:
+        saved = state.get(self._part, {})
+        shapes = {name: tensor.shape for name, tensor in saved.items()}
+        if shapes != {name: tensor.shape for name, tensor in self._saved.items()}:
             raise ConfigError("the run's checkpoints are of another model than this one", field="model.hf_checkpoint")
         with torch.no_grad():
-            for name, stored in state[MODEL].items():
-                restore(self._tensors[name], stored)
+            for name, stored in saved.items():
+                restore(self._saved[name], stored)
             for name, tensor in self._optimizer.restored(state[OPTIMIZER], optimizer_steps):
                 restore(tensor, state[OPTIMIZER][name])
         if self.critic is not None and CRITIC in state:

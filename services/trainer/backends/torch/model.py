@@ -10,12 +10,14 @@ import torch
 import transformers
 
 from services.common.config import Config
+from services.common.config.lora import LoraConfig
 from services.common.errors import ConfigError
 from services.common.model_files import fp8_weights
 from services.trainer.backends.torch import attention
 from services.trainer.backends.torch.experts import choose_experts
 from services.trainer.backends.torch.fp8_directory import load_dequantised
 from services.trainer.backends.torch.logprobs import DeviceBatch, predicting_states, to_device, token_logprobs
+from services.trainer.backends.torch.lora import add_adapters
 from services.trainer.backends.torch.sharding import Placement, Root, place
 from services.trainer.backends.torch.values import ValueModel
 from services.trainer.batch.packing import PackItem, pack
@@ -39,14 +41,24 @@ def start_directory(config: Config) -> tuple[Path, str]:
     return directory, FIELD
 
 
-def load_model(directory: Path, dtype: str, placement: Placement, field: str = FIELD, *, trained: bool = True) -> Root:
+def load_model(
+    directory: Path,
+    dtype: str,
+    placement: Placement,
+    field: str = FIELD,
+    *,
+    trained: bool = True,
+    lora: LoraConfig | None = None,
+) -> Root:
     """The model in evaluation mode (no dropout), with packed attention, computing in `dtype`. Weights that the
-    directory holds in fp8 are dequantised.
+    directory holds in fp8 are dequantised. With a rank, `lora` freezes them and adds adapters.
 
     Raises ConfigError, naming `field`, when the directory does not hold a complete model that transformers knows, or
     when its architecture computes something else packed than it does unpacked.
     """
-    model = _from_directory(directory, dtype, field).eval().requires_grad_(trained)
+    model = from_directory(directory, dtype, field).eval().requires_grad_(trained)
+    if lora is not None and lora.rank:
+        add_adapters(model, lora)
     attention.register()
     choose_experts(model, placement.device, getattr(torch, dtype))
     root = place(model, getattr(torch, dtype), placement, field)
@@ -56,7 +68,7 @@ def load_model(directory: Path, dtype: str, placement: Placement, field: str = F
 
 def load_critic(directory: Path, dtype: str, placement: Placement, field: str) -> Root:
     """A `ValueModel` on the body of the model that `load_model` would give, and refused like it."""
-    model = ValueModel(_from_directory(directory, dtype, field).eval().base_model).requires_grad_(True)
+    model = ValueModel(from_directory(directory, dtype, field).eval().base_model).requires_grad_(True)
     attention.register()
     choose_experts(model.base_model, placement.device, getattr(torch, dtype))
     root = place(model, getattr(torch, dtype), placement, field, [model.value_head])
@@ -99,7 +111,8 @@ def save_pretrained(model: Any, weights: dict[str, torch.Tensor], dtype: torch.d
     model.config.save_pretrained(directory)
 
 
-def _from_directory(directory: Path, dtype: str, field: str) -> Any:
+def from_directory(directory: Path, dtype: str, field: str) -> Any:
+    """The model as transformers has it, on the host, in `dtype`. Raises ConfigError, naming `field`."""
     transformers.utils.logging.disable_progress_bar()
     options = {"attn_implementation": "sdpa", "output_loading_info": True}
     try:
