@@ -57,7 +57,7 @@ TINY = {
 # By device: the shape, the dtype, samples, the longest sequence and the tokens of a micro-batch.
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"shape": TINY, "dtype": "float32", "samples": 32, "longest": 512, "max_tokens": 2048},
-    "cuda": {"shape": QWEN3_0_6B, "dtype": "bfloat16", "samples": 256, "longest": 8192, "max_tokens": 32768},
+    "cuda": {"shape": QWEN3_0_6B, "dtype": "bfloat16", "samples": 64, "longest": 8192, "max_tokens": 32768},
 }
 GROUP = 8
 

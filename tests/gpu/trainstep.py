@@ -67,7 +67,7 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.work) as directory:
         file = Path(directory) / "figures.json"
         command = [sys.executable, "-m", "tests.bench.bench_trainstep", "--device", options.device]
-        command += ["--trl-python", str(options.trl_python), "--json", str(file), "--steps", "5"]
+        command += ["--trl-python", str(options.trl_python), "--json", str(file), "--steps", "3"]
         environment = {**os.environ, "TMPDIR": directory}
         done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -139,11 +139,13 @@ def mfu(spec: dict[str, Any]) -> dict[str, Any]:
 
     FLOPs of a sequence of n tokens, m of them trained, are three times (forward and backward)
     ``2 p n + 2 H V m + 2 L h d n^2``: p parameters of the linear layers without the head, which runs for trained tokens
-    only, and causal attention as half of the square. Recomputation counts nothing.
+    only, and causal attention as half of the square. Recomputation counts nothing. With adapters it is twice the
+    forward pass: a frozen weight has no gradient.
     """
     steps = Steps(spec)
     flops, lengths = sequence_flops(steps.shape), steps.lengths
-    total = 3 * sum(flops(length, length - PROMPT + 1) for length in lengths) * ROWS
+    passes = 2 if spec.get("lora") else 3
+    total = passes * sum(flops(length, length - PROMPT + 1) for length in lengths) * ROWS
     began = time.perf_counter()
     steps.run()
     first_s = time.perf_counter() - began

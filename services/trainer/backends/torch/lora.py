@@ -59,13 +59,14 @@ class Adapters:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is what it was without adapters."""
+        scales = [layer.scaling[_ADAPTER] for layer in self._layers]
         for layer in self._layers:
-            layer.set_scale(_ADAPTER, 0.0)
+            layer.scaling[_ADAPTER] = 0.0
         try:
             yield
         finally:
-            for layer in self._layers:
-                layer.set_scale(_ADAPTER, 1.0)
+            for layer, scale in zip(self._layers, scales, strict=True):
+                layer.scaling[_ADAPTER] = scale
 
 
 def add_adapters(model: Any, settings: LoraConfig) -> None:
