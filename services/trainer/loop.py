@@ -15,7 +15,8 @@ from services.common.buffer_client import BufferClient
 from services.common.config import Config
 from services.common.errors import InvalidArgumentError, TrainingDivergedError, UnavailableError
 from services.common.versions import Version
-from services.trainer.backends.torch.backend import StepResult, TorchBackend
+from services.trainer.backends.torch.backend import TorchBackend
+from services.trainer.backends.torch.results import StepResult
 from services.trainer.batch.lease import lease_batch
 from services.trainer.batch.samples import TrainSample, decode_groups
 from services.trainer.batch.staleness import Clock

@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from polyhead.v1 import buffer_pb2 as pb
 from polyhead.v1 import sample_pb2
 from services.common.versions import Version
-from services.trainer.backends.torch.backend import StepResult
 from services.trainer.backends.torch.critic import CriticResult
+from services.trainer.backends.torch.results import StepResult
 from services.trainer.batch.samples import TrainSample
 from services.trainer.batch.staleness import Clock, sample_staleness
 
 # What is left of the variance of equal returns, as a share of their mean square.
 ROUNDING = 1e-12
+# In the metadata of a prompt: the data set that it is of, for `reward_by_source`.
+SOURCE = "data_source"
 
 
 @dataclass
@@ -48,9 +52,11 @@ def batch_metrics(
     staleness = Counter(sample_staleness(sample, clock, mask_above) for sample in samples)
     truncated = sum(sample.message.finish_reason == sample_pb2.FINISH_REASON_LENGTH for sample in samples)
     count = max(len(samples), 1)
+    by_source = _rewards_by_source(samples)
     return {
         "reward_mean": sum(rewards) / count,
         "reward_std": statistics.pstdev(rewards) if rewards else 0.0,
+        **({"reward_by_source": by_source} if by_source else {}),
         "staleness": {str(steps): staleness[steps] for steps in sorted(staleness)},
         "staleness_max": max(staleness, default=0),
         "samples": len(samples),
@@ -65,6 +71,17 @@ def batch_metrics(
         "truncated_fraction": truncated / count,
         "multi_span_samples": sum(any(len(segment.spans) > 1 for segment in sample.segments) for sample in samples),
     }
+
+
+def _rewards_by_source(samples: Sequence[TrainSample]) -> dict[str, float]:
+    """The mean reward of each `data_source` that is named in the metadata of prompts."""
+    rewards: dict[str, list[float]] = {}
+    for sample in samples:
+        metadata = sample.message.prompt.metadata_json
+        source = orjson.loads(metadata).get(SOURCE) if metadata else None
+        if source is not None:
+            rewards.setdefault(str(source), []).append(sample.reward)
+    return {source: statistics.fmean(rewards[source]) for source in sorted(rewards)}
 
 
 def _by_power_of_two(lengths: Sequence[int]) -> dict[str, int]:

@@ -10,8 +10,9 @@ import structlog
 
 from services.common.config import Config
 from services.trainer.advantages import take_advantages, with_advantages
-from services.trainer.backends.torch.backend import StepResult, TorchBackend
+from services.trainer.backends.torch.backend import TorchBackend
 from services.trainer.backends.torch.critic import CriticResult
+from services.trainer.backends.torch.results import StepResult
 from services.trainer.batch.packing import PackedBatch
 from services.trainer.batch.plan import Batching, split_by_groups
 from services.trainer.batch.prepare import Masking, StepTokens, prepare_step

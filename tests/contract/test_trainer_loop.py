@@ -91,6 +91,18 @@ async def test_a_stopped_run_goes_on_at_the_next_step(model, tmp_path):
     assert (config.run.dir / "hf" / "model.safetensors").exists()
 
 
+async def test_log_probs_far_from_the_trainers_own_are_warned_of(model, tmp_path):
+    config = make_config(model, tmp_path / "run", steps=1)
+    async with running_rig(config, tmp_path) as rig:
+        with capture_logs() as logs:
+            await asyncio.wait_for(rig.train(), 60)
+    # Those of the rig's samples are made up.
+    (line,) = rig.lines("metrics")
+    (warning,) = [log for log in logs if log["event"] == "engines_disagree"]
+    assert warning["kl"] == line["mismatch_kl_fresh"] > 0.2
+    assert warning["step"] == 1
+
+
 async def test_a_refused_commit_ends_the_trainer(model, tmp_path, monkeypatch):
     config = make_config(model, tmp_path / "run", steps=50)
     async with running_rig(config, tmp_path) as rig:

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,25 @@ def figures(summary: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, A
     }
 
 
+def draw(path: Path, rows: Mapping[str, Any]) -> None:
+    """The curves of all modes by step."""
+    from matplotlib import pyplot as plt
+
+    names = ("reward_mean", "mismatch_kl", "mean_completion_length")
+    figure, axes = plt.subplots(1, len(names), figsize=(13, 4), layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        for mode in (mode for mode in MODES if mode in rows):
+            curve = rows[mode]["curves"][name]
+            axis.plot(range(1, len(curve) + 1), curve, label=mode, linewidth=1.4)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def mean(values: Any) -> float:
     found = list(values)
     return round(sum(found) / len(found), 4)
@@ -138,6 +159,8 @@ def main() -> None:
         merged[mode] = {**row, "wall_s": round(time.monotonic() - began, 1), "host": host()}
         options.out.write_text(json.dumps(merged) + "\n")
         print(f"{mode}: {time.monotonic() - began:.0f} s, {row['samples_per_s']} samples/s", flush=True)
+    if find_spec("matplotlib") is not None:
+        draw(options.out.with_suffix(".png"), merged)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import orjson
 import pytest
 import torch
 
+from polyhead.v1 import sample_pb2
 from services.common.versions import Version
-from services.trainer.backends.torch.backend import StepResult
+from services.trainer.backends.torch.results import StepResult
 from services.trainer.batch.samples import decode_groups
 from services.trainer.batch.staleness import Clock
 from services.trainer.metrics import Times, batch_metrics, sample_line, step_line, training_metrics
@@ -163,3 +164,23 @@ def test_status_separates_work_from_waiting():
     assert status.busy_seconds >= during
     status.report(Version(1, 4), {"loss": 0.5, "version": "e1.s4", "staleness": {}, "time": 1.0, "groups": 8})
     assert status.metrics == {"loss": 0.5, "groups": 8.0}
+
+
+def test_rewards_are_reported_by_the_data_set_that_metadata_names():
+    batch = make_batch(0, groups=3, size=2)
+    for group, metadata, rewards in zip(
+        batch,
+        ['{"data_source": "b"}', '{"data_source": "a", "level": 3}', ""],
+        [(1.0, 0.0), (0.25, 0.25), (9.0, 9.0)],
+        strict=True,
+    ):
+        for leased, reward in zip(group.samples, rewards, strict=True):
+            sample = sample_pb2.Sample.FromString(leased.sample)
+            sample.prompt.metadata_json = metadata
+            leased.sample = sample.SerializeToString()
+            leased.score.reward = reward
+    clock = Clock(Version(1, 0), {1: 0})
+    metrics = batch_metrics(batch, decode_groups(batch, vocab_size=128), clock, None)
+    assert metrics["reward_by_source"] == {"a": 0.25, "b": 0.5}
+    bare = batch[2:]
+    assert "reward_by_source" not in batch_metrics(bare, decode_groups(bare, vocab_size=128), clock, None)

@@ -7,7 +7,8 @@ from services.common.config import Config
 from services.common.errors import ConfigError
 from services.common.versions import Version
 from services.trainer.algorithms.user_function import load_advantage_function
-from services.trainer.backends.torch.backend import StepResult, TorchBackend
+from services.trainer.backends.torch.backend import TorchBackend
+from services.trainer.backends.torch.results import StepResult
 from services.trainer.batch.staleness import Clock
 from services.trainer.step import train_batch
 from tests.kit import advantage_functions

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import structlog
@@ -18,10 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from services.common.config import Config
 from services.common.errors import ConfigError
-from services.trainer.algorithms.kl import k3
-from services.trainer.algorithms.objective import Objective, Tokens
+from services.trainer.algorithms.objective import Tokens
 from services.trainer.algorithms.user_loss import load_loss
-from services.trainer.backends.torch.critic import Critic, CriticResult
+from services.trainer.backends.torch.critic import Critic
 from services.trainer.backends.torch.logprobs import (
     DeviceBatch,
     TokenLogprobs,
@@ -35,6 +32,7 @@ from services.trainer.backends.torch.model import context_length, load_model, sa
 from services.trainer.backends.torch.offload import Offload
 from services.trainer.backends.torch.optimizer import Optimizer
 from services.trainer.backends.torch.reference import Reference
+from services.trainer.backends.torch.results import MicroBatchFigures, StepResult, add, figures_of, total_of
 from services.trainer.backends.torch.routing import Routers, Routing, expert_load_max
 from services.trainer.backends.torch.sharding import Placement, gathered, local, restore, unique_tensors
 from services.trainer.batch.flops import SequenceFlops, sequence_flops
@@ -49,54 +47,6 @@ CRITIC, CRITIC_OPTIMIZER = "critic", "critic_optimizer"
 _HOST_RNG = "torch"
 
 log = structlog.get_logger()
-
-
-@dataclass
-class StepResult:
-    """What one optimizer step did. Sums are over trained tokens, at the weights before the step."""
-
-    loss: float = 0.0
-    grad_norm: float = 0.0
-    lr: float = 0.0
-    applied: bool = False
-    """False when the loss or the gradient was not finite: the weights are as before."""
-    micro_batches: int = 0
-    tokens: int = 0
-    fresh_tokens: int = 0
-    entropy: float = 0.0
-    ratio: float = 0.0
-    clipped: float = 0.0
-    mismatch_kl: float = 0.0
-    """k3 estimate of KL(rollout policy || trainer policy)."""
-    mismatch_kl_fresh: float = 0.0
-    """The same over tokens sampled by the very weights being trained."""
-    figures: dict[str, float] = field(default_factory=dict)
-    """Sums of what the algorithm reports besides, by the name of the metric that their mean is."""
-    maxima: dict[str, float] = field(default_factory=dict)
-    """Over trained tokens, by the name of the metric."""
-    expert_load_max: float | None = None
-    """Of the expert with most tokens, its share times the experts, mean over layers; None where that is not known."""
-    offenders: list[int] = field(default_factory=list)
-    """Rows of samples whose tokens gave a loss that is not finite."""
-    critic: CriticResult | None = None
-    """Of the critic's optimizer step on the same tokens; None where there is no critic."""
-    critic_only: bool = False
-    """The policy was not trained: what is not of the critic is 0, and `applied` is the critic's."""
-
-
-# Of StepResult, in the order of `_figures`.
-_SUMS = ("loss", "entropy", "ratio", "clipped", "mismatch_kl", "mismatch_kl_fresh")
-
-
-class _Figures(NamedTuple):
-    """Of one micro-batch, where it was computed."""
-
-    names: Sequence[str]
-    maxima: int
-    """How many of them are maxima, the last ones; the others are sums."""
-    values: torch.Tensor
-    losses: torch.Tensor
-    """Of each trained token."""
 
 
 class TorchBackend:
@@ -273,14 +223,14 @@ class TorchBackend:
         # Read only here: a GPU that had to answer in between would wait for the next micro-batch each time.
         for micro_batch, figures in zip(micro_batches, done, strict=True):
             if figures is not None:
-                _add(result, micro_batch, figures)
-        total = _total(self.group.of_parts(self.group.all_gather(asdict(result))))
+                add(result, micro_batch, figures)
+        total = total_of(self.group.of_parts(self.group.all_gather(asdict(result))))
         total.lr = self._optimizer.lr
         if self._routers is not None and total.tokens:
             total.expert_load_max = expert_load_max(loads, self.group)
         return total
 
-    def _accumulate(self, micro_batch: PackedBatch, loads: list[torch.Tensor]) -> _Figures | None:
+    def _accumulate(self, micro_batch: PackedBatch, loads: list[torch.Tensor]) -> MicroBatchFigures | None:
         batch = to_device(micro_batch, self._device, self.group)
         tokens, routed = self._forward(batch)
         if not len(micro_batch.targets):
@@ -297,7 +247,7 @@ class TorchBackend:
                 loss = loss + self._algorithm.router_aux_loss_coef * (balance * batch.weights).sum()
                 losses.figures["router_aux_loss"] = balance.detach() / len(routed.tokens)
         loss.backward()
-        return _figures(batch, loss.detach(), tokens, losses)
+        return figures_of(batch, loss.detach(), tokens, losses)
 
     def _forward(self, batch: DeviceBatch) -> tuple[TokenLogprobs, Routing | None]:
         if self._routers is None:
@@ -406,48 +356,3 @@ def _placement(config: Config, group: RankGroup, device: torch.device) -> Placem
 
 def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.detach().to("cpu", dtype, copy=True).contiguous()
-
-
-def _total(parts: Sequence[Mapping[str, Any]]) -> StepResult:
-    """Of the results of all ranks: sums, and the greatest of the maxima."""
-    total = StepResult()
-    for part in parts:
-        for name, value in part.items():
-            before = getattr(total, name)
-            if isinstance(value, Mapping):
-                combine = max if name == "maxima" else operator.add
-                before.update(
-                    {key: combine(before[key], each) if key in before else each for key, each in value.items()}
-                )
-            elif name not in ("applied", "critic", "critic_only", "expert_load_max"):
-                setattr(total, name, before + value)
-    return total
-
-
-def _figures(batch: DeviceBatch, loss: torch.Tensor, tokens: TokenLogprobs, losses: Objective) -> _Figures:
-    mismatch = k3(batch.rollout_logprobs, tokens.logprobs.detach())
-    sums = [
-        *(loss, tokens.entropy.detach().sum(), losses.ratio.sum(), losses.clipped.sum()),
-        *(mismatch.sum(), (mismatch * batch.fresh).sum()),
-        *(values.sum() for values in losses.figures.values()),
-    ]
-    maxima = [values.max() for values in losses.maxima.values()]
-    names = [*_SUMS, *losses.figures, *losses.maxima]
-    return _Figures(names, len(maxima), torch.stack([*sums, *maxima]), losses.loss.detach())
-
-
-def _add(result: StepResult, micro_batch: PackedBatch, figures: _Figures) -> None:
-    values = figures.values.tolist()
-    first_maximum = len(values) - figures.maxima
-    for place, (name, value) in enumerate(zip(figures.names, values, strict=True)):
-        if place < len(_SUMS):
-            setattr(result, name, getattr(result, name) + value)
-        elif place < first_maximum:
-            result.figures[name] = result.figures.get(name, 0.0) + value
-        else:
-            result.maxima[name] = max(result.maxima.get(name, value), value)
-    result.tokens += len(micro_batch.targets)
-    result.fresh_tokens += int(micro_batch.fresh.sum())
-    if not math.isfinite(values[0]):
-        bad = (~torch.isfinite(figures.losses)).cpu().numpy()
-        result.offenders += np.unique(micro_batch.sample_rows[bad]).tolist()

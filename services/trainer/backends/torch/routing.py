@@ -107,8 +107,9 @@ def _members(layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor, int]:
     varlen = layout.varlen
     assert varlen is not None
     lengths = varlen.starts.diff().long()
-    count = len(lengths)
-    sequences = torch.repeat_interleave(torch.arange(count, device=lengths.device), lengths)
+    count, size = len(lengths), len(layout.slots if varlen.order is None else varlen.order)
+    # With its size given, nothing is read from the device.
+    sequences = torch.repeat_interleave(torch.arange(count, device=lengths.device), lengths, output_size=size)
     return (
         (torch.arange(len(sequences), device=lengths.device) if varlen.order is None else varlen.order),
         sequences,
