@@ -107,9 +107,8 @@ def _members(layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor, int]:
     varlen = layout.varlen
     assert varlen is not None
     lengths = varlen.starts.diff().long()
-    count, size = len(lengths), len(layout.slots if varlen.order is None else varlen.order)
-    # With its size given, nothing is read from the device.
-    sequences = torch.repeat_interleave(torch.arange(count, device=lengths.device), lengths, output_size=size)
+    count = len(lengths)
+    sequences = torch.repeat_interleave(torch.arange(count, device=lengths.device), lengths)
     return (
         (torch.arange(len(sequences), device=lengths.device) if varlen.order is None else varlen.order),
         sequences,
