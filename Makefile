@@ -25,7 +25,9 @@ CONFIG ?= deploy/config/demo.toml
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what it imports when it does: of all that is installed that is a small part.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python $(PIP_INSTALL)
 # Two cores have to hold five processes: each keeps to the threads its configuration gives it.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
@@ -37,7 +39,7 @@ unexport PYTHONDONTWRITEBYTECODE
 ENGINE ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 ENGINE_DIR := .engines/$(ENGINE)
 ENGINE_PINS := deploy/engines/$(ENGINE).txt
-ENGINE_PIP := $(ENGINE_DIR)/bin/python -m pip install --quiet --disable-pip-version-check
+ENGINE_PIP := $(ENGINE_DIR)/bin/python $(PIP_INSTALL)
 
 PROTOS := $(wildcard protos/polyhead/v1/*.proto)
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
@@ -90,8 +92,8 @@ engine-env: $(ENGINE_DIR)/engine.installed ## make real SGLang's environment (EN
 .engines/trl/trl.installed: deploy/engines/trl.txt
 	@echo "installing TRL into .engines/trl ..."
 	@rm -rf .engines/trl && $(PYTHON) -m venv .engines/trl \
-		&& .engines/trl/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $<)" \
-		&& .engines/trl/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@
+		&& .engines/trl/bin/python $(PIP_INSTALL) "$$(grep '^torch==' $<)" \
+		&& .engines/trl/bin/python $(PIP_INSTALL) -r $< && touch $@
 
 trl-env: .engines/trl/trl.installed ## make TRL's environment, for make bench
 

@@ -171,6 +171,7 @@ async def test_a_replica_yields_and_goes_on(replica: Replica) -> None:
     assert all(push["ok"] for push in trainer.pushes)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 async def test_an_engine_that_dies_asleep_and_a_trainer_that_does_not_come_back(replica: Replica) -> None:
     joining = await replica.until_state(pb.REPLICA_STATE_JOINING)

@@ -301,6 +301,7 @@ async def test_the_life_of_a_replica(replica: Replica) -> None:
     assert (await replica.state()).state in (pb.REPLICA_STATE_DEAD, pb.REPLICA_STATE_UNSPECIFIED)
 
 
+@pytest.mark.long
 async def test_one_engine_of_two_may_go_and_come_back(pair: Replica) -> None:
     joining, serving = pb.REPLICA_STATE_JOINING, pb.REPLICA_STATE_SERVING
     seen = await pair.until_engines(joining, joining)

@@ -18,7 +18,9 @@ KILLED = -signal.SIGKILL
 OLD, REPLACED, NEW = "e1.s10", "e1.s20", "e2.s20"
 
 
-@pytest.fixture(scope="module", params=[(1, 13), (2, 29)], ids=["one rank", "two ranks"])
+@pytest.fixture(
+    scope="module", params=[(1, 13), pytest.param((2, 29), marks=pytest.mark.long)], ids=["one rank", "two ranks"]
+)
 def saves(request: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
     ranks, stride = request.param
     directory = tmp_path_factory.mktemp("saves") / "runs"

@@ -132,13 +132,6 @@ CASES: dict[str, Case] = {
     ),
     # Seven experts: neither 2 nor 4 ranks have as many each, and a filler of one token leaves most of them idle.
     "experts": Case(model="experts", trainer={"max_tokens_per_gpu": 120, "balance_data": True}, algorithm=SPREAD),
-    "experts, one token": Case(model="experts", only=1, seed=3, algorithm=SPREAD),
-    "experts, recomputed and reduced each time": Case(
-        model="experts",
-        trainer={"max_tokens_per_gpu": 60, "recompute": True, "reduce_each_micro_batch": True},
-        algorithm=SPREAD,
-        seed=1,
-    ),
     "experts, shared rows": Case(context=2, model="experts", trainer={"max_tokens_per_gpu": 60}, algorithm=SPREAD),
     "experts, bfloat16": Case(model="experts", dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, times=2),
     "ppo": Case(trainer={"max_tokens_per_gpu": 120}, algorithm=PPO, steps=2, times=2),
@@ -160,6 +153,13 @@ CASES: dict[str, Case] = {
 if "POLYHEAD_RANKS" in os.environ:  # make ranks
     LAYERS = ["q_proj", "layers.0.mlp.up_proj"]
     CASES |= {
+        "experts, one token": Case(model="experts", only=1, seed=3, algorithm=SPREAD),
+        "experts, recomputed and reduced each time": Case(
+            model="experts",
+            trainer={"max_tokens_per_gpu": 60, "recompute": True, "reduce_each_micro_batch": True},
+            algorithm=SPREAD,
+            seed=1,
+        ),
         "adapters, some": Case(
             trainer={"max_tokens_per_gpu": 60, "lora": {"rank": 5, "target_modules": LAYERS}}, algorithm=KL, steps=3
         ),
