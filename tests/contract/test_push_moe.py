@@ -51,7 +51,7 @@ async def logprob_error(client, directory):
 @pytest.mark.parametrize(
     ("kind", "build"),
     [
-        ("torch", build_tiny_qwen3_moe),
+        pytest.param("torch", build_tiny_qwen3_moe, id="torch", marks=pytest.mark.long),
         pytest.param("sglang", build_tiny_qwen3_moe, id="sglang"),
         pytest.param("sglang", build_tiny_mixtral, id="sglang, other names"),
     ],

@@ -133,7 +133,6 @@ CASES: dict[str, Case] = {
     # Seven experts: neither 2 nor 4 ranks have as many each, and a filler of one token leaves most of them idle.
     "experts": Case(model="experts", trainer={"max_tokens_per_gpu": 120, "balance_data": True}, algorithm=SPREAD),
     "experts, shared rows": Case(context=2, model="experts", trainer={"max_tokens_per_gpu": 60}, algorithm=SPREAD),
-    "experts, bfloat16": Case(model="experts", dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, times=2),
     "ppo": Case(trainer={"max_tokens_per_gpu": 120}, algorithm=PPO, steps=2, times=2),
     "shared rows, ppo": Case(context=2, trainer={"max_tokens_per_gpu": 60}, algorithm=PPO, steps=2, times=2, seed=1),
     "not finite": Case(trainer={"max_tokens_per_gpu": 120}, rewards={5: float("inf")}),
@@ -153,6 +152,7 @@ CASES: dict[str, Case] = {
 if "POLYHEAD_RANKS" in os.environ:  # make ranks
     LAYERS = ["q_proj", "layers.0.mlp.up_proj"]
     CASES |= {
+        "experts, bfloat16": Case(model="experts", dtype="bfloat16", trainer={"max_tokens_per_gpu": 120}, times=2),
         "experts, one token": Case(model="experts", only=1, seed=3, algorithm=SPREAD),
         "experts, recomputed and reduced each time": Case(
             model="experts",

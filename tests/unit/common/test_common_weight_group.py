@@ -110,7 +110,7 @@ def test_a_port_that_is_taken_is_an_error_of_the_collective() -> None:
         lead(taken.getsockname()[1], timeout_s=1.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_member_that_is_gone_is_an_error_and_no_hang(number: signal.Signals) -> None:
     """The test's own time limit would end a broadcast that never comes back."""
     port = free_port()
@@ -128,6 +128,7 @@ def test_a_member_that_never_comes_is_an_error() -> None:
         lead(free_port(), timeout_s=1.0)
 
 
+@pytest.mark.long
 def test_two_groups_live_side_by_side() -> None:
     """One channel for each replica: a group that broke leaves the other alone."""
     ports = [free_port(), free_port()]

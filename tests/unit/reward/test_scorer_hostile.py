@@ -23,7 +23,18 @@ SECONDS = 8.0
 GROWTH_MB = 400
 
 
-@pytest.fixture(scope="module", params=[*NAMES, "boxed_math"])
+# A program runs for each text that the scorer of code gets.
+SLOW = "code"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(name for name in NAMES if name != SLOW),
+        "boxed_math",
+        pytest.param(SLOW, marks=pytest.mark.long),
+    ],
+)
 def named(request: pytest.FixtureRequest) -> tuple[str, Scorer]:
     return request.param, build(request.param, paths=[], args={}, options=OPTIONS)
 
