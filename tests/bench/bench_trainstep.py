@@ -122,11 +122,15 @@ def measure(spec: dict[str, Any], directory: Path, trl_python: Path, steps: int)
     memory they do not share. The first of each is left out of the times.
     """
     script = str(Path(__file__).with_name("trainstep_trl.py"))
-    ours = ([sys.executable, "-m", "tests.bench.trainstep_ours"], [ROOT, ROOT / "protos"], {})
-    theirs = {name: ([str(trl_python), script], [], {"trim": name != "trl"}) for name in ("trl", "trl_trimmed")}
+    how: dict[str, tuple[Sequence[str], Sequence[Path], dict[str, Any]]] = {
+        "ours": ([sys.executable, "-m", "tests.bench.trainstep_ours"], [ROOT, ROOT / "protos"], {}),
+        "trl": ([str(trl_python), script], [], {"trim": False}),
+        "trl_trimmed": ([str(trl_python), script], [], {"trim": True}),
+    }
     sides: dict[str, Side] = {}
 
-    def start(name: str, command: Sequence[str], paths: Sequence[Path], more: dict[str, Any]) -> None:
+    def start(name: str) -> None:
+        command, paths, more = how[name]
         file = directory / f"{name}.json"
         file.write_text(json.dumps(spec | more))
         sides[name] = Side([*command, str(file)], paths)
@@ -137,14 +141,14 @@ def measure(spec: dict[str, Any], directory: Path, trl_python: Path, steps: int)
 
     try:
         if spec["device"] == "cpu":
-            for name, how in {"ours": ours, **theirs}.items():
-                start(name, *how)
+            for name in how:
+                start(name)
             for number in range(steps + 1):
-                for name in sides:
+                for name in how:
                     step(name, number)
         else:
-            for name, how in {"ours": ours, **theirs}.items():
-                start(name, *how)
+            for name in how:
+                start(name)
                 for number in range(steps + 1):
                     step(name, number)
                 sides[name].close()

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from services.common.config import Config
 from services.common.process import free_port
@@ -66,7 +67,7 @@ def rank_main(spec: dict[str, Any]) -> None:
     seconds, peak = timed(lambda: backend.train(own), device == "cuda")
     peaks = group.all_gather(peak)
     if group.leads:
-        torch.save(gradients, spec["gradients"])
+        save_file(gradients, spec["gradients"])
         tokens = sum(spec["lengths"]) * ROWS
         figures = {"loss": result.loss, "step_s": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1)}
         print(json.dumps({**figures, "peak_bytes": peaks}), flush=True)
@@ -78,7 +79,7 @@ def rank_main(spec: dict[str, Any]) -> None:
 def run(options: argparse.Namespace, row: str, layout: str, model: Path, lengths: list[int]) -> dict[str, Any]:
     ranks, share = LAYOUTS[layout]
     device = "cpu" if options.cpu else "cuda"
-    gradients = options.work / f"{row}-{layout}.pt"
+    gradients = options.work / f"{row}-{layout}.safetensors"
     spec = {"device": device, "ranks": ranks, "share": share, "model": str(model), "port": free_port()}
     spec |= {"lengths": lengths, "gradients": str(gradients), "dtype": "float32" if row == "float32" else "bfloat16"}
     processes = [
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace, row: str, layout: str, model: Path, lengths
 
 
 def difference(options: argparse.Namespace, row: str, layout: str) -> float:
-    own, wanted = (torch.load(options.work / f"{row}-{name}.pt") for name in (layout, "one rank"))
+    own, wanted = (load_file(options.work / f"{row}-{name}.safetensors") for name in (layout, "one rank"))
     assert own.keys() == wanted.keys()
     return max(float((own[name] - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.common.config import Config
+from services.common.config import load
 from services.common.versions import Version
 from services.trainer.backends.torch import attention
 from services.trainer.backends.torch.backend import TorchBackend
@@ -66,14 +66,9 @@ def drawn_instead(sample: TrainSample, arm: int, logprob: float) -> TrainSample:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_it_learns_which_arms_pay(model: Path, algorithm: str) -> None:
-    settings = {key: value for key, value in ALGORITHMS[algorithm].items() if key.startswith("trainer.algorithm.")}
-    config = Config.model_validate(
-        {
-            "model": {"hf_checkpoint": model},
-            "rollout": {"sampling": {"max_response_len": 1}},
-            "trainer": {"optimizer": {"lr": 1e-2}, "algorithm": nested(settings)},
-        }
-    )
+    settings = {key: value for key, value in ALGORITHMS[algorithm].items() if key.startswith("trainer.")}
+    settings |= {"rollout.sampling.max_response_len": 1, "trainer.optimizer.lr": 1e-2}
+    config = load(None, {"model.hf_checkpoint": str(model), **settings})
     backend, rng = TorchBackend(config), np.random.default_rng(0)
     waiting, rewards = draw(backend, rng), []
     for _ in range(STEPS):
@@ -82,15 +77,3 @@ def test_it_learns_which_arms_pay(model: Path, algorithm: str) -> None:
         rewards.append(float(np.mean([sample.reward for sample in waiting])))
         waiting = fresh
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3, rewards
-
-
-def nested(settings: dict[str, object]) -> dict[str, object]:
-    """Of keys below ``trainer.algorithm.``."""
-    tree: dict[str, object] = {}
-    for key, value in settings.items():
-        *sections, last = key.removeprefix("trainer.algorithm.").split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})  # type: ignore[assignment]
-        place[last] = value
-    return tree

@@ -12,7 +12,7 @@ import triton.language as tl
 _BLOCK, _WARPS = 4096, 8
 
 
-# Triton has no types, and compiles the function by its source: its arguments are no Python values.
+# Of both kernels: Triton has no types, and compiles a function by its source; its arguments are no Python values.
 @triton.jit  # type: ignore[untyped-decorator]
 def _row_figures(logits, targets, temperatures, logprobs, entropy, normalizer, vocabulary, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)

@@ -18,13 +18,14 @@ from services.trainer.backends.torch.experts import choose_experts
 from services.trainer.backends.torch.fp8_directory import load_dequantised
 from services.trainer.backends.torch.logprobs import DeviceBatch, predicting_states, to_device, token_logprobs
 from services.trainer.backends.torch.lora import add_adapters
+from services.trainer.backends.torch.precision import HALF
 from services.trainer.backends.torch.sharding import Placement, Root, place
 from services.trainer.backends.torch.values import ValueModel
 from services.trainer.batch.packing import PackItem, pack
 
 FIELD, REFERENCE_FIELD = "model.hf_checkpoint", "model.ref_checkpoint"
-# Largest difference between the packed and the plain forward pass that rounding explains: of a log-probability, where
-# logits vary by more than 1 as a share of their standard deviation, or of a hidden state as a share of it.
+# Largest difference between the packed and the plain forward pass that rounding explains: of a log-probability, in half
+# precision as a share of the standard deviation of logits that vary by more than 1, or of a hidden state as a share.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 _PROBE_PROMPT = 3
 
@@ -172,9 +173,11 @@ class _Plain(NamedTuple):
 
 def _plain_logprobs(model: Any, sequence: Tokens, device: torch.device) -> _Plain:
     token_ids = torch.as_tensor(sequence, dtype=torch.int64, device=device)
-    logits = model(input_ids=token_ids[None], use_cache=False).logits[0, _PROBE_PROMPT - 1 : -1].float()
-    chosen = torch.log_softmax(logits, dim=-1).gather(1, token_ids[_PROBE_PROMPT:, None]).squeeze(1)
-    return _Plain(chosen, logits.std(dim=1).clamp_min(1.0))
+    logits = model(input_ids=token_ids[None], use_cache=False).logits[0, _PROBE_PROMPT - 1 : -1]
+    chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, token_ids[_PROBE_PROMPT:, None]).squeeze(1)
+    # 8 bits round a logit by a share of its size.
+    rounded = logits.dtype in HALF
+    return _Plain(chosen, logits.float().std(dim=1).clamp_min(1.0) if rounded else torch.ones_like(chosen))
 
 
 def _packed_logprobs(model: Any, batch: DeviceBatch) -> torch.Tensor:
