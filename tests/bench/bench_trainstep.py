@@ -2,14 +2,15 @@
 
 Both sides are given one batch of prompts, completions of long-tailed lengths, old log-probs and advantages, and take
 optimizer steps on it, in turn, from the same weights: `train_batch` here, `GRPOTrainer.train()` there, in an
-environment of its own (`.engines/trl`), with generation replaced. Both have the same dtype, recomputation, clip,
-optimizer, torch's own attention kernels, and `max_tokens` a micro-batch: here tokens packed, there rows times the
-longest sequence, since TRL takes a fixed number of rows and pads the whole batch to its longest.
+environment of its own (`.engines/trl`), with generation replaced. Both have the same dtype, float32 master weights,
+recomputation, clip, optimizer, torch's own attention kernels, and `max_tokens` a micro-batch: here tokens packed, there
+rows times the longest sequence, since TRL takes a fixed number of rows and pads the whole batch to its longest.
 
 * `tokens_per_s`, `trl_tokens_per_s`: tokens of all samples, prompts and completions, padding not counted, over the
-  median seconds of a step. `trl_trimmed_tokens_per_s`: of a TRL whose micro-batches are cut to their own longest.
-  `ratio_to_trl_cpu_time` is of processor time, which other work on the machine moves less; on a CPU only.
-* `max_loss_diff`: the largest difference of the two losses of a step, over all steps.
+  median seconds of a step. `trl_trimmed_tokens_per_s`: of a TRL whose micro-batches are cut to their own longest. On a
+  GPU `trl_half_tokens_per_s`: of a TRL that trains bfloat16 weights without masters, in which most of each update is
+  lost. `ratio_to_trl_cpu_time` is of processor time, which other work on the machine moves less; on a CPU only.
+* `max_loss_diff`: the largest difference of the two losses of a step, over all steps; `losses` has each.
 * `peak_bytes`: allocated on a GPU at most; on a CPU the resident size of the process, libraries included.
 """
 
@@ -57,7 +58,7 @@ TINY = {
 # By device: the shape, the dtype, samples, the longest sequence and the tokens of a micro-batch.
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"shape": TINY, "dtype": "float32", "samples": 32, "longest": 512, "max_tokens": 2048},
-    "cuda": {"shape": QWEN3_0_6B, "dtype": "bfloat16", "samples": 64, "longest": 8192, "max_tokens": 32768},
+    "cuda": {"shape": QWEN3_0_6B, "dtype": "bfloat16", "samples": 64, "longest": 8192, "max_tokens": 16384},
 }
 GROUP = 8
 
@@ -124,9 +125,11 @@ def measure(spec: dict[str, Any], directory: Path, trl_python: Path, steps: int)
     script = str(Path(__file__).with_name("trainstep_trl.py"))
     how: dict[str, tuple[Sequence[str], Sequence[Path], dict[str, Any]]] = {
         "ours": ([sys.executable, "-m", "tests.bench.trainstep_ours"], [ROOT, ROOT / "protos"], {}),
-        "trl": ([str(trl_python), script], [], {"trim": False}),
-        "trl_trimmed": ([str(trl_python), script], [], {"trim": True}),
+        "trl": ([str(trl_python), script], [], {"trim": False, "master": "float32"}),
+        "trl_trimmed": ([str(trl_python), script], [], {"trim": True, "master": "float32"}),
     }
+    if spec["dtype"] != "float32":
+        how["trl_half"] = ([str(trl_python), script], [], {"trim": False, "master": spec["dtype"]})
     sides: dict[str, Side] = {}
 
     def start(name: str) -> None:
@@ -164,17 +167,16 @@ def figures(spec: dict[str, Any], sides: dict[str, Side]) -> dict[str, Any]:
     worked = {name: statistics.median(step["cpu_seconds"] for step in side.steps[1:]) for name, side in sides.items()}
     rates = {name: tokens / value for name, value in seconds.items()}
     losses = {name: np.array([step["loss"] for step in side.steps]) for name, side in sides.items()}
+    others = [name for name in sides if name != "ours"]
     return {
         "tokens_per_s": round(rates["ours"], 1),
-        "trl_tokens_per_s": round(rates["trl"], 1),
-        "ratio_to_trl": round(rates["ours"] / rates["trl"], 3),
-        "trl_trimmed_tokens_per_s": round(rates["trl_trimmed"], 1),
-        "ratio_to_trl_trimmed": round(rates["ours"] / rates["trl_trimmed"], 3),
+        **{f"{name}_tokens_per_s": round(rates[name], 1) for name in others},
+        **{f"ratio_to_{name}": round(rates["ours"] / rates[name], 3) for name in others},
         **({"ratio_to_trl_cpu_time": round(worked["trl"] / worked["ours"], 3)} if spec["device"] == "cpu" else {}),
         "max_loss_diff": float(np.abs(losses["ours"] - losses["trl"]).max()),
-        "loss": float(np.abs(losses["ours"]).max()),
+        "losses": {name: [round(loss, 7) for loss in of_side.tolist()] for name, of_side in losses.items()},
         "peak_bytes": max(step["peak_bytes"] for step in sides["ours"].steps),
-        "trl_peak_bytes": max(step["peak_bytes"] for step in sides["trl"].steps),
+        **{f"{name}_peak_bytes": max(step["peak_bytes"] for step in sides[name].steps) for name in others},
         "seconds": {name: [round(step["seconds"], 4) for step in side.steps] for name, side in sides.items()},
         "micro_batches": sides["ours"].steps[-1]["micro_batches"],
         "trl_micro_batches": spec["samples"] // spec["rows"],

@@ -152,8 +152,9 @@ def main() -> None:
     torch.set_num_threads(spec["threads"])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     tokenizer.pad_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    # As TRL does by itself: float32 weights, and autocast.
     model = AutoModelForCausalLM.from_pretrained(
-        spec["model"], dtype=getattr(torch, spec["dtype"]), attn_implementation="sdpa"
+        spec["model"], dtype=getattr(torch, spec["master"]), attn_implementation="sdpa"
     )
     trainer = Trainer(
         model=model,

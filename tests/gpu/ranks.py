@@ -3,9 +3,11 @@
 
 * `float32`: a small model. The largest difference of a gradient from that of one rank, as a share of the largest
   component of that tensor's, with a row for each rank and with rows that both share (I10).
-* `0.6b`: bfloat16, optimizer steps of 8 rows of 8,192 tokens: seconds, and memory of each GPU.
+* `0.6b`, `4b`: bfloat16, optimizer steps of 8 rows of 8,192 tokens: seconds, model FLOPs utilisation, and the memory of
+  each GPU.
+* `0.6b-long`: rows of 32,768 tokens, most of them of one sequence, which both ranks share.
 
-`--cpu` goes through it over gloo with tiny rows.
+`--cpu` goes through it over gloo with tiny models and rows.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,33 @@ from services.trainer.backends.torch.sharding import gathered
 from services.trainer.ranks.group import RankGroup
 from tests.gpu.models import QWEN3_0_6B, write_model
 from tests.gpu.trainstep import ROOT, host
-from tests.gpu.trainstep_parts import LENGTHS, PROMPT, ROWS, packed_row, timed
+from tests.gpu.trainstep_parts import LENGTHS, PEAK_FLOPS, PROMPT, QWEN3_4B, forward_flops, packed_row, timed
 
 SMALL = {**QWEN3_0_6B, "vocab_size": 8192, "num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1536}
 TINY = {**SMALL, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "head_dim": 32}
+LONG = (24_576, 4096, 2048, 1024, 512, 256, 160, 96)
 # Ranks, and how many of them share each row.
 LAYOUTS = {"one rank": (1, 1), "two ranks": (2, 1), "two ranks share rows": (2, 2)}
+
+
+@dataclass(frozen=True)
+class Row:
+    shape: dict[str, Any]
+    dtype: str = "bfloat16"
+    lengths: tuple[int, ...] = LENGTHS
+    rows: int = 8
+    compile: bool = False
+    recompute: bool = False
+    layouts: tuple[str, ...] = ("one rank", "two ranks")
+
+
+ROWS = {
+    "float32": Row(SMALL, "float32", layouts=tuple(LAYOUTS)),
+    "0.6b": Row(QWEN3_0_6B, compile=True),
+    # One GPU of 80 GB does not hold its optimizer.
+    "4b": Row(QWEN3_4B, compile=True, recompute=True, layouts=("two ranks",)),
+    "0.6b-long": Row(QWEN3_0_6B, lengths=LONG, rows=4, recompute=True, layouts=tuple(LAYOUTS)),
+}
 
 
 def rank_main(spec: dict[str, Any]) -> None:
@@ -48,12 +73,14 @@ def rank_main(spec: dict[str, Any]) -> None:
             "context_parallel": share,
             "rendezvous": f"127.0.0.1:{spec['port']}",
             "optimizer": {"lr": 1e-6},
+            "compile": spec["compile"],
+            "recompute": spec["recompute"],
         },
     )
     group = RankGroup.form(config.trainer, spec["rank"])
     backend = TorchBackend(config, group)
     rng = np.random.default_rng(0)
-    rows = [packed_row(rng, tuple(spec["lengths"]), backend.vocab_size) for _ in range(ROWS)]
+    rows = [packed_row(rng, tuple(spec["lengths"]), backend.vocab_size) for _ in range(spec["rows"])]
     for row in rows:
         row.advantages[:] = rng.normal(size=len(row.advantages))
     own = rows[group.part :: group.parts]
@@ -68,20 +95,33 @@ def rank_main(spec: dict[str, Any]) -> None:
     peaks = group.all_gather(peak)
     if group.leads:
         save_file(gradients, spec["gradients"])
-        tokens = sum(spec["lengths"]) * ROWS
+        tokens = sum(spec["lengths"]) * spec["rows"]
+        flops = 3 * spec["rows"] * forward_flops(backend.model.config.to_dict(), spec["lengths"])
         figures = {"loss": result.loss, "step_s": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1)}
+        figures["mfu"] = round(flops / seconds / ranks / PEAK_FLOPS, 4)
         print(json.dumps({**figures, "peak_bytes": peaks}), flush=True)
     else:
         group.receive()
     group.close()
 
 
-def run(options: argparse.Namespace, row: str, layout: str, model: Path, lengths: list[int]) -> dict[str, Any]:
-    ranks, share = LAYOUTS[layout]
-    device = "cpu" if options.cpu else "cuda"
-    gradients = options.work / f"{row}-{layout}.safetensors"
-    spec = {"device": device, "ranks": ranks, "share": share, "model": str(model), "port": free_port()}
-    spec |= {"lengths": lengths, "gradients": str(gradients), "dtype": "float32" if row == "float32" else "bfloat16"}
+def run(options: argparse.Namespace, name: str, layout: str, model: Path) -> dict[str, Any]:
+    row, (ranks, share) = ROWS[name], LAYOUTS[layout]
+    lengths = [length // 32 + PROMPT for length in row.lengths] if options.cpu else row.lengths
+    gradients = options.work / f"{name}-{layout}.safetensors"
+    spec = {
+        "device": "cpu" if options.cpu else "cuda",
+        "ranks": ranks,
+        "share": share,
+        "model": str(model),
+        "port": free_port(),
+        "gradients": str(gradients),
+        "lengths": lengths,
+        "rows": row.rows,
+        "dtype": row.dtype,
+        "compile": row.compile and not options.cpu,
+        "recompute": row.recompute,
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.gpu.ranks", "--rank", json.dumps(spec | {"rank": rank})],
@@ -99,38 +139,46 @@ def run(options: argparse.Namespace, row: str, layout: str, model: Path, lengths
     return figures
 
 
-def difference(options: argparse.Namespace, row: str, layout: str) -> float:
-    own, wanted = (load_file(options.work / f"{row}-{name}.safetensors") for name in (layout, "one rank"))
+def difference(options: argparse.Namespace, name: str, layout: str) -> float:
+    own, wanted = (load_file(options.work / f"{name}-{each}.safetensors") for each in (layout, "one rank"))
     assert own.keys() == wanted.keys()
-    return max(float((own[name] - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)
+    return max(float((own[each] - wanted[each]).abs().max() / wanted[each].abs().max()) for each in wanted)
+
+
+def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    row = ROWS[name]
+    model = options.work / f"model-{name}"
+    dtype, device = getattr(torch, row.dtype), "cpu" if options.cpu else "cuda"
+    write_model(model, TINY if options.cpu else row.shape, 0, dtype, device)
+    found: dict[str, Any] = {}
+    for layout in row.layouts:
+        figures = found[layout] = run(options, name, layout, model)
+        if layout != "one rank" and "one rank" in row.layouts and "error" not in figures:
+            figures["gradient_difference"] = difference(options, name, layout)
+        print(f"{name}, {layout}: {figures}", flush=True)
+    conditions = {"dtype": row.dtype, "rows": row.rows, "lengths": row.lengths}
+    return {**found, **conditions, "compile": row.compile, "recompute": row.recompute}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rank", help="the specification of one rank, for the processes that this one starts")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; rows that are there already are kept")
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--rows", nargs="+", default=["float32", "0.6b"])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     if options.rank:
         rank_main(json.loads(options.rank))
         return
     options.work.mkdir(parents=True, exist_ok=True)
-    lengths = [length // 32 + PROMPT for length in LENGTHS] if options.cpu else list(LENGTHS)
-    found: dict[str, Any] = {}
-    for row in options.rows:
-        shape = TINY if options.cpu else SMALL if row == "float32" else QWEN3_0_6B
-        dtype, device = torch.float32 if row == "float32" else torch.bfloat16, "cpu" if options.cpu else "cuda"
-        model = write_model(options.work / f"model-{row}", shape, 0, dtype, device)
-        found[row] = {}
-        for layout in LAYOUTS if row == "float32" else ("one rank", "two ranks"):
-            figures = found[row][layout] = run(options, row, layout, model, lengths)
-            if layout != "one rank" and "error" not in figures:
-                figures["gradient_difference"] = difference(options, row, layout)
-            print(f"{row}, {layout}: {figures}", flush=True)
-    found["host"] = host("cpu" if options.cpu else "cuda")
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    merged = json.loads(options.out.read_bytes()) if options.out.exists() else {}
+    for name in options.rows:
+        began = time.monotonic()
+        figures = measure(options, name)
+        merged[name] = {**figures, "wall_s": round(time.monotonic() - began, 1)}
+        merged["host"] = host("cpu" if options.cpu else "cuda")
+        options.out.write_text(json.dumps(merged, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,17 +26,19 @@ KEPT = (0, 12, 24, 30, None)
 
 
 def attention(options: argparse.Namespace) -> dict[str, Any]:
-    """The varlen kernel and the blocks, against float32."""
+    """The varlen kernel, the blocks, and ranks that share a row, against float32."""
     return one("attention", options)
 
 
-def mfu(model: str, **settings: Any) -> Callable[[argparse.Namespace], dict[str, Any]]:
+def mfu(
+    model: str, kept: tuple[int | None, ...] = KEPT, **settings: Any
+) -> Callable[[argparse.Namespace], dict[str, Any]]:
     """Eager and compiled, as far as that is asked for."""
 
     def measured(options: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for way in options.ways:
-            for layers in KEPT:
+            for layers in kept:
                 found[way] = one("mfu", options, model=model, compile=way == "compiled", recompute=layers, **settings)
                 if OUT_OF_MEMORY not in found[way].get("error", ""):
                     break
@@ -67,7 +69,7 @@ def trl(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.work) as directory:
         file = Path(directory) / "figures.json"
         command = [sys.executable, "-m", "tests.bench.bench_trainstep", "--device", options.device]
-        command += ["--trl-python", str(options.trl_python), "--json", str(file), "--steps", "3"]
+        command += ["--trl-python", str(options.trl_python), "--json", str(file), "--steps", "2"]
         environment = {**os.environ, "TMPDIR": directory}
         done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -81,6 +83,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "mfu-0.6b": mfu("0.6b"),
     "mfu-4b": mfu("4b"),
     "mfu-4b-lora": mfu("4b", lora={"rank": 32, "alpha": 64}),
+    "mfu-4b-offload": mfu("4b", (None,), offload=True),
     "mfu-moe": mfu("moe"),
     "logprobs-32k": logprobs,
     "logprobs-exact": exact,

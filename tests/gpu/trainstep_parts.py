@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from services.common.config import Config
+from services.common.process import free_port
 from services.trainer.algorithms.policy_loss import clipped_surrogate
 from services.trainer.backends.torch import attention as packed
 from services.trainer.backends.torch import linear_logprobs as linear
@@ -25,6 +28,7 @@ from services.trainer.backends.torch.linear_logprobs import linear_logprobs
 from services.trainer.backends.torch.logprobs import MAX_LOGITS, to_device
 from services.trainer.batch.flops import sequence_flops
 from services.trainer.batch.packing import PackedBatch, PackItem, pack
+from services.trainer.ranks.group import RankGroup
 from tests.gpu.models import QWEN3_0_6B, write_mixture, write_model
 
 QWEN3_4B = {
@@ -119,12 +123,15 @@ class Steps:
                 "compile": spec["compile"],
                 "algorithm": algorithm,
                 "lora": spec.get("lora", {}),
+                "offload": spec.get("offload", False),
+                "rendezvous": f"127.0.0.1:{free_port()}",
+                "threads": max(1, (os.cpu_count() or 2) // 2),
                 **recompute,
             },
         )
         if gpu:
             torch.cuda.empty_cache()
-        self.backend = TorchBackend(config)
+        self.backend = TorchBackend(config, RankGroup.form(config.trainer, 0))
         rng = np.random.default_rng(0)
         self.rows = [packed_row(rng, self.lengths, self.shape["vocab_size"]) for _ in range(ROWS)]
         for row in self.rows:
@@ -132,6 +139,12 @@ class Steps:
 
     def run(self) -> None:
         self.backend.train(self.rows)
+
+
+def forward_flops(shape: dict[str, Any], lengths: Sequence[int]) -> int:
+    """Of the forward pass over sequences of `packed_row`."""
+    flops = sequence_flops(shape)
+    return sum(flops(length, length - PROMPT + 1) for length in lengths)
 
 
 def mfu(spec: dict[str, Any]) -> dict[str, Any]:
@@ -143,9 +156,9 @@ def mfu(spec: dict[str, Any]) -> dict[str, Any]:
     forward pass: a frozen weight has no gradient.
     """
     steps = Steps(spec)
-    flops, lengths = sequence_flops(steps.shape), steps.lengths
+    lengths = steps.lengths
     passes = 2 if spec.get("lora") else 3
-    total = passes * sum(flops(length, length - PROMPT + 1) for length in lengths) * ROWS
+    total = passes * forward_flops(steps.shape, lengths) * ROWS
     began = time.perf_counter()
     steps.run()
     first_s = time.perf_counter() - began
@@ -254,13 +267,16 @@ def _scorers(chunk: int) -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def attention(spec: dict[str, Any]) -> dict[str, Any]:
-    """Both ways of packed attention in bfloat16, outputs and gradients against the blocks in float32."""
+    """The ways of packed attention in bfloat16, outputs and gradients against the blocks in float32. `shared`: by the
+    kernel, what two ranks that share the row compute, one after the other.
+    """
     device = spec["device"]
     rng = np.random.default_rng(0)
     lengths = LENGTHS if device == "cuda" else tuple(length // 32 + PROMPT for length in LENGTHS)
     figures: dict[str, Any] = {}
     for heads, kv_heads, width, window in ((32, 8, 128, None), (16, 8, 128, None), (8, 8, 64, None), (16, 4, 128, 100)):
-        layout = to_device(packed_row(rng, lengths, 1000), torch.device(device)).layout
+        row_of_all = packed_row(rng, lengths, 1000)
+        layout = to_device(row_of_all, torch.device(device)).layout
         generator = torch.Generator(device).manual_seed(0)
         shapes = [(sum(lengths), count, width) for count in (heads, kv_heads, kv_heads)]
         exact = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
@@ -268,6 +284,9 @@ def attention(spec: dict[str, Any]) -> dict[str, Any]:
         ways = {"blocks": packed._blockwise}
         if packed._has_kernel(exact[0].bfloat16(), exact[2].bfloat16()):
             ways["varlen"] = lambda *args: packed._varlen(*args[:3], args[3].varlen, *args[4:])
+            ways["shared"] = partial(_shared, packed._varlen, row_of_all)
+        else:
+            ways["shared"] = partial(_shared, packed._one_by_one, row_of_all)
         wanted = _attended(packed._blockwise, exact, grad, layout, window)
         row: dict[str, Any] = {}
         for name, way in ways.items():
@@ -337,6 +356,32 @@ def _attended(
     output = way(*leaves, layout, inputs[0].shape[-1] ** -0.5, window)
     output.backward(grad)
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def _shared(
+    way: Any,
+    row: PackedBatch,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _: Any,
+    scaling: float,
+    window: int | None,
+    ranks: int = 2,
+) -> torch.Tensor:
+    """Of the whole row, by way of the part of each rank."""
+    groups = [RankGroup(rank, ranks, context=object(), context_size=ranks) for rank in range(ranks)]
+    numbered = replace(row, token_ids=np.arange(1, len(row.token_ids) + 1))
+    tokens = [to_device(numbered, query.device, group).token_ids - 1 for group in groups]
+    own = torch.cat(tokens).clamp_min(0)
+    queries, keys, values = (rows.index_select(0, own) for rows in (query, key, value))
+    each = len(own) // ranks
+    outputs = [
+        way(part, keys, values, to_device(row, query.device, group).layout.varlen, scaling, window)
+        for part, group in zip(queries.split(each), groups, strict=True)
+    ]
+    places = torch.cat(tokens).argsort()[-len(row.token_ids) :]
+    return torch.cat(outputs).index_select(0, places)
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:

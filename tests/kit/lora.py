@@ -48,18 +48,20 @@ def draw_b(tensors: dict[str, torch.Tensor], seed: int = 0) -> None:
 
 def begin_filled() -> None:
     """From here on in this process, models are given adapters whose every B is random: before they are sharded. They
-    are seen to compute in float32.
+    are seen to compute in the model's dtype.
     """
-
-    def is_wide(_: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        assert inputs[0].dtype == output.dtype == torch.float32
 
     def add(model: Any, settings: Any) -> None:
         _add_adapters(model, settings)
         draw_b(dict(model.named_parameters()))
+        dtype = model.dtype
+
+        def is_as_wide(_: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            assert inputs[0].dtype == output.dtype == dtype
+
         for name, module in model.named_modules():
             if name.endswith(("lora_A.default", "lora_B.default")):
-                module.register_forward_hook(is_wide)
+                module.register_forward_hook(is_as_wide)
 
     model_module.add_adapters = add
 

@@ -64,7 +64,7 @@ def test_without_a_step_the_policy_is_the_base_model_bit_for_bit(models, name, d
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_alone_are_trained_in_float32_and_alone_have_state(models, dtype):
+def test_adapters_alone_are_trained_with_float32_masters_and_alone_have_state(models, dtype):
     config = make_config(models["qwen3"], dtype, optimizer={"lr": 1e-3})
     backend = TorchBackend(config)
     before = {name: tensor.clone() for name, tensor in backend.weights().items()}
@@ -78,14 +78,16 @@ def test_adapters_alone_are_trained_in_float32_and_alone_have_state(models, dtyp
     layers = 7 * backend.model.config.num_hidden_layers
     assert len(adapters) == 2 * layers
     for name, tensor in backend.adapters.tensors.items():
-        assert tensor.dtype == torch.float32
+        assert tensor.dtype == getattr(torch, dtype)
         assert not torch.equal(tensor, adapters[name]), name
     state = backend.state()
     assert state.keys() == {"adapter", "optimizer", "rng"}
     assert {name.partition("/")[2] for name in state["optimizer"]} == adapters.keys()
-    assert {name.partition("/")[0] for name in state["optimizer"]} == {"step", "exp_avg", "exp_avg_sq"}
+    masters = {"master"} if dtype == "bfloat16" else set()
+    assert {name.partition("/")[0] for name in state["optimizer"]} == {"step", "exp_avg", "exp_avg_sq"} | masters
+    assert {tensor.dtype for tensor in state["optimizer"].values()} == {torch.float32}
     held = sum(tensor.numel() * 4 for tensor in backend._optimizer.tensors() if tensor.numel() > 1)
-    assert held == 8 * sum(tensor.numel() for tensor in adapters.values())
+    assert held == (12 if masters else 8) * sum(tensor.numel() for tensor in adapters.values())
 
 
 @pytest.mark.parametrize(("name", "lora"), [("qwen3", {"rank": 4}), ("qwen2", SOME)])

@@ -194,7 +194,7 @@ def test_the_balance_loss_of_one_sequence_is_switch_transformers_as_transformers
     tokens = torch.arange(3, 60)[None]
     logits = model(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
     theirs = [load_balancing_loss_func((layer,), num_experts=6, top_k=3).item() / 3 for layer in logits]
-    layout = PackedLayout((), torch.empty(0), Varlen(None, torch.arange(57), torch.tensor([0, 57]), 57))
+    layout = PackedLayout(Varlen(None, None, starts := torch.tensor([0, 57]), 57, None, starts, 57))
     ours = routing(logits, layout, Routers(6, 3), wanted=True).balance()
     assert ours.item() == pytest.approx(sum(theirs), rel=1e-6)
 

@@ -24,6 +24,7 @@ from services.trainer.step import train_batch
 from tests.kit.tiny_model import build_tiny_llama, build_tiny_qwen2, build_tiny_qwen3
 from tests.kit.trainer_batch import make_batch
 from tests.kit.trainer_ragged import plain_logprobs, ragged_samples, reference_loss
+from tests.kit.varlen import varlen_by_hand
 
 CLOCK = Clock(Version(1, 0), {1: 0})
 ONE = Batching(4096)
@@ -112,23 +113,6 @@ def test_chunked_logits_give_the_same_gradient(models, monkeypatch):
     backend.accumulate(micro_batches)
     for before, parameter in zip(whole, backend.model.parameters(), strict=True):
         np.testing.assert_allclose(parameter.grad, before, atol=1e-6, rtol=1e-4)
-
-
-def varlen_by_hand(query, key, value, starts, ends, longest, _, *, scale, window_size, enable_gqa=False):
-    """What torch's kernel gives, a sequence and a head at a time."""
-    assert starts.dtype == torch.int32
-    assert (starts.diff().max(), window_size[1]) == (longest, 0)
-    group = query.shape[1] // key.shape[1]
-    output = torch.empty_like(query)
-    for start, end in zip(starts.tolist(), ends.tolist()[1:], strict=False):
-        places = torch.arange(end - start)
-        behind = places[:, None] - places[None, :]
-        seen = (behind >= 0) & ((behind <= window_size[0]) | (window_size[0] < 0))
-        for head in range(query.shape[1]):
-            q, k, v = query[start:end, head], key[start:end, head // group], value[start:end, head // group]
-            scores = (q @ k.T * scale).masked_fill(~seen, -math.inf)
-            output[start:end, head] = scores.softmax(dim=-1) @ v
-    return output
 
 
 @pytest.mark.parametrize("window", [None, 5])

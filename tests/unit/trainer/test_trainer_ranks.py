@@ -30,6 +30,8 @@ PARTS = {
 SIGNED = ("values", "returns", "errors")
 # Of the largest component of a tensor's gradient, and of the loss.
 TOLERANCE = 1e-5
+# A loss is the sum of terms of both signs, of policy, KL and entropy, each up to this much: it is as exact as they are.
+TERMS = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,8 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(alone, together,
     one, several = alone[name], together[ranks][name]
     assert len(one["results"]) == len(several["results"]) > 0
     for left, right in zip(one["results"], several["results"], strict=True):
-        for key in ("loss", "grad_norm", "entropy", "ratio", "mismatch_kl"):
+        assert right["loss"] == pytest.approx(left["loss"], rel=TOLERANCE, abs=TOLERANCE * TERMS)
+        for key in ("grad_norm", "entropy", "ratio", "mismatch_kl"):
             assert right[key] == pytest.approx(left[key], rel=TOLERANCE, abs=1e-6), key
         assert right["figures"] == pytest.approx(left["figures"], rel=TOLERANCE, abs=1e-6)
         assert (right["expert_load_max"] or 0.0) == pytest.approx(left["expert_load_max"] or 0.0, rel=1e-9)
@@ -215,12 +218,12 @@ def test_what_is_pushed_is_the_base_and_the_adapters_that_are_saved(together, di
     base = AutoModelForCausalLM.from_pretrained(directory / "qwen3", dtype=dtype).state_dict()
     assert outcome["state"].keys() == {"adapter", "optimizer", "rng"}
     factors = outcome["state"]["adapter"]
-    assert {tensor.dtype for tensor in factors.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in factors.values()} == {dtype}
     flat = []
     for key in outcome["layout"]:
         layer, weight = key.removesuffix(".weight"), base[key].float()
         if f"{layer}.lora_A.weight" in factors:
-            a, b = (factors[f"{layer}.lora_{factor}.weight"] for factor in "AB")
+            a, b = (factors[f"{layer}.lora_{factor}.weight"].float() for factor in "AB")
             weight = torch.addmm(weight, b, a, alpha=32 / 3)
         flat.append(weight.to(dtype).ravel())
     assert torch.equal(outcome["pushed"].view(dtype), torch.cat(flat))

@@ -1,9 +1,9 @@
 """Attention over a packed row, plugged into transformers' models.
 
 The models compute their linear layers on the packed row; this function alone knows the sequences in it. On a GPU,
-in half precision, torch's varlen kernel attends within each. Elsewhere, and where ranks share a row, queries, keys and
-values are gathered into blocks of sequences of similar length, which attend causally within each sequence, and the
-outcome is put back. Work grows with the sum of squared sequence lengths, not with the square of the row.
+in half precision, torch's varlen kernel attends within each. Elsewhere, queries, keys and values are gathered into
+blocks of sequences of similar length, which attend causally within each sequence, and the outcome is put back. Work
+grows with the sum of squared sequence lengths, not with the square of the row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _MAX_HEAD_DIM, _HEAD_DIM_MULTIPLE, _LEAST_CAPABILITY = 256, 8, (8, 0)
 
 
 class Varlen(NamedTuple):
-    """The sequences of a row as the kernel wants them: one after the other."""
+    """What attends to what, as the kernel wants it: sequences one after the other. Where ranks share a row, the runs
+    of tokens that this one has, each with the keys from its sequence's first to its own last.
+    """
 
     order: torch.Tensor | None
     """int64 indices into the row, sequence after sequence; None where that is the row, for no prompt is shared."""
@@ -41,17 +43,21 @@ class Varlen(NamedTuple):
     """int32 [sequences + 1]: of each sequence in `order`, and the end of the last."""
     longest: int
     """Tokens of the longest sequence."""
+    keys: torch.Tensor | None
+    """As `order`, into the keys."""
+    key_starts: torch.Tensor
+    longest_keys: int
 
 
 class PackedLayout(NamedTuple):
     """Where the sequences are in a row of T tokens. int64 tensors on the model's device."""
 
-    blocks: tuple[torch.Tensor, ...]
-    """Each [sequences, longest]: indices into the row, short sequences filled up at the end."""
-    slots: torch.Tensor
+    varlen: Varlen
+    blocks: tuple[torch.Tensor, ...] = ()
+    """Each [sequences, longest]: indices into the row, short sequences filled up at the end. None where ranks share
+    it."""
+    slots: torch.Tensor | None = None
     """[T]: where each token stands in the concatenation of the flattened blocks."""
-    varlen: Varlen | None = None
-    """The same for the kernel; None where ranks share the row."""
     context: Context | None = None
     """The ranks that share the row, whose tokens it then has a part of; None: it has them all."""
 
@@ -75,9 +81,15 @@ def packed_attention(
     # Rotary embeddings in float32 widen what they turn.
     query, key = query.to(value.dtype), key.to(value.dtype)
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if packed_layout.varlen is not None and _has_kernel(queries, values):
-        return _varlen(queries, keys, values, packed_layout.varlen, scaling, sliding_window).unsqueeze(0), None
-    return _blockwise(queries, keys, values, packed_layout, scaling, sliding_window).unsqueeze(0), None
+    if packed_layout.context is not None:
+        keys, values = (with_those_of_all(rows, packed_layout.context.group) for rows in (keys, values))
+    if _has_kernel(queries, values):
+        output = _varlen(queries, keys, values, packed_layout.varlen, scaling, sliding_window)
+    elif packed_layout.slots is not None:
+        output = _blockwise(queries, keys, values, packed_layout, scaling, sliding_window)
+    else:
+        output = _one_by_one(queries, keys, values, packed_layout.varlen, scaling, sliding_window)
+    return output.unsqueeze(0), None
 
 
 def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -97,14 +109,39 @@ def _varlen(
     sliding_window: int | None,
 ) -> torch.Tensor:
     """Rows [T, heads, head_dim] in, [T, heads, head_dim] out."""
-    if varlen.order is not None:
-        query, key, value = (rows.index_select(0, varlen.order) for rows in (query, key, value))
-    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    starts, longest = varlen.starts, varlen.longest
+    # Of fewer queries than keys the kernel takes the last query to be the last key.
     output = varlen_attn(
-        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=window, **_GROUPED
+        _ordered(query, varlen.order),
+        _ordered(key, varlen.keys),
+        _ordered(value, varlen.keys),
+        varlen.starts,
+        varlen.key_starts,
+        varlen.longest,
+        varlen.longest_keys,
+        scale=scaling,
+        window_size=(-1, 0) if sliding_window is None else (sliding_window - 1, 0),
+        **_GROUPED,
     )
-    return output if varlen.places is None else output.index_select(0, varlen.places)
+    return _ordered(output, varlen.places)
+
+
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    varlen: Varlen,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """The same without the kernel."""
+    queries = _ordered(query, varlen.order).split(varlen.starts.diff().tolist())
+    keys, values = (_ordered(rows, varlen.keys).split(varlen.key_starts.diff().tolist()) for rows in (key, value))
+    outputs = [_attend_to_last(*each, scaling, sliding_window) for each in zip(queries, keys, values, strict=True)]
+    return _ordered(torch.cat(outputs), varlen.places)
+
+
+def _ordered(rows: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return rows if order is None else rows.index_select(0, order)
 
 
 def _blockwise(
@@ -115,17 +152,10 @@ def _blockwise(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """The same."""
-    context = layout.context
-    if context is None:
-        outputs = [_attend(query, key, value, block, scaling, sliding_window) for block in layout.blocks]
-    else:
-        key, value = (with_those_of_all(rows, context.group) for rows in (key, value))
-        outputs = [
-            _attend_over(query, key, value, *block, scaling, sliding_window)
-            for block in zip(layout.blocks, context.places, context.keys, strict=True)
-        ]
+    """The same of a row that is not shared."""
+    outputs = [_attend(query, key, value, block, scaling, sliding_window) for block in layout.blocks]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    assert layout.slots is not None
     return joined.index_select(0, layout.slots)
 
 
@@ -155,30 +185,20 @@ def _attend(
     return output.transpose(1, 2).flatten(0, 1)
 
 
-def _attend_over(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block: torch.Tensor,
-    places: torch.Tensor,
-    keys: torch.Tensor,
-    scaling: float | None,
-    sliding_window: int | None,
+def _attend_to_last(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, sliding_window: int | None
 ) -> torch.Tensor:
-    """One block whose queries are some of each sequence's tokens, at `places` of it, and whose keys are all of them."""
-    behind = places.unsqueeze(2) - torch.arange(keys.shape[1], device=keys.device)
+    """Queries [q, heads, head_dim] that are the last of k tokens, of which the keys are all."""
+    places = torch.arange(len(key), device=key.device)
+    behind = places[-len(query) :, None] - places
     seen = behind >= 0
     if sliding_window is not None:
         seen &= behind < sliding_window
+    query, key, value = (rows.transpose(0, 1).unsqueeze(0) for rows in (query, key, value))
     output = functional.scaled_dot_product_attention(
-        _gather(query, block),
-        _gather(key, keys),
-        _gather(value, keys),
-        attn_mask=seen.unsqueeze(1),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return output.transpose(1, 2).flatten(0, 1)
+    return output[0].transpose(0, 1)
 
 
 def _gather(rows: torch.Tensor, block: torch.Tensor) -> torch.Tensor:

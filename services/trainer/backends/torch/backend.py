@@ -86,10 +86,10 @@ class TorchBackend:
         self.adapters: Adapters | None = None
         """What is trained, and saved, where the model is frozen."""
         if config.trainer.lora.rank:
-            self.adapters = Adapters(self.model, config.trainer.lora, self._tensors)
+            self.adapters = Adapters(self.model, config.trainer.lora, self._tensors, self._dtype)
             self._tensors, self._saved = self.adapters.base, self.adapters.tensors
             self._part, trained = ADAPTER, self._saved.items()
-        self._masters = self._sharded and self._dtype != torch.float32 and self.adapters is None
+        self._masters = self._sharded and self._dtype != torch.float32
         settings, schedule = config.trainer.optimizer, learning_rate(config)
         self._optimizer = Optimizer(trained, settings, schedule, self.group, are_masters=self._masters)
         self._offload = Offload(self.model, self._optimizer.tensors, self._device)

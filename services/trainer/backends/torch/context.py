@@ -9,14 +9,10 @@ import torch.distributed as dist
 
 
 class Context(NamedTuple):
-    """What a rank needs to attend over a row of which it has a part (services/trainer/batch/context.py)."""
+    """What a rank needs of a row of which it has a part (services/trainer/batch/context.py)."""
 
     group: Any
     """Their process group."""
-    places: tuple[torch.Tensor, ...]
-    """Each [sequences, queries]: where in its sequence each query is."""
-    keys: tuple[torch.Tensor, ...]
-    """Each [sequences, longest]: the sequence, as indices into the keys of all ranks."""
     order: torch.Tensor
     """[n]: where each trained token of the row is among those of all ranks."""
     member_tokens: torch.Tensor

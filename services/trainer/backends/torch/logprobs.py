@@ -76,34 +76,39 @@ def to_device(batch: PackedBatch, device: torch.device, group: RankGroup | None 
     def move_any(array: object | None) -> torch.Tensor | None:
         return None if array is None else move(array)
 
-    def move_all(arrays: Sequence[NDArray[np.int64]]) -> tuple[torch.Tensor, ...]:
-        return tuple(map(move, arrays))
+    def starts(lengths: NDArray[np.int32]) -> torch.Tensor:
+        return move(np.cumsum([0, *lengths], dtype=np.int32))
 
     row: PackedBatch | ContextShare = batch
-    context, varlen = None, None
     if group is not None and group.context is not None:
         row = share = context_share(batch, group.context_size, group.context_rank)
+        varlen = Varlen(
+            order=move(share.queries),
+            places=move(share.places),
+            starts=starts(share.query_lengths),
+            longest=int(share.query_lengths.max()),
+            keys=move(share.keys),
+            key_starts=starts(share.key_lengths),
+            longest_keys=int(share.key_lengths.max()),
+        )
         context = Context(
             group.context,
-            move_all(share.places),
-            move_all(share.keys),
             move(share.order),
             move(share.member_tokens),
             move(share.member_sequences),
             len(batch.lengths),
         )
+        layout = PackedLayout(varlen, context=context)
     else:
         shared = len(batch.order) > len(batch.token_ids)
-        varlen = Varlen(
-            order=move(batch.order) if shared else None,
-            places=move(batch.places) if shared else None,
-            starts=move(np.cumsum([0, *batch.lengths], dtype=np.int32)),
-            longest=int(batch.lengths.max()),
-        )
+        order, bounds, longest = move(batch.order) if shared else None, starts(batch.lengths), int(batch.lengths.max())
+        places = move(batch.places) if shared else None
+        varlen = Varlen(order, places, bounds, longest, order, bounds, longest)
+        layout = PackedLayout(varlen, tuple(map(move, batch.blocks)), move(batch.slots))
     return DeviceBatch(
         token_ids=move(row.token_ids),
         position_ids=move(row.position_ids),
-        layout=PackedLayout(move_all(row.blocks), move(row.slots), varlen, context),
+        layout=layout,
         predict=move(row.predict),
         targets=move(row.targets),
         weights=move(batch.weights),

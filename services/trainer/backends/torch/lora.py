@@ -1,5 +1,5 @@
 """Low-rank adapters (LoRA, E. Hu et al., arXiv 2106.09685): a linear layer computes Wx + s·B(Ax), where W is frozen in
-the model's dtype, and A [rank, in] and B [out, rank] are trained, in float32.
+the model's dtype, and A [rank, in] and B [out, rank] are trained, with master copies in float32.
 
 The layers are peft's. Outside of the model, adapters have the names that they have in peft's files, less the prefix:
 ``<layer>.lora_A.weight``. What leaves the trainer is the model that they make, W + s·B·A under the name of W.
@@ -28,9 +28,12 @@ _FILE_PREFIX = "base_model.model."
 class Adapters:
     """Those of a model that `add_adapters` was done to, wherever it has been placed."""
 
-    def __init__(self, model: Any, settings: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-        """`tensors`: all of the model's, by the names that it has for them."""
+    def __init__(
+        self, model: Any, settings: LoraConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> None:
+        """`tensors`: all of the model's, by the names that it has for them. It computes in `dtype`."""
         self.settings = settings
+        self._dtype = dtype
         self.tensors = {
             name.replace(f".{_ADAPTER}.", "."): tensor for name, tensor in tensors.items() if _is_adapter(name)
         }
@@ -51,7 +54,7 @@ class Adapters:
         """
         if factor_names(name)[0] not in self.tensors:
             return weight
-        a, b = (gathered(self.tensors[factor], torch.float32, device) for factor in factor_names(name))
+        a, b = (gathered(self.tensors[factor], self._dtype, device) for factor in factor_names(name))
         if weight is None or a is None or b is None:
             return None
         return merged(weight, a, b, self.settings.scale)
@@ -82,9 +85,6 @@ def add_adapters(model: Any, settings: LoraConfig) -> None:
         target_modules=_layers(model, settings.target_modules),
     )
     _peft().inject_adapter_in_model(config, model, _ADAPTER)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 def factor_names(weight: str) -> tuple[str, str]:
@@ -95,7 +95,7 @@ def factor_names(weight: str) -> tuple[str, str]:
 
 def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """W + scale·B·A, of [out, in], [rank, in] and [out, rank]: computed in float32, rounded once to the dtype of W."""
-    return torch.addmm(weight.float(), b, a, alpha=scale).to(weight.dtype)
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
 
 
 def write_adapter(

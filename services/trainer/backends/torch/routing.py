@@ -105,7 +105,6 @@ def _members(layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor, int]:
     if layout.context is not None:
         return layout.context.member_tokens, layout.context.member_sequences, layout.context.sequences
     varlen = layout.varlen
-    assert varlen is not None
     lengths = varlen.starts.diff().long()
     count = len(lengths)
     sequences = torch.repeat_interleave(torch.arange(count, device=lengths.device), lengths)

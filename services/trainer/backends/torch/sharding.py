@@ -80,7 +80,7 @@ def place(
     """The model on its device, or sharded over the mesh, layer by layer: no rank's device ever holds all of it.
 
     What is trained becomes float32 when it is sharded; what is frozen stays as it is. The modules in `wide` compute in
-    float32, whatever `dtype` is, and so do the trained parts of a frozen model, its adapters.
+    float32, whatever `dtype` is.
 
     Raises ConfigError, naming `field`, for an architecture that does not say what its layers are.
     """
@@ -97,10 +97,8 @@ def place(
     if placement.mesh is None:
         return root.to(placement.device)
     offload = CPUOffloadPolicy() if placement.offload else OffloadPolicy()
-    adapted = len({parameter.requires_grad for parameter in model.parameters()}) == 2
     for module in [*layers, *wide, root]:
-        # None: each in its own.
-        computes = None if adapted else torch.float32 if module in wide else dtype
+        computes = torch.float32 if module in wide else dtype
         policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for parameter in module.parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor):
