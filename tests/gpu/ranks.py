@@ -63,7 +63,7 @@ ROWS = {
 
 
 def rank_main(spec: dict[str, Any]) -> None:
-    """One rank. Rank 0 prints the figures, and leaves the gradients in a file."""
+    """One rank. Rank 0 prints the figures, and leaves the gradients in a file if they are to be compared."""
     device, ranks, share = spec["device"], spec["ranks"], spec["share"]
     config = Config(
         model={"hf_checkpoint": spec["model"], "dtype": spec["dtype"]},
@@ -86,7 +86,7 @@ def rank_main(spec: dict[str, Any]) -> None:
     own = rows[group.part :: group.parts]
     result = backend.accumulate(own)
     gradients = {}
-    for name, master in backend._optimizer._masters.items():
+    for name, master in backend._optimizer._masters.items() if spec["gradients"] else ():
         whole = gathered(master.grad, torch.float32, torch.device(device))
         if whole is not None:
             gradients[name] = whole.cpu()
@@ -94,7 +94,8 @@ def rank_main(spec: dict[str, Any]) -> None:
     seconds, peak = timed(lambda: backend.train(own), device == "cuda")
     peaks = group.all_gather(peak)
     if group.leads:
-        save_file(gradients, spec["gradients"])
+        if spec["gradients"]:
+            save_file(gradients, spec["gradients"])
         tokens = sum(spec["lengths"]) * spec["rows"]
         flops = 3 * spec["rows"] * forward_flops(backend.model.config.to_dict(), spec["lengths"])
         figures = {"loss": result.loss, "step_s": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1)}
@@ -115,7 +116,7 @@ def run(options: argparse.Namespace, name: str, layout: str, model: Path) -> dic
         "share": share,
         "model": str(model),
         "port": free_port(),
-        "gradients": str(gradients),
+        "gradients": str(gradients) if "one rank" in row.layouts else None,
         "lengths": lengths,
         "rows": row.rows,
         "dtype": row.dtype,
