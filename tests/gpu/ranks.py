@@ -49,7 +49,8 @@ class Row:
     lengths: tuple[int, ...] = LENGTHS
     rows: int = 8
     compile: bool = False
-    recompute: bool = False
+    recompute: int | None = 0
+    """Of the first so many layers activations are computed again; None: of all."""
     layouts: tuple[str, ...] = ("one rank", "two ranks")
 
 
@@ -57,8 +58,8 @@ ROWS = {
     "float32": Row(SMALL, "float32", layouts=tuple(LAYOUTS)),
     "0.6b": Row(QWEN3_0_6B, compile=True),
     # One GPU of 80 GB does not hold its optimizer.
-    "4b": Row(QWEN3_4B, compile=True, recompute=True, layouts=("two ranks",)),
-    "0.6b-long": Row(QWEN3_0_6B, lengths=LONG, rows=4, recompute=True, layouts=tuple(LAYOUTS)),
+    "4b": Row(QWEN3_4B, compile=True, recompute=18, layouts=("two ranks",)),
+    "0.6b-long": Row(QWEN3_0_6B, lengths=LONG, rows=4, compile=True, recompute=None, layouts=tuple(LAYOUTS)),
 }
 
 
@@ -74,7 +75,8 @@ def rank_main(spec: dict[str, Any]) -> None:
             "rendezvous": f"127.0.0.1:{spec['port']}",
             "optimizer": {"lr": 1e-6},
             "compile": spec["compile"],
-            "recompute": spec["recompute"],
+            "recompute": spec["recompute"] != 0,
+            "recompute_layers": spec["recompute"] or None,
         },
     )
     group = RankGroup.form(config.trainer, spec["rank"])

@@ -87,12 +87,13 @@ def place(
     if placement.wide_residuals:
         widen_residuals(model, dtype)
     layers = _layers(model, field) if placement.mesh is not None or placement.recompute or placement.compile else []
-    if placement.recompute:
-        for layer in layers[: placement.recompute_layers]:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     if placement.compile:
         for layer in layers:
-            layer.compile(dynamic=True)
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+    if placement.recompute:
+        # Around what is compiled: nothing is compiled within a checkpoint that is itself to be.
+        for layer in layers[: placement.recompute_layers]:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     root = Root(model)
     if placement.mesh is None:
         return root.to(placement.device)
