@@ -59,7 +59,7 @@ ROWS = {
     "0.6b": Row(QWEN3_0_6B, compile=True),
     # One GPU of 80 GB does not hold its optimizer.
     "4b": Row(QWEN3_4B, compile=True, recompute=18, layouts=("two ranks",)),
-    "0.6b-long": Row(QWEN3_0_6B, lengths=LONG, rows=4, compile=True, recompute=None, layouts=tuple(LAYOUTS)),
+    "0.6b-long": Row(QWEN3_0_6B, lengths=LONG, rows=4, recompute=None, layouts=tuple(LAYOUTS)),
 }
 
 
