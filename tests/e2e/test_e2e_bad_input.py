@@ -213,6 +213,7 @@ def test_external_engines_that_are_too_few(tmp_path, flags, other_model):
     assert "rollout.engine.external: 1 engines cannot be shared out over 2 replicas" in line
 
 
+@pytest.mark.long
 def test_a_flag_that_sglang_does_not_know(tmp_path, flags, old_sglang):
     line = failed(tmp_path, *flags, *old_sglang, "--sglang-no-such-flag", "7")
     assert line.endswith("rollout failed: rollout.engine.args: unrecognized arguments: --no-such-flag 7")

@@ -133,6 +133,7 @@ def varied(_texts: Sequence[str], rewards: Sequence[float]) -> bool:
             rollout_replaced,
             False,
             id="over-sampling",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             {"over_sampling_batch_size": 5, "dynamic_sampling_filter": "tests.kit.late_functions:keep"},

@@ -60,7 +60,7 @@ def owned(batch, ranks):
     return [share.token_ids[share.token_ids > 0] - 1 for share in shares(row, ranks)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows(), st.integers(2, 5))
 def test_each_token_is_of_one_rank_and_ranks_have_as_many(batch, ranks):
     tokens = owned(batch, ranks)
@@ -83,7 +83,7 @@ def test_each_token_is_of_one_rank_and_ranks_have_as_many(batch, ranks):
 
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("window", [None, 7])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(rows(), st.integers(2, 4))
 def test_ranks_attend_to_what_one_does(kernel, window, batch, ranks):
     generator = torch.Generator().manual_seed(len(batch.token_ids))
