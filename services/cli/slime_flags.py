@@ -122,13 +122,16 @@ SWITCHES: dict[str, tuple[str, Any]] = {
 
 # The ranks of the trainer are the product of these.
 _RANKS = ("--actor-num-nodes", "--actor-num-gpus-per-node")
-# Megatron's ways to say what is kept of the activations: with any of them, each decoder layer is computed again.
-_RECOMPUTE = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers")
+# Megatron's ways to say what is kept of the activations: with any of them decoder layers are computed again, all but
+# with the method "block", which is the first so many.
+_METHOD, _LAYERS = "--recompute-method", "--recompute-num-layers"
+_RECOMPUTE = ("--recompute-granularity", _METHOD, _LAYERS)
 
 # flag -> key, where the value is translated.
 _TRANSLATED = {
     **dict.fromkeys(_RANKS, "trainer.ranks"),
     **dict.fromkeys(_RECOMPUTE, "trainer.recompute"),
+    _LAYERS: "block: trainer.recompute_layers",
     "--rm-type": "reward.scorer",
     "--dynamic-sampling-filter-path": "batch.dynamic_sampling_filter",
     "--loss-type": "trainer.algorithm.policy_loss",
@@ -164,6 +167,7 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """
     overrides: dict[str, Any] = {}
     engine_flags: dict[str, list[str]] = {}
+    recompute: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         flag, equals, inline = rest.pop(0).partition("=")
@@ -184,7 +188,7 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         elif flag in _RANKS:
             overrides["trainer.ranks"] = overrides.get("trainer.ranks", 1) * _count(flag, rest, inline)
         elif flag in _RECOMPUTE:
-            overrides["trainer.recompute"] = bool(inline or _values(flag, rest, 1))
+            recompute[flag] = inline or _values(flag, rest, 1)[0]
         elif flag == "--rm-type":
             scorer = inline if equals else _values(flag, rest, 1)[0]
             overrides["reward.scorer"] = _SCORERS.get(scorer, scorer)
@@ -196,6 +200,7 @@ def to_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             overrides |= parse_overrides([f"--{VALUE_FLAGS[flag]}={text}"])
         else:
             raise ConfigError(f"unknown flag{_nearest(flag)}", field=flag)
+    overrides = _recomputed(recompute) | overrides
     overrides |= slime_engine_flags.engine_overrides(engine_flags, overrides)
     if TIS in overrides:
         # slime's own default, and what a correction is of.
@@ -227,6 +232,13 @@ def _count(flag: str, rest: list[str], inline: str) -> int:
     if not text.isdigit():
         raise ConfigError(f"{text!r} is not a number", field=flag)
     return int(text)
+
+
+def _recomputed(flags: dict[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"trainer.recompute": True} if flags else {}
+    if flags.get(_METHOD) == "block" and _LAYERS in flags:
+        found |= parse_overrides([f"--trainer.recompute_layers={flags[_LAYERS]}"])
+    return found
 
 
 def _one_of(known: dict[str, dict[str, Any]], flag: str, value: str) -> dict[str, Any]:

@@ -275,9 +275,16 @@ def test_rewards_of_whole_groups():
 def test_the_trainers_ranks_are_the_product_of_nodes_and_gpus():
     flags = "--actor-num-nodes 2 --actor-num-gpus-per-node=4 --recompute-granularity full --recompute-num-layers 1"
     config = load(None, slime_flags.to_overrides(shlex.split(flags)))
-    assert (config.trainer.ranks, config.trainer.recompute) == (8, True)
+    assert (config.trainer.ranks, config.trainer.recompute, config.trainer.recompute_layers) == (8, True, None)
     with pytest.raises(ConfigError, match="--actor-num-nodes: 'two' is not a number"):
         slime_flags.to_overrides(["--actor-num-nodes", "two"])
+
+
+@pytest.mark.parametrize(("method", "layers"), [("block", 4), ("uniform", None)])
+def test_the_layers_that_are_recomputed(method, layers):
+    flags = f"--recompute-num-layers 4 --recompute-granularity full --recompute-method {method}"
+    trainer = load(None, slime_flags.to_overrides(shlex.split(flags))).trainer
+    assert (trainer.recompute, trainer.recompute_layers) == (True, layers)
 
 
 def test_offload_needs_a_gpu():
