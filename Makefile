@@ -128,15 +128,14 @@ PYTEST := $(BIN)/python -m pytest -q
 FILES := --dist loadfile --no-loadscope-reorder
 
 # SGLang's environment is made beside the first lanes, which do not need it. What computes alone (static) runs beside
-# what waits for its store to write (property).
+# what waits for its store to write (property), and SGLang, which waits for itself to start, beside unit tests.
 test: ## all lanes, as CI runs them
 	@began=$$(date +%s); $(MAKE) --no-print-directory install || exit 1; \
 		$(MAKE) --no-print-directory engine-env ENGINE=cpu > $(VENV)/engine-env.log 2>&1 & engine_env=$$!; \
-		{ $(MAKE) --no-print-directory -j2 -O test-static test-property \
-			&& $(MAKE) --no-print-directory test-fast test-e2e; } \
-			|| { kill $$engine_env 2>/dev/null; exit 1; }; \
+		$(MAKE) --no-print-directory -j2 -O test-static test-property || { kill $$engine_env 2>/dev/null; exit 1; }; \
 		wait $$engine_env || { cat $(VENV)/engine-env.log; exit 1; }; \
-		$(MAKE) --no-print-directory test-sglang && echo "all lanes: $$(expr $$(date +%s) - $$began) s"
+		$(MAKE) --no-print-directory -j2 -O test-fast test-sglang && $(MAKE) --no-print-directory test-e2e \
+		&& echo "all lanes: $$(expr $$(date +%s) - $$began) s"
 
 test-static: $(VENV)/dev.installed ## format, lint, types, import rules, contracts
 	$(call lane,$@,$(MAKE) --no-print-directory check)
