@@ -122,8 +122,8 @@ SWITCHES: dict[str, tuple[str, Any]] = {
 
 # The ranks of the trainer are the product of these.
 _RANKS = ("--actor-num-nodes", "--actor-num-gpus-per-node")
-# Megatron's ways to say what is kept of the activations: with any of them decoder layers are computed again, all but
-# with the method "block", which is the first so many.
+# Megatron's ways to say what is kept of the activations. With any of them all decoder layers are computed again; with
+# the method "block" the first so many.
 _METHOD, _LAYERS = "--recompute-method", "--recompute-num-layers"
 _RECOMPUTE = ("--recompute-granularity", _METHOD, _LAYERS)
 

@@ -125,6 +125,7 @@ class Steps:
                 "lora": spec.get("lora", {}),
                 "offload": spec.get("offload", False),
                 "rendezvous": f"127.0.0.1:{free_port()}",
+                # An off-loaded optimizer steps on the CPU.
                 "threads": max(1, (os.cpu_count() or 2) // 2),
                 **recompute,
             },
@@ -284,9 +285,7 @@ def attention(spec: dict[str, Any]) -> dict[str, Any]:
         ways = {"blocks": packed._blockwise}
         if packed._has_kernel(exact[0].bfloat16(), exact[2].bfloat16()):
             ways["varlen"] = lambda *args: packed._varlen(*args[:3], args[3].varlen, *args[4:])
-            ways["shared"] = partial(_shared, packed._varlen, row_of_all)
-        else:
-            ways["shared"] = partial(_shared, packed._one_by_one, row_of_all)
+        ways["shared"] = _shared(row_of_all, torch.device(device))
         wanted = _attended(packed._blockwise, exact, grad, layout, window)
         row: dict[str, Any] = {}
         for name, way in ways.items():
@@ -358,30 +357,25 @@ def _attended(
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def _shared(
-    way: Any,
-    row: PackedBatch,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    _: Any,
-    scaling: float,
-    window: int | None,
-    ranks: int = 2,
-) -> torch.Tensor:
-    """Of the whole row, by way of the part of each rank."""
+def _shared(row: PackedBatch, device: torch.device, ranks: int = 2) -> Callable[..., torch.Tensor]:
+    """A way of attention over the whole row, by the part of each of `ranks`."""
     groups = [RankGroup(rank, ranks, context=object(), context_size=ranks) for rank in range(ranks)]
+    # Numbered from 1, tokens tell which of them a rank has; 0 is filled in.
     numbered = replace(row, token_ids=np.arange(1, len(row.token_ids) + 1))
-    tokens = [to_device(numbered, query.device, group).token_ids - 1 for group in groups]
-    own = torch.cat(tokens).clamp_min(0)
-    queries, keys, values = (rows.index_select(0, own) for rows in (query, key, value))
-    each = len(own) // ranks
-    outputs = [
-        way(part, keys, values, to_device(row, query.device, group).layout.varlen, scaling, window)
-        for part, group in zip(queries.split(each), groups, strict=True)
-    ]
-    places = torch.cat(tokens).argsort()[-len(row.token_ids) :]
-    return torch.cat(outputs).index_select(0, places)
+    tokens = torch.cat([to_device(numbered, device, group).token_ids for group in groups])
+    own, places = (tokens - 1).clamp_min(0), tokens.argsort()[-len(row.token_ids) :]
+    layouts = [to_device(row, device, group).layout.varlen for group in groups]
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: Any, scaling: float, window: int | None
+    ) -> torch.Tensor:
+        queries, keys, values = (rows.index_select(0, own) for rows in (query, key, value))
+        parts = zip(queries.chunk(ranks), layouts, strict=True)
+        return torch.cat([packed._varlen(part, keys, values, varlen, scaling, window) for part, varlen in parts])[
+            places
+        ]
+
+    return attend
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:

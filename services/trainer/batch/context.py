@@ -88,12 +88,11 @@ def _owners(batch: PackedBatch, ranks: int) -> NDArray[np.int64]:
     held = np.zeros(ranks, dtype=np.int64)
     for first, end in _parts(batch):
         size, left = divmod(end - first, 2 * ranks)
-        chunks = np.full(2 * ranks, size)
-        for _ in range(left):
-            chunk = min(range(2 * ranks), key=lambda number: (chunks[number] > size, held[fold[number]], number))
-            chunks[chunk] += 1
-            held[fold[chunk]] += 1
-        owners[first:end] = np.repeat(fold, chunks)
+        # Of what is left, 0, 1 or 2 tokens for each rank: its first chunk has one more, or both have.
+        more = np.full(ranks, left // ranks)
+        more[np.argsort(held, kind="stable")[: left % ranks]] += 1
+        held += more
+        owners[first:end] = np.repeat(fold, size + np.concatenate([more > 0, (more > 1)[::-1]]))
     return owners
 
 

@@ -48,7 +48,7 @@ def advantages(batch, *, kl=False, **algorithm):
     return normalized(token_advantages(episodes_of(batch, kl=kl), config), config)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(SAMPLES)
 def test_those_of_the_grpo_family_match_the_paper(samples):
     batch = batch_of(samples)
@@ -59,7 +59,7 @@ def test_those_of_the_grpo_family_match_the_paper(samples):
     np.testing.assert_allclose(advantages(batch, name="dr_grpo"), without, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(SAMPLES, st.sampled_from([0.0, 0.3]))
 def test_rloo_matches_the_paper(samples, kl_coef):
     batch = batch_of(samples)
@@ -69,7 +69,7 @@ def test_rloo_matches_the_paper(samples, kl_coef):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(SAMPLES, st.sampled_from([0.0, 0.3]), st.sampled_from([1.0, 0.9, 0.01]), st.booleans())
 def test_reinforce_plus_plus_matches_the_paper(samples, kl_coef, gamma, baseline):
     batch = batch_of(samples)
@@ -100,7 +100,7 @@ def with_process(samples):
     return batch, process
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(WITH_STEPS, st.booleans(), st.booleans())
 def test_process_rewards_of_the_grpo_family_match_the_paper(samples, only, std):
     batch, process = with_process(samples)
@@ -117,7 +117,7 @@ def test_process_rewards_of_the_grpo_family_match_the_paper(samples, only, std):
     np.testing.assert_allclose(got, wanted, rtol=1e-7, atol=1e-5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(WITH_STEPS, st.booleans())
 def test_whole_completions_are_rewarded_with_the_sum_of_their_parts(samples, only):
     batch, process = with_process(samples)
@@ -130,7 +130,7 @@ def test_whole_completions_are_rewarded_with_the_sum_of_their_parts(samples, onl
     np.testing.assert_allclose(got, spread(reference.grpo(outcome, std=False), batch), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(WITH_STEPS, st.sampled_from([1.0, 0.9]), st.booleans(), st.booleans())
 def test_process_rewards_are_in_the_returns_of_reinforce_plus_plus(samples, gamma, baseline, only):
     batch, process = with_process(samples)

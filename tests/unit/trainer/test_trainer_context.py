@@ -106,9 +106,9 @@ def test_ranks_attend_to_what_one_does(kernel, window, batch, ranks):
         group = RankGroup(rank, ranks, context=object(), context_size=ranks)
         varlen = to_device(batch, CPU, group).layout.varlen
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "_has_kernel", lambda *_: kernel)
             patch.setattr(attention, "varlen_attn", varlen_by_hand)
-            way = attention._varlen if kernel else attention._one_by_one
-            found = way(of(rank, query), keys, values, varlen, 0.3, window)
+            found = attention._varlen(of(rank, query), keys, values, varlen, 0.3, window)
         torch.testing.assert_close(found[: len(tokens[rank])], wanted[tokens[rank]])
 
 

@@ -57,7 +57,7 @@ def episodes_of(batch):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(SAMPLES, st.sampled_from([0.0, 0.3]), st.sampled_from([1.0, 0.95, 0.01]), SHARES)
 def test_ppo_matches_the_paper(samples, kl_coef, gamma, lambd):
     batch = batch_of(samples)
@@ -70,7 +70,7 @@ def test_ppo_matches_the_paper(samples, kl_coef, gamma, lambd):
     np.testing.assert_allclose(normalized(got, config), reference_advantages.whitened(numbers), rtol=1e-6, atol=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SAMPLES, SHARES, SHARES)
 def test_without_gaps_each_gamma_and_lambda_is_the_recursion(samples, gamma, lambd):
     """Also gamma = 0, which is no setting."""
@@ -91,7 +91,7 @@ def test_without_gaps_each_gamma_and_lambda_is_the_recursion(samples, gamma, lam
     np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SAMPLES)
 def test_with_lambda_1_returns_are_those_of_reinforce_whatever_the_values(samples):
     episodes = episodes_of(batch_of(samples))

@@ -137,7 +137,7 @@ def wanted(samples, algorithm, reduction):
     return loss.item(), np.array([0.0 if g is None else g.item() for g in gradients]).reshape(-1, 2)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     algorithms(),
     st.sampled_from(["per_sample", "per_token", "constant"]),

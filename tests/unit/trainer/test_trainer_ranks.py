@@ -30,8 +30,6 @@ PARTS = {
 SIGNED = ("values", "returns", "errors")
 # Of the largest component of a tensor's gradient, and of the loss.
 TOLERANCE = 1e-5
-# A loss is the sum of terms of both signs, of policy, KL and entropy, each up to this much: it is as exact as they are.
-TERMS = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +78,7 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_ranks(alone, together,
     one, several = alone[name], together[ranks][name]
     assert len(one["results"]) == len(several["results"]) > 0
     for left, right in zip(one["results"], several["results"], strict=True):
-        assert right["loss"] == pytest.approx(left["loss"], rel=TOLERANCE, abs=TOLERANCE * TERMS)
-        for key in ("grad_norm", "entropy", "ratio", "mismatch_kl"):
+        for key in ("loss", "grad_norm", "entropy", "ratio", "mismatch_kl"):
             assert right[key] == pytest.approx(left[key], rel=TOLERANCE, abs=1e-6), key
         assert right["figures"] == pytest.approx(left["figures"], rel=TOLERANCE, abs=1e-6)
         assert (right["expert_load_max"] or 0.0) == pytest.approx(left["expert_load_max"] or 0.0, rel=1e-9)

@@ -54,7 +54,7 @@ class PackedLayout(NamedTuple):
 
     varlen: Varlen
     blocks: tuple[torch.Tensor, ...] = ()
-    """Each [sequences, longest]: indices into the row, short sequences filled up at the end. None where ranks share
+    """Each [sequences, longest]: indices into the row, short sequences filled up at the end. Empty where ranks share
     it."""
     slots: torch.Tensor | None = None
     """[T]: where each token stands in the concatenation of the flattened blocks."""
@@ -83,12 +83,10 @@ def packed_attention(
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if packed_layout.context is not None:
         keys, values = (with_those_of_all(rows, packed_layout.context.group) for rows in (keys, values))
-    if _has_kernel(queries, values):
+    if packed_layout.slots is None or _has_kernel(queries, values):
         output = _varlen(queries, keys, values, packed_layout.varlen, scaling, sliding_window)
-    elif packed_layout.slots is not None:
-        output = _blockwise(queries, keys, values, packed_layout, scaling, sliding_window)
     else:
-        output = _one_by_one(queries, keys, values, packed_layout.varlen, scaling, sliding_window)
+        output = _blockwise(queries, keys, values, packed_layout, scaling, sliding_window)
     return output.unsqueeze(0), None
 
 
@@ -109,18 +107,19 @@ def _varlen(
     sliding_window: int | None,
 ) -> torch.Tensor:
     """Rows [T, heads, head_dim] in, [T, heads, head_dim] out."""
-    # Of fewer queries than keys the kernel takes the last query to be the last key.
-    output = varlen_attn(
-        _ordered(query, varlen.order),
-        _ordered(key, varlen.keys),
-        _ordered(value, varlen.keys),
+    queries, keys, values = _ordered(query, varlen.order), _ordered(key, varlen.keys), _ordered(value, varlen.keys)
+    attend, options = (varlen_attn, _GROUPED) if _has_kernel(queries, values) else (_one_by_one, {})
+    output = attend(
+        queries,
+        keys,
+        values,
         varlen.starts,
         varlen.key_starts,
         varlen.longest,
         varlen.longest_keys,
         scale=scaling,
         window_size=(-1, 0) if sliding_window is None else (sliding_window - 1, 0),
-        **_GROUPED,
+        **options,
     )
     return _ordered(output, varlen.places)
 
@@ -129,15 +128,17 @@ def _one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    varlen: Varlen,
-    scaling: float | None,
-    sliding_window: int | None,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    *_longest: int,
+    scale: float | None,
+    window_size: tuple[int, int],
 ) -> torch.Tensor:
-    """The same without the kernel."""
-    queries = _ordered(query, varlen.order).split(varlen.starts.diff().tolist())
-    keys, values = (_ordered(rows, varlen.keys).split(varlen.key_starts.diff().tolist()) for rows in (key, value))
-    outputs = [_attend_to_last(*each, scaling, sliding_window) for each in zip(queries, keys, values, strict=True)]
-    return _ordered(torch.cat(outputs), varlen.places)
+    """What the kernel gives, without it. Of fewer queries than keys the last query is the last key."""
+    queries = query.split(starts.diff().tolist())
+    keys, values = (rows.split(key_starts.diff().tolist()) for rows in (key, value))
+    pairs = zip(queries, keys, values, strict=True)
+    return torch.cat([_attend_to_last(*each, scale, window_size[0]) for each in pairs])
 
 
 def _ordered(rows: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -186,17 +187,19 @@ def _attend(
 
 
 def _attend_to_last(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, sliding_window: int | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int
 ) -> torch.Tensor:
-    """Queries [q, heads, head_dim] that are the last of k tokens, of which the keys are all."""
+    """Queries [q, heads, head_dim] that are the last of k tokens, of which the keys are all; each sees `window` tokens
+    before it, or with -1 all of them.
+    """
     places = torch.arange(len(key), device=key.device)
     behind = places[-len(query) :, None] - places
     seen = behind >= 0
-    if sliding_window is not None:
-        seen &= behind < sliding_window
+    if window >= 0:
+        seen &= behind <= window
     query, key, value = (rows.transpose(0, 1).unsqueeze(0) for rows in (query, key, value))
     output = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=seen, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     return output[0].transpose(0, 1)
 

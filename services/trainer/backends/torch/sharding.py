@@ -91,7 +91,8 @@ def place(
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
     if placement.recompute:
-        # Around what is compiled: nothing is compiled within a checkpoint that is itself to be.
+        # Around the compiled forward pass, not within it: torch leaves a checkpoint out of what it compiles, and all
+        # that the checkpoint calls with it.
         for layer in layers[: placement.recompute_layers]:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     root = Root(model)
